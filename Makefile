@@ -1,0 +1,39 @@
+# make demo | test | train-default | lock     The first run installs into .venv; later runs start at once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INPUT ?=
+NATURAL ?= ../shared/data/natural
+WORK ?= runs/default
+SEEDS := 0 1 2
+
+.PHONY: setup demo test train-default lock
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+demo: setup
+	$(BIN)/clipflow-ray demo $(if $(INPUT),--input "$(INPUT)")
+
+test: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+# The packaged checkpoint again, and its two siblings of other seeds; natural images only.
+train-default: setup
+	for seed in $(SEEDS); do \
+	  $(BIN)/clipflow-ray train --config jobs/train_default.yaml --input "$(NATURAL)" --output $(WORK) --seed $$seed \
+	  && rm -rf $(WORK)/seed-$$seed && mv $(WORK)/checkpoint $(WORK)/seed-$$seed || exit 1; \
+	done
+	cp $(WORK)/seed-0/* clipflow_ray/assets/default/
+
+# Exact versions of what is installed now. torch pins its own CUDA packages, which differ by platform.
+lock: setup
+	$(BIN)/python -m pip freeze --exclude-editable | grep -viE '^(nvidia-|cuda-|triton|-e |clipflow)' > requirements.lock

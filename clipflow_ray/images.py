@@ -1,0 +1,257 @@
+"""Untrusted bytes -> RGB pixels -> the 224 x 224 view that the encoder sees. Every limit on images lives here.
+
+Colour rules: EXIF orientation is applied; transparency is composited on white; CMYK is converted by
+Pillow's plain formula; 16-bit grey is scaled to 8 bits; embedded ICC profiles are ignored, as CLIP's own
+preprocessing does. The first frame of an animation is scored.
+"""
+
+import io
+import re
+import struct
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from clipflow_ray.config import ImageLimits
+from clipflow_ray.errors import ImageError
+
+Pixels = NDArray[np.uint8]
+ViewKind = Literal["resize", "crop"]
+
+VIEW_SIZE: Final = 224
+_STRATUM_SIDES: Final = (256, 512, 1024, 2048)
+BACKGROUND: Final = (255, 255, 255)
+_EXIF_ORIENTATION: Final = 0x0112
+# A JPEG marker inside entropy-coded data: 0xFF, then neither a stuffed zero, a restart marker nor a fill byte.
+_JPEG_MARKER: Final = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+# Sum of the luminance quantization table of ITU-T T.81 Annex K.1, which is quality 50 on the IJG scale.
+_JPEG_LUMINANCE_Q50_SUM: Final = 3688
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """Pixels and what is known of the file. `rgb` is uint8 [height, width, 3], upright."""
+
+    rgb: Pixels
+    width: int
+    height: int
+    format: str
+    mode: str
+    frames: int
+    jpeg_quality: int | None
+    has_exif: bool
+
+
+def decode(data: bytes, limits: ImageLimits) -> DecodedImage:
+    """Decode one JPEG, PNG, WebP or GIF within `limits`.
+
+    Raises ImageError with the codes empty, too_large_bytes, unsupported_format, truncated, too_large_pixels,
+    too_small or decode_failed. This is the one place where untrusted bytes meet a decoder: moving the
+    work into a killable child process replaces the body of this function and nothing else.
+    """
+    if not data:
+        raise ImageError("empty", "The object has no bytes.")
+    if len(data) > limits.max_bytes:
+        raise ImageError("too_large_bytes", f"{len(data)} bytes; the limit is {limits.max_bytes}.")
+    image_format = sniff(data)
+    structure = _STRUCTURE[image_format](data)
+    if not structure.complete:
+        raise ImageError("truncated", f"The {image_format} ends before its end marker.")
+    if structure.scans > limits.max_jpeg_scans:
+        raise ImageError("decode_failed", f"{structure.scans} JPEG scans; the limit is {limits.max_jpeg_scans}.")
+    try:
+        with Image.open(io.BytesIO(data), formats=(image_format,)) as image:
+            _check_size(image.width, image.height, limits)
+            frames = structure.frames or int(getattr(image, "n_frames", 1))
+            mode, quality, has_exif = image.mode, _jpeg_quality(image), "exif" in image.info
+            image.load()
+            rgb = np.asarray(_to_rgb(_upright(image)))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError("too_large_pixels", f"More than {limits.max_pixels} pixels.") from error
+    except ImageError:
+        raise
+    except MemoryError as error:
+        raise ImageError("decode_failed", "Decoding needs more memory than there is.") from error
+    except Exception as error:  # Pillow's plugins raise a dozen unrelated types on malformed input
+        raise ImageError("decode_failed", f"The {image_format} does not decode.") from error
+    return DecodedImage(
+        rgb=rgb,
+        width=rgb.shape[1],
+        height=rgb.shape[0],
+        format=image_format,
+        mode=mode,
+        frames=frames,
+        jpeg_quality=quality,
+        has_exif=has_exif,
+    )
+
+
+def view(rgb: Pixels, kind: ViewKind) -> Pixels:
+    """The uint8 [224, 224, 3] view of an image.
+
+    `resize` is open_clip's evaluation transform (short side to 224 by antialiased bicubic, centre crop);
+    `crop` is the native-resolution centre, and falls back to `resize` below 224 pixels a side.
+    """
+    height, width = rgb.shape[:2]
+    if kind == "resize" or min(height, width) < VIEW_SIZE:
+        short = min(height, width)
+        width, height = int(VIEW_SIZE * width / short), int(VIEW_SIZE * height / short)
+        rgb = np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC))
+    top, left = round((height - VIEW_SIZE) / 2.0), round((width - VIEW_SIZE) / 2.0)
+    return np.ascontiguousarray(rgb[top : top + VIEW_SIZE, left : left + VIEW_SIZE])
+
+
+def stratum(image_format: str, width: int, height: int) -> str:
+    """Format and long-side class, such as `jpeg|512-1024`."""
+    low, high = 0, 0
+    for side in _STRATUM_SIDES:
+        if max(width, height) < side:
+            high = side
+            break
+        low = side
+    return f"{image_format.lower()}|{low}-{high or ''}"
+
+
+Format = Literal["JPEG", "PNG", "WEBP", "GIF"]
+
+
+def sniff(data: bytes) -> Format:
+    """The format by its first bytes, whatever the name or Content-Type says; raises unsupported_format."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return "GIF"
+    raise ImageError("unsupported_format", "Not a JPEG, PNG, WebP or GIF.")
+
+
+@dataclass(frozen=True)
+class _Structure:
+    """What the container says without decoding; `frames` 0 means: ask the decoder."""
+
+    complete: bool
+    scans: int = 0
+    frames: int = 0
+
+
+def _jpeg_structure(data: bytes) -> _Structure:
+    """Walk the markers of the first image: count scans, see whether the end marker is there."""
+    position, scans = 2, 0
+    while position + 4 <= len(data):
+        if data[position] != 0xFF:
+            break  # not a marker where one is due: the decoder will say what it thinks of it
+        marker = data[position + 1]
+        if marker == 0xD9:
+            return _Structure(True, scans)
+        if marker == 0xFF:
+            position += 1
+            continue
+        if marker == 0x01 or 0xD0 <= marker <= 0xD8:
+            position += 2
+            continue
+        position += 2 + int(struct.unpack_from(">H", data, position + 2)[0])
+        if marker == 0xDA:
+            scans += 1
+            found = _JPEG_MARKER.search(data, position)
+            if found is None:
+                return _Structure(False, scans)
+            position = found.start()
+    return _Structure(data.startswith(b"\xff\xd9", position), scans)
+
+
+def _png_structure(data: bytes) -> _Structure:
+    position = 8
+    while position + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        position += 12 + length
+        if kind == b"IEND":
+            return _Structure(position <= len(data))
+    return _Structure(False)
+
+
+def _webp_structure(data: bytes) -> _Structure:
+    return _Structure(len(data) >= 12 and len(data) >= 8 + int(struct.unpack_from("<I", data, 4)[0]))
+
+
+def _gif_structure(data: bytes) -> _Structure:
+    """Walk the blocks: Pillow counts frames by decoding, which an animation bomb makes expensive."""
+    if len(data) < 13:
+        return _Structure(False)
+    frames, position = 0, 13 + _gif_table_bytes(data[10])
+    while position < len(data):
+        kind = data[position]
+        if kind == 0x3B:
+            return _Structure(True, frames=frames)
+        if kind == 0x21:
+            position += 2
+        elif kind == 0x2C and position + 10 <= len(data):
+            frames += 1
+            position += 11 + _gif_table_bytes(data[position + 9])
+        else:
+            break
+        while position < len(data) and data[position]:
+            position += 1 + data[position]
+        position += 1
+    return _Structure(False, frames=frames)
+
+
+def _gif_table_bytes(flags: int) -> int:
+    return 3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0
+
+
+_STRUCTURE: Final = {
+    "JPEG": _jpeg_structure,
+    "PNG": _png_structure,
+    "WEBP": _webp_structure,
+    "GIF": _gif_structure,
+}
+
+
+def _check_size(width: int, height: int, limits: ImageLimits) -> None:
+    if width * height > limits.max_pixels or max(width, height) > limits.max_side:
+        raise ImageError(
+            "too_large_pixels",
+            f"{width} x {height}; the limits are {limits.max_pixels} pixels and {limits.max_side} a side.",
+        )
+    if min(width, height) < limits.min_side:
+        raise ImageError("too_small", f"{width} x {height}; each side must be at least {limits.min_side}.")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION)
+    except Exception:  # Pillow's EXIF parser raises many types on crafted metadata; no orientation is known then
+        return image
+    if orientation not in range(2, 9):
+        return image
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # the same parser once more, writing the tag back; a corrupt block cannot be trusted
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16-bit grey. convert("RGB") would clip it to white; 32-bit "I" holds 16-bit data for these formats.
+        wide = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (*BACKGROUND, 255)), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _jpeg_quality(image: Image.Image) -> int | None:
+    """Quality on the IJG scale by the mean step of the luminance table; None where there is none."""
+    tables: dict[int, list[int]] | None = getattr(image, "quantization", None)
+    if not tables or len(tables.get(0, ())) != 64:
+        return None
+    scale = 100.0 * sum(tables[0]) / _JPEG_LUMINANCE_Q50_SUM
+    quality = (200.0 - scale) / 2.0 if scale <= 100.0 else 5000.0 / scale
+    return int(np.clip(round(quality), 1, 100))
