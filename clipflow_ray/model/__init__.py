@@ -1,0 +1,1 @@
+"""The detector itself, in plain torch: importable on a laptop without Ray."""

@@ -1,0 +1,104 @@
+"""Conformal p-values and thresholds from held-out natural images, with the interval of what they realise.
+
+A score's p-value is (1 + #{calibration >= score}) / (n + 1): under exchangeability at most alpha of natural
+images have p <= alpha (Vovk et al.; Bates et al. 2023, arXiv 2104.08279). Given the calibration set, the realised
+false-positive rate at alpha is Beta(k, n + 1 - k) with k = floor(alpha * (n + 1)).
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from clipflow_ray.errors import CalibrationError
+
+F32 = NDArray[np.float32]
+Verdict = Literal["likely_ai", "inconclusive", "no_ai_signal"]
+
+VERDICTS: Final[tuple[Verdict, ...]] = ("likely_ai", "inconclusive", "no_ai_signal")
+MIN_STRATUM: Final = 100
+# Between alpha and five times alpha an image is neither clear nor suspicious enough: `inconclusive`.
+INCONCLUSIVE_FACTOR: Final = 5.0
+_ROUNDING: Final = 1e-9
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scores of held-out naturals: float32 [n], ascending, and the stratum of each."""
+
+    scores: F32
+    strata: tuple[str, ...]
+
+    @classmethod
+    def fit(cls, scores: F32, strata: list[str]) -> "Calibration":
+        """From scores [n] in any order and the stratum of each; raises CalibrationError on none or non-finite."""
+        if len(scores) == 0 or not np.isfinite(scores).all():
+            raise CalibrationError("Calibration needs natural images with finite scores; check the calibration split.")
+        order = np.argsort(scores, kind="stable")
+        return cls(scores[order].astype(np.float32), tuple(strata[i] for i in order))
+
+    @property
+    def calibration_id(self) -> str:
+        """16 hex digits over scores and strata."""
+        digest = hashlib.sha256(self.scores.tobytes())
+        digest.update("\n".join(self.strata).encode())
+        return digest.hexdigest()[:16]
+
+    def p_value(self, scores: F32) -> F32:
+        """Pooled conformal p-values, float32 [N]; NaN where the score is NaN."""
+        return _conformal(self.scores, scores)
+
+    def p_stratum(self, scores: F32, strata: list[str]) -> F32:
+        """p-values within each image's stratum, float32 [N]; NaN where it has under 100 calibration images."""
+        result = np.full(len(scores), np.nan, np.float32)
+        names, wanted = np.array(self.strata), np.array(strata)
+        for name in sorted(set(strata)):
+            own = self.scores[names == name]
+            if len(own) >= MIN_STRATUM:
+                result[wanted == name] = _conformal(own, scores[wanted == name])
+        return result
+
+    def threshold(self, alpha: float) -> float:
+        """The score above which p <= alpha; raises CalibrationError when alpha < 1 / (n + 1)."""
+        return float(self.scores[len(self.scores) - self._rank(alpha)])
+
+    def false_positive_interval(self, alpha: float) -> tuple[float, float]:
+        """95 % interval of the realised false-positive rate at `alpha` on exchangeable naturals."""
+        k, n = self._rank(alpha), len(self.scores)
+        low, high = stats.beta.ppf([0.025, 0.975], k, n + 1 - k)
+        return float(low), float(high)
+
+    def flagged_interval(self, alpha: float, n_test: int) -> tuple[float, float]:
+        """95 % interval of the flagged share of `n_test` exchangeable naturals (beta-binomial)."""
+        k, n = self._rank(alpha), len(self.scores)
+        low, high = stats.betabinom.ppf([0.025, 0.975], n_test, k, n + 1 - k)
+        return float(low) / n_test, float(high) / n_test
+
+    def _rank(self, alpha: float) -> int:
+        n = len(self.scores)
+        k = int(np.floor(alpha * (n + 1) + _ROUNDING))
+        if k < 1:
+            raise CalibrationError(
+                f"alpha {alpha:g} is below 1 / (n + 1) = {1 / (n + 1):.2g} for {n} calibration images: "
+                f"ask for a larger alpha, or calibrate on at least {int(np.ceil(1 / alpha)) - 1} natural images."
+            )
+        return k
+
+
+def verdict(p_value: float, alpha: float) -> tuple[Verdict, list[str]]:
+    """The verdict at `alpha` and its reasons."""
+    if p_value <= alpha + _ROUNDING:
+        return "likely_ai", ["below_alpha"]
+    if p_value <= INCONCLUSIVE_FACTOR * alpha + _ROUNDING:
+        return "inconclusive", ["near_alpha"]
+    return "no_ai_signal", ["above_alpha"]
+
+
+def _conformal(calibration: F32, scores: F32) -> F32:
+    n = len(calibration)
+    at_least = n - np.searchsorted(calibration, scores, side="left")
+    p = (1.0 + at_least) / (n + 1.0)
+    return np.where(np.isnan(scores), np.nan, p).astype(np.float32)

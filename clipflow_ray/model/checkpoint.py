@@ -1,0 +1,175 @@
+"""One directory format for a trained detector: safetensors and json, no pickle.
+
+checkpoint.json          configs, encoder fingerprint, training summary, metrics, sha256 of each tensor file
+flow.safetensors         the flow with the naturals' mean and std
+calibration.safetensors  scores of held-out naturals; absent means "not calibrated"
+reference.safetensors    natural embeddings (float16) and a logistic probe, for the baselines of `evaluate`
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from pyarrow.fs import FileSystem
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from clipflow_ray.config import EncoderConfig, FlowConfig, ImageLimits, ObjectiveConfig, ProxyConfig, S3Options
+from clipflow_ray.errors import CheckpointError
+from clipflow_ray.model.calibration import Calibration
+from clipflow_ray.model.flow import Flow
+from clipflow_ray.storage import filesystem, is_s3
+
+FORMAT_VERSION: Final = 1
+RECORD: Final = "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A flow with everything that is needed to use it; picklable, so that a driver can hand it to actors.
+
+    `segments` are the widths of the encoder's named features. `reference` holds `natural` (float16 [N, D], raw
+    embeddings) and `probe` (float32 [D + 1], logistic weights on standardised features and bias), or is empty.
+    """
+
+    encoder: EncoderConfig
+    encoder_fingerprint: str
+    segments: tuple[int, ...]
+    flow_config: FlowConfig
+    flow_state: dict[str, Tensor]
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    proxies: ProxyConfig = field(default_factory=ProxyConfig)
+    calibration: Calibration | None = None
+    reference: dict[str, Tensor] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model_id(self) -> str:
+        """16 hex digits over the flow's tensors and the encoder fingerprint."""
+        digest = hashlib.sha256(self.encoder_fingerprint.encode())
+        digest.update(save(_contiguous(self.flow_state)))
+        return digest.hexdigest()[:16]
+
+    def flow(self) -> Flow:
+        """The flow, rebuilt from its config and state, in eval mode."""
+        flow = Flow(self.segments, self.flow_config)
+        try:
+            flow.load_state_dict(self.flow_state, strict=True)
+        except RuntimeError as error:
+            raise CheckpointError(f"The flow's tensors do not fit its config: {error}") from error
+        return flow.eval().requires_grad_(False)
+
+
+def save_checkpoint(checkpoint: Checkpoint, uri: str | Path, s3: S3Options | None = None) -> None:
+    """Write a checkpoint as a whole or not at all; an old checkpoint at `uri` is replaced.
+
+    On disk: a temporary sibling, then a rename. On s3: the record last, and it names the other files by hash.
+    """
+    files = {"flow.safetensors": save(_contiguous(checkpoint.flow_state))}
+    strata: tuple[str, ...] = ()
+    if checkpoint.calibration is not None:
+        strata = checkpoint.calibration.strata
+        files["calibration.safetensors"] = save({"scores": torch.from_numpy(checkpoint.calibration.scores)})
+    if checkpoint.reference:
+        files["reference.safetensors"] = save(_contiguous(checkpoint.reference))
+    record = {
+        "format_version": FORMAT_VERSION,
+        "model_id": checkpoint.model_id,
+        "encoder": checkpoint.encoder.model_dump(mode="json"),
+        "encoder_fingerprint": checkpoint.encoder_fingerprint,
+        "segments": list(checkpoint.segments),
+        "flow": checkpoint.flow_config.model_dump(mode="json"),
+        "limits": checkpoint.limits.model_dump(mode="json"),
+        "objective": checkpoint.objective.model_dump(mode="json"),
+        "proxies": checkpoint.proxies.model_dump(mode="json"),
+        "calibration_strata": list(strata),
+        "training": checkpoint.training,
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+    }
+    files[RECORD] = (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
+    if is_s3(str(uri)):
+        fs, folder = filesystem(str(uri), s3 or S3Options())
+        for name, data in files.items():
+            with fs.open_output_stream(f"{folder}/{name}") as stream:
+                stream.write(data)
+        return
+    path = Path(uri)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, data in files.items():
+        (partial / name).write_bytes(data)
+    if path.exists():
+        load_checkpoint(path)  # replaces nothing that is not a checkpoint
+        shutil.rmtree(path)
+    partial.rename(path)
+
+
+def load_checkpoint(uri: str | Path, s3: S3Options | None = None) -> Checkpoint:
+    """Read and verify a checkpoint; raises CheckpointError when it is missing, altered or not finite."""
+    fs, path = filesystem(str(uri), s3 or S3Options())
+    try:
+        with fs.open_input_stream(f"{path}/{RECORD}") as stream:
+            record = json.loads(stream.read())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"No checkpoint at {uri}: there is no {RECORD}. Name the directory that training wrote."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{RECORD} of {uri} does not read as json: {error}") from error
+    if record.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{uri} has format version {record.get('format_version')}; this package reads {FORMAT_VERSION}."
+        )
+    try:
+        tensors = {name: _tensors(fs, f"{path}/{name}", digest) for name, digest in record["sha256"].items()}
+        calibration = None
+        if "calibration.safetensors" in tensors:
+            scores = tensors["calibration.safetensors"]["scores"].numpy().astype(np.float32)
+            calibration = Calibration(scores, tuple(record["calibration_strata"]))
+        return Checkpoint(
+            encoder=EncoderConfig.model_validate(record["encoder"]),
+            encoder_fingerprint=record["encoder_fingerprint"],
+            segments=tuple(record["segments"]),
+            flow_config=FlowConfig.model_validate(record["flow"]),
+            flow_state=tensors["flow.safetensors"],
+            limits=ImageLimits.model_validate(record["limits"]),
+            objective=ObjectiveConfig.model_validate(record["objective"]),
+            proxies=ProxyConfig.model_validate(record["proxies"]),
+            calibration=calibration,
+            reference=tensors.get("reference.safetensors", {}),
+            training=record["training"],
+        )
+    except (KeyError, TypeError, ValidationError) as error:
+        raise CheckpointError(f"{uri} lacks or garbles a field: {error}") from error
+
+
+def _tensors(fs: FileSystem, path: str, sha256: str) -> dict[str, Tensor]:
+    try:
+        with fs.open_input_stream(path) as stream:
+            data = stream.read()
+    except OSError as error:
+        raise CheckpointError(f"The checkpoint lacks {path}: {error}") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise CheckpointError(f"{path} was altered (sha256 differs); fetch or train the checkpoint again.")
+    try:
+        tensors = load(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not safetensors: {error}") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(f"{path} holds values that are not finite in {name!r}.")
+    return tensors
+
+
+def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

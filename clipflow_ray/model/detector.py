@@ -1,0 +1,169 @@
+"""The ONE scoring path: bytes -> Finding. Audits and servers call the same methods on the same views."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from clipflow_ray import images
+from clipflow_ray.errors import CalibrationError, EncoderMismatchError, ImageError, ItemError
+from clipflow_ray.images import DecodedImage, Pixels
+from clipflow_ray.model.calibration import Calibration, Verdict, verdict
+from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint
+from clipflow_ray.model.encoder import Encoder
+
+F32 = NDArray[np.float32]
+
+SCORE_LIMIT: Final = 1e6
+_BATCH: Final = 32
+
+
+@dataclass(frozen=True)
+class Scores:
+    """float32 [N] each. `score` is the negative log-likelihood per dimension in nats: higher is more suspicious.
+
+    It saturates at 1e6. An embedding that is not finite or has no length gives NaN in every field.
+    """
+
+    log_likelihood: F32
+    log_base: F32
+    log_det: F32
+    score: F32
+    p_value: F32
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is said of one image. `status` is `error` where there is no score, with a code and a sentence."""
+
+    index: int
+    sha256: str
+    status: Literal["ok", "error"]
+    width: int | None = None
+    height: int | None = None
+    format: str | None = None
+    log_likelihood: float | None = None
+    score: float | None = None
+    p_value: float | None = None
+    stratum: str | None = None
+    verdict: Verdict | None = None
+    reasons: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    error: dict[str, str] | None = None
+
+
+class Detector:
+    """Encoder, flow and calibration of one checkpoint.
+
+    Raises EncoderMismatchError when the encoder at hand is not the one of the checkpoint, and CalibrationError
+    when the checkpoint has no calibration.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str | None = None) -> None:
+        if checkpoint.calibration is None:
+            raise CalibrationError("The checkpoint has no calibration; train it with a calibration split.")
+        self.checkpoint = checkpoint
+        self.calibration: Calibration = checkpoint.calibration
+        self.encoder = Encoder(checkpoint.encoder, device)
+        if self.encoder.fingerprint != checkpoint.encoder_fingerprint:
+            raise EncoderMismatchError(
+                f"The checkpoint was made with encoder {checkpoint.encoder_fingerprint}, "
+                f"this one is {self.encoder.fingerprint}: other weights or preprocessing. Bring the same weights."
+            )
+        self._flow = checkpoint.flow().to(self.encoder.device)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, device: str | None = None) -> "Detector":
+        """Load a checkpoint directory and its encoder weights (fetched once per machine)."""
+        return cls(load_checkpoint(path), device)
+
+    @overload
+    def detect(self, data: bytes, alpha: float = 0.01) -> Finding: ...
+    @overload
+    def detect(self, data: Sequence[bytes], alpha: float = 0.01) -> list[Finding]: ...
+    def detect(self, data: bytes | Sequence[bytes], alpha: float = 0.01) -> Finding | list[Finding]:
+        """Judge encoded images at the false-positive rate `alpha`.
+
+        A bad image gives a Finding with status `error`, never an exception. Raises CalibrationError when alpha is too
+        small for the calibration.
+        """
+        self.calibration.threshold(alpha)
+        if isinstance(data, bytes):
+            return next(self._findings([data], alpha, 0))
+        chunks = (data[at : at + _BATCH] for at in range(0, len(data), _BATCH))
+        return [f for at, chunk in enumerate(chunks) for f in self._findings(chunk, alpha, at * _BATCH)]
+
+    def score_views(self, views: Pixels) -> Scores:
+        """uint8 [N, 224, 224, 3] -> Scores, whatever the batch-mates."""
+        return self.score_embeddings(self.encoder.embed(views))
+
+    def score_embeddings(self, embeddings: F32) -> Scores:
+        """float32 [N, D] raw embeddings -> Scores."""
+        with torch.inference_mode():
+            result = self._flow(torch.from_numpy(np.array(embeddings)).to(self.encoder.device))
+            log_base, log_det = (part.cpu().numpy() for part in (result.log_base, result.log_det))
+        usable = np.isfinite(embeddings).all(axis=1) & (np.abs(embeddings).max(axis=1) > 0)
+        with np.errstate(invalid="ignore"):
+            total = np.where(usable, log_base + log_det, np.nan).astype(np.float32)
+            score = np.clip(-total / result.dim, -SCORE_LIMIT, SCORE_LIMIT)
+        log_base, log_det = (np.where(np.isnan(score), np.nan, part) for part in (log_base, log_det))
+        return Scores(total, log_base, log_det, score, self.calibration.p_value(score))
+
+    def _findings(self, chunk: Sequence[bytes], alpha: float, start: int) -> Iterator[Finding]:
+        decoded = [self._decode(data) for data in chunk]
+        good = [image for image in decoded if isinstance(image, DecodedImage)]
+        kind = self.checkpoint.encoder.view
+        scores = self.score_views(np.stack([images.view(image.rgb, kind) for image in good])) if good else None
+        row = 0
+        for offset, (data, image) in enumerate(zip(chunk, decoded, strict=True)):
+            common: dict[str, Any] = {"index": start + offset, "sha256": hashlib.sha256(data).hexdigest()}
+            error: ItemError | None = image if isinstance(image, ItemError) else None
+            if scores is not None and isinstance(image, DecodedImage):
+                score, p, total = scores.score[row], scores.p_value[row], scores.log_likelihood[row]
+                row += 1
+                if np.isfinite(score):
+                    yield _finding(common, image, float(total), float(score), float(p), alpha)
+                    continue
+                error = ItemError("non_finite", "The encoder gave no finite embedding for this image.")
+            assert error is not None
+            detail = {"code": error.item_code, "message": str(error)}
+            yield Finding(**common, status="error", error=detail)
+
+    def _decode(self, data: bytes) -> DecodedImage | ImageError:
+        try:
+            return images.decode(data, self.checkpoint.limits)
+        except ImageError as error:
+            return error
+
+
+def _finding(
+    common: dict[str, Any],
+    image: DecodedImage,
+    log_likelihood: float,
+    score: float,
+    p_value: float,
+    alpha: float,
+) -> Finding:
+    judged, reasons = verdict(p_value, alpha)
+    warnings = [] if image.has_exif else ["no_exif"]
+    if min(image.width, image.height) < images.VIEW_SIZE:
+        warnings.append("enlarged_to_view")
+    return Finding(
+        **common,
+        status="ok",
+        width=image.width,
+        height=image.height,
+        format=image.format,
+        log_likelihood=log_likelihood,
+        score=score,
+        p_value=p_value,
+        stratum=images.stratum(image.format, image.width, image.height),
+        verdict=judged,
+        reasons=reasons,
+        warnings=warnings,
+    )
