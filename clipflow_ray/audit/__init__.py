@@ -1,0 +1,1 @@
+"""Batch audits: images in, a ledger out."""

@@ -1,0 +1,133 @@
+"""The ledger: one parquet row per listed object, with the columns that `contracts.md` promises.
+
+Scores are stored once; verdicts, q-values and rates are recomputed from them at any alpha without an encoder.
+"""
+
+import logging
+from collections import Counter
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy import stats
+
+from clipflow_ray.data.resumable import Run
+from clipflow_ray.model.calibration import Calibration, verdict
+from clipflow_ray.storage import filesystem, join
+
+log = logging.getLogger(__name__)
+
+SCORED: Final = "scored"
+LEDGER: Final = "ledger"
+SCHEMA: Final = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("uri", pa.string()),
+        ("member", pa.string()),
+        ("group", pa.string()),
+        ("sha256", pa.string()),
+        ("bytes", pa.int64()),
+        ("dup_of", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("format", pa.string()),
+        ("mode", pa.string()),
+        ("frames", pa.int32()),
+        ("jpeg_quality", pa.int32()),
+        ("has_exif", pa.bool_()),
+        ("status", pa.string()),
+        ("error_code", pa.string()),
+        ("error_message", pa.string()),
+        ("log_likelihood", pa.float32()),
+        ("log_base", pa.float32()),
+        ("log_det", pa.float32()),
+        ("score", pa.float32()),
+        ("p_value", pa.float32()),
+        ("stratum", pa.string()),
+        ("p_stratum", pa.float32()),
+        ("q_value", pa.float32()),
+        ("verdict", pa.string()),
+        ("verdict_reasons", pa.list_(pa.string())),
+        ("label", pa.string()),
+        ("generator", pa.string()),
+        ("model_id", pa.string()),
+        ("calibration_id", pa.string()),
+        ("tool_version", pa.string()),
+        ("scored_at", pa.string()),
+    ]
+)
+
+
+def finalize(run: Run, alpha: float, constants: dict[str, str]) -> dict[str, Any]:
+    """Write `ledger/` from `scored/` at `alpha` and return the summary's counts.
+
+    `constants` fills model_id, calibration_id and tool_version. One file of the ledger belongs to one file of scores,
+    so a repeated call replaces it.
+    """
+    scored = run.table(SCORED)
+    p_values = scored.to_table(columns=["p_value"])["p_value"].to_numpy()
+    q_values = q_values_of(p_values)
+    fs, path = filesystem(run.path(LEDGER), run.s3)
+    fs.create_dir(path, recursive=True)
+    counts: dict[str, Counter[str]] = {"status": Counter(), "error_code": Counter(), "verdict": Counter()}
+    start = 0
+    for fragment in scored.get_fragments():
+        table = fragment.to_table(schema=scored.schema)
+        table = _judged(table, q_values[start : start + len(table)], alpha, constants)
+        start += len(table)
+        pq.write_table(table, join(path, fragment.path.rsplit("/", 1)[-1]), filesystem=fs)
+        for name, counter in counts.items():
+            counter.update(value for value in table[name].to_pylist() if value is not None)
+    return {
+        "rows": start,
+        **{f"by_{name}": dict(sorted(counter.items())) for name, counter in counts.items()},
+        "flagged": flagged(counts["verdict"]["likely_ai"], counts["status"]["ok"], alpha),
+    }
+
+
+def q_values_of(p_values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Benjamini-Hochberg q-values, NaN where p is NaN."""
+    result = np.full(len(p_values), np.nan, np.float32)
+    known = ~np.isnan(p_values)
+    if known.any():
+        result[known] = stats.false_discovery_control(p_values[known])
+    return result
+
+
+def flagged(count: int, scored: int, alpha: float) -> dict[str, Any]:
+    """Share of scored images with verdict likely_ai, its 95 % Wilson interval, and the excess over alpha.
+
+    `excess_lower_bound` is (low - alpha) / (1 - alpha), at least 0: a shift of domain raises it as AI images do.
+    """
+    if scored == 0:
+        return {"count": 0, "of": 0, "share": None, "wilson_95": None, "excess_lower_bound": None}
+    interval = stats.binomtest(count, scored).proportion_ci(method="wilson")
+    return {
+        "count": count,
+        "of": scored,
+        "share": count / scored,
+        "wilson_95": [float(interval.low), float(interval.high)],
+        "excess_lower_bound": max(0.0, (float(interval.low) - alpha) / (1.0 - alpha)),
+    }
+
+
+def calibration_card(calibration: Calibration, alpha: float) -> dict[str, Any]:
+    """What alpha means with this calibration set."""
+    return {
+        "calibration_n": len(calibration.scores),
+        "threshold": calibration.threshold(alpha),
+        "false_positive_rate_95": list(calibration.false_positive_interval(alpha)),
+    }
+
+
+def _judged(table: pa.Table, q_values: np.ndarray[Any, Any], alpha: float, constants: dict[str, str]) -> pa.Table:
+    judged = [(None, None) if p is None else verdict(p, alpha) for p in table["p_value"].to_pylist()]
+    columns: dict[str, pa.Array] = {name: table[name] for name in table.column_names}
+    columns["q_value"] = pa.array(q_values, pa.float32(), from_pandas=True)
+    columns["verdict"] = pa.array([name for name, _ in judged], pa.string())
+    columns["verdict_reasons"] = pa.array([reasons for _, reasons in judged], pa.list_(pa.string()))
+    for name, value in constants.items():
+        columns[name] = pa.array([value] * len(table), pa.string())
+    absent = pa.nulls(len(table))
+    return pa.table({field.name: columns.get(field.name, absent).cast(field.type) for field in SCHEMA}, SCHEMA)

@@ -1,0 +1,1 @@
+"""Ray Data building blocks, shared by audit, train and evaluate."""

@@ -1,0 +1,42 @@
+"""The one Ray Data graph of this package: read and decode in tasks, then encode in actors."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
+
+from clipflow_ray.data.resources import ScoringPlan
+
+
+def read_then_encode(
+    manifest: Dataset,
+    plan: ScoringPlan,
+    batch_size: int,
+    read: Callable[..., pa.Table],
+    read_arguments: dict[str, Any],
+    encoder: type,
+    encoder_arguments: dict[str, Any],
+) -> Dataset:
+    """Manifest rows -> rows with what `encoder` makes of their views, one for one.
+
+    `read` is a function Table -> Table that runs in tasks of one CPU; `encoder` is an actor class whose instances hold
+    the plan's CPUs and GPUs. Both see batches of about `batch_size` rows.
+    """
+    stage: Any = read  # Ray Data's own annotation does not admit keyword arguments beside the batch
+    return manifest.map_batches(
+        stage,
+        batch_format="pyarrow",
+        batch_size=batch_size,
+        compute=TaskPoolStrategy(size=plan.decoders),
+        num_cpus=1,
+        fn_kwargs=read_arguments,
+    ).map_batches(
+        encoder,
+        batch_format="pyarrow",
+        batch_size=batch_size,
+        compute=ActorPoolStrategy(size=plan.encoders),
+        num_cpus=plan.encoder_cpus,
+        num_gpus=plan.encoder_gpus or None,
+        fn_constructor_kwargs={**encoder_arguments, "cpus": plan.encoder_cpus},
+    )

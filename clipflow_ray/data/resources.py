@@ -1,0 +1,95 @@
+"""Pre-flight: how much of the cluster each stage takes, and a refusal where the plan would hang.
+
+Ray starts actors first and then waits for a free CPU to read with: a plan whose actors hold every logical CPU never
+moves. A resumed run adds Ray Data's own CheckpointFilter actor, which takes one CPU. So a plan is accepted only
+where `CPUs of all actors + 1 <= logical CPUs`.
+"""
+
+import logging
+import os
+import secrets
+from dataclasses import dataclass
+from typing import Any, Final
+
+import ray
+
+from clipflow_ray.errors import ResourceError
+
+_FILTER_CPUS: Final = 1
+_DECODE_CPUS: Final = 1
+_EMBEDDED_OBJECT_STORE: Final = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class ScoringPlan:
+    """CPUs and GPUs of one encoder actor, how many there are, and how many decode tasks run beside them."""
+
+    encoders: int
+    encoder_cpus: int
+    encoder_gpus: int
+    decoders: int
+
+
+def connect() -> None:
+    """Join the cluster that `RAY_ADDRESS` names (a submitted job has it), or start an embedded Ray.
+
+    Logical CPUs of the embedded one exceed the cores by two: the encoder can then use every core, and reading and
+    Ray Data's resume filter still find a slot.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False)
+        return
+    # A token of its own, in memory: Ray would otherwise write one to the home directory, readable by others.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    ray.init(
+        address="local",
+        num_cpus=cores() + _FILTER_CPUS + _DECODE_CPUS,
+        object_store_memory=_EMBEDDED_OBJECT_STORE,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def plan_scoring(nodes: list[dict[str, Any]] | None = None) -> ScoringPlan:
+    """Share out the live nodes (`ray.nodes()`): one encoder a GPU, or one a CPU node with all its cores but two.
+
+    Raises ResourceError, with what to change, where reading would never find a free CPU.
+    """
+    live = [node["Resources"] for node in (ray.nodes() if nodes is None else nodes) if node["Alive"]]
+    cpus = [int(node.get("CPU", 0)) for node in live]
+    gpus = sum(int(node.get("GPU", 0)) for node in live)
+    reserved = _FILTER_CPUS + _DECODE_CPUS
+    encoders = gpus or sum(count > reserved for count in cpus)
+    encoder_cpus = 1 if gpus else min((count for count in cpus if count > reserved), default=0) - reserved
+    needed = max(encoders, 1) * max(encoder_cpus, 1) + reserved
+    if encoder_cpus < 1 or sum(cpus) < needed:
+        raise ResourceError(
+            f"The cluster has {sum(cpus)} logical CPUs on its {len(live)} nodes (largest {max(cpus, default=0)}); this "
+            f"run needs {needed}, or it would wait for ever: one for each encoder, one to read, one to resume. "
+            f"Logical CPUs may exceed the cores: start Ray with `--num-cpus={needed + 1}`, or add a node."
+        )
+    spare = sum(cpus) - encoders * encoder_cpus - _FILTER_CPUS
+    return ScoringPlan(encoders, encoder_cpus, 1 if gpus else 0, max(1, spare // _DECODE_CPUS))
+
+
+def check_training(workers: int, use_gpu: bool) -> dict[str, float]:
+    """Resources of one training worker; raises ResourceError where the cluster cannot start them all at once."""
+    total = ray.cluster_resources()
+    kind, share = ("GPU", 1.0) if use_gpu else ("CPU", 1.0)
+    available = float(total.get(kind, 0.0))
+    if workers * share > available:
+        raise ResourceError(
+            f"{workers} training workers need {workers} {kind}s, the cluster has {available:g}: "
+            "Ray would retry for ever. "
+            f"Set `fit.workers` to {int(available)} or less, or add nodes."
+        )
+    return {"CPU": 1.0, "GPU": 1.0} if use_gpu else {"CPU": 1.0}

@@ -1,0 +1,137 @@
+"""A resumable Ray Data run: one folder with a fingerprint, a manifest, and parts that are written exactly once.
+
+run.json     the effective config, fingerprint and counts; written first, completed last
+manifest/    one row per input object
+<parts>/     parquet written by Ray Data, one file per finished block
+resume/      ids of the rows in finished blocks (Ray Data's CheckpointConfig)
+_SUCCESS     written after everything else
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+import pyarrow.dataset as pads
+import pyarrow.fs as pafs
+import ray
+from ray.data import DataContext, Dataset
+from ray.data.checkpoint import CheckpointConfig
+
+from clipflow_ray.config import S3Options
+from clipflow_ray.errors import ClipflowError, RunConflictError
+from clipflow_ray.storage import exists, filesystem, join, read_text, write_text
+
+RUN: Final = "run.json"
+SUCCESS: Final = "_SUCCESS"
+MANIFEST: Final = "manifest"
+_MAX_ROWS_PER_TASK: Final = 1024
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and how to reach it."""
+
+    folder: str
+    s3: S3Options
+
+    def path(self, name: str) -> str:
+        """URI of a part of the run."""
+        return join(self.folder, name)
+
+    @property
+    def finished(self) -> bool:
+        """Whether `_SUCCESS` is there."""
+        return exists(self.path(SUCCESS), self.s3)
+
+    def record(self) -> dict[str, Any] | None:
+        """`run.json`, or None where the folder holds no run."""
+        if not exists(self.path(RUN), self.s3):
+            return None
+        return cast(dict[str, Any], json.loads(read_text(self.path(RUN), self.s3)))
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        """Replace `run.json`."""
+        write_text(self.path(RUN), json.dumps(record, indent=1, sort_keys=True, default=str) + "\n", self.s3)
+
+    def begin(self, identity: dict[str, Any], make_manifest: Callable[[], int]) -> dict[str, Any]:
+        """Start the run, or take up one that was cut off, and return its record.
+
+        A new run lists its inputs once; a resumed one keeps that list. Raises RunConflictError, naming what
+        differs, where the folder holds a run of another `identity`.
+        """
+        record = self.record()
+        if record is None:
+            record = {"identity": identity, "manifest_rows": make_manifest()}
+            self.write_record(record)
+        elif record["identity"] != identity:
+            old = record["identity"]
+            differing = sorted(k for k in old.keys() | identity.keys() if old.get(k) != identity.get(k))
+            raise RunConflictError(
+                f"{self.folder} holds a run with other {', '.join(differing)}. Name another output, or repeat "
+                "the command that began it."
+            )
+        return record
+
+    def succeed(self, record: dict[str, Any]) -> None:
+        """Write the completed record, then `_SUCCESS`, and nothing after that."""
+        self.write_record(record)
+        write_text(self.path(SUCCESS), "", self.s3)
+
+    def table(self, name: str) -> pads.Dataset:
+        """The parquet files of one part as a pyarrow dataset."""
+        fs, path = filesystem(self.path(name), self.s3)
+        selector = pafs.FileSelector(path, allow_not_found=True)
+        files = sorted(f.path for f in fs.get_file_info(selector) if f.path.endswith(".parquet"))
+        return pads.dataset(files, filesystem=fs, format="parquet")
+
+    def rows(self, name: str) -> int:
+        """How many rows one part has so far."""
+        table = self.table(name)
+        return int(table.count_rows()) if table.files else 0
+
+    def write(
+        self, name: str, stages: Callable[[Dataset], Dataset], rows: int, rows_per_task: int | None = None
+    ) -> None:
+        """Write `stages(manifest)` as parquet under `name`; a repeated call writes only the rows that are missing.
+
+        `rows_per_task` manifest rows are one unit of work and of resume. `stages` keeps `row_id` and one row per
+        manifest row. Raises ClipflowError where rows out differ from rows in.
+        """
+        fs, path = filesystem(self.path(name), self.s3)
+        fs.create_dir(path, recursive=True)
+        size = rows_per_task or max(8, min(_MAX_ROWS_PER_TASK, rows // 32))
+        with self._resuming(name):  # a dataset keeps the context it was made in, so it is made in here
+            stages(self._manifest(size)).write_parquet(path, filesystem=fs)
+        written = self.rows(name)
+        if written != rows:
+            raise ClipflowError(
+                f"{written} rows came out for {rows} objects in {self.path(name)}; keep it and report it."
+            )
+
+    def _manifest(self, rows_per_task: int) -> Dataset:
+        """The manifest as a Ray dataset.
+
+        Read from files and repartitioned right away: Ray Data's resume filters nothing on in-memory sources, and one
+        small file would otherwise be one block.
+        """
+        fs, path = filesystem(self.path(MANIFEST), self.s3)
+        return ray.data.read_parquet(path, filesystem=fs).repartition(target_num_rows_per_block=rows_per_task)
+
+    @contextmanager
+    def _resuming(self, name: str) -> Iterator[None]:
+        fs, path = filesystem(self.path(f"resume/{name}"), self.s3)
+        fs.create_dir(path, recursive=True)
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        context.checkpoint_config = CheckpointConfig(
+            id_column="row_id",
+            checkpoint_path=path,
+            override_filesystem=fs,
+            delete_checkpoint_on_success=False,
+        )
+        try:
+            yield
+        finally:
+            context.checkpoint_config = None

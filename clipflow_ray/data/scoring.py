@@ -1,0 +1,92 @@
+"""Ray Data actors that hold the encoder: views in, scores or embeddings out."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from clipflow_ray.config import EncoderConfig
+from clipflow_ray.data.reading import VIEW
+from clipflow_ray.errors import EncoderMismatchError
+from clipflow_ray.images import VIEW_SIZE, Pixels
+from clipflow_ray.model.checkpoint import Checkpoint
+from clipflow_ray.model.detector import Detector
+from clipflow_ray.model.encoder import Encoder
+
+_VIEW_SHAPE: Final = (VIEW_SIZE, VIEW_SIZE, 3)
+
+
+def stacked_views(values: Sequence[bytes]) -> Pixels:
+    """View bytes of N rows -> uint8 [N, 224, 224, 3]."""
+    return np.frombuffer(b"".join(values), np.uint8).reshape(-1, *_VIEW_SHAPE)
+
+
+class Score:
+    """Actor: views -> log-likelihood, score and p-values, by the detector of one checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, cpus: int) -> None:
+        torch.set_num_threads(cpus)
+        self._detector = Detector(checkpoint)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Rows with a `view` -> the same rows with score columns in its place; a row without one gets nulls."""
+        present = table[VIEW].is_valid().to_numpy()
+        views = [view.as_buffer() for view in table[VIEW].drop_null()]
+        table = table.drop_columns([VIEW])
+        embeddings = self._detector.encoder.embed(stacked_views(views)) if views else None
+        scores = None if embeddings is None else self._detector.score_embeddings(embeddings)
+        for name in ("log_likelihood", "log_base", "log_det", "score", "p_value"):
+            values = np.full(len(table), np.nan, np.float32)
+            if scores is not None:
+                values[present] = getattr(scores, name)
+            table = table.append_column(name, pa.array(values, pa.float32(), from_pandas=True))
+        calibration = self._detector.calibration
+        score = table["score"].to_numpy().astype(np.float32)
+        p_stratum = calibration.p_stratum(score, [name or "" for name in table["stratum"].to_pylist()])
+        table = table.append_column("p_stratum", pa.array(p_stratum, pa.float32(), from_pandas=True))
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        table = table.append_column("scored_at", pa.array([now] * len(table), pa.string()))
+        return _with_non_finite_as_errors(table, present & np.isnan(score))
+
+
+class Embed:
+    """Actor: several views a row -> one flat float32 list a row and named feature, [views x width]."""
+
+    def __init__(self, encoder: EncoderConfig, features: tuple[str, ...], fingerprint: str, cpus: int) -> None:
+        torch.set_num_threads(cpus)
+        self._encoder = Encoder(encoder, features=features)
+        if self._encoder.fingerprint != fingerprint:
+            raise EncoderMismatchError(
+                f"This node's encoder is {self._encoder.fingerprint}, the driver's {fingerprint}: other weights. "
+                "Give every node the same weights."
+            )
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Rows with `view` as the bytes of one or more views -> the same rows with a column per feature."""
+        values = [view.as_buffer() for view in table[VIEW]]
+        counts = [len(value) // int(np.prod(_VIEW_SHAPE)) for value in values]
+        table = table.drop_columns([VIEW])
+        outputs = self._encoder.embed_each(stacked_views(values)) if sum(counts) else {}
+        for name in self._encoder.features:
+            output = outputs.get(name, np.empty((0, 0), np.float32))
+            parts: list[NDArray[np.float32]] = np.split(output, np.cumsum(counts)[:-1])
+            column = pa.array([part.ravel() for part in parts], pa.large_list(pa.float32()))
+            table = table.append_column(name, column)
+        return table
+
+
+def _with_non_finite_as_errors(table: pa.Table, broken: NDArray[np.bool_]) -> pa.Table:
+    if not broken.any():
+        return table
+    for name, value in (
+        ("status", "error"),
+        ("error_code", "non_finite"),
+        ("error_message", "The encoder gave no finite embedding for this image."),
+    ):
+        values = [value if bad else old for bad, old in zip(broken, table[name].to_pylist(), strict=True)]
+        table = table.set_column(table.column_names.index(name), name, pa.array(values, pa.string()))
+    return table

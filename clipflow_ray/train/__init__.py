@@ -1,0 +1,1 @@
+"""Training: natural images in, one checkpoint directory out."""

@@ -1,0 +1,142 @@
+"""Natural images -> embeddings of natural views and of proxies, as parquet that is encoded once and reused."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+from numpy.typing import NDArray
+
+from clipflow_ray import proxies
+from clipflow_ray.config import ProxyConfig, TrainConfig, stable_hash
+from clipflow_ray.data import resources
+from clipflow_ray.data.inventory import listing_hash, write_manifest
+from clipflow_ray.data.pipeline import read_then_encode
+from clipflow_ray.data.resumable import MANIFEST, Run
+from clipflow_ray.data.scoring import Embed
+from clipflow_ray.errors import TrainingError
+from clipflow_ray.model.encoder import Encoder
+from clipflow_ray.storage import filesystem, join
+from clipflow_ray.train.views import read_and_distort
+
+F32 = NDArray[np.float32]
+
+PARTS: Final = "embeddings"
+_ENCODE_ROWS: Final = 8
+
+
+@dataclass(frozen=True)
+class Features:
+    """Embeddings of N views: float32 [N, D], and for each the image's row id and group, its view and its family.
+
+    `family` is `natural` for a natural view; `view` 0 is the view that inference uses.
+    """
+
+    embedding: F32
+    row_id: NDArray[np.str_]
+    group: NDArray[np.str_]
+    stratum: NDArray[np.str_]
+    family: NDArray[np.str_]
+    view: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.embedding)
+
+    def where(self, mask: NDArray[np.bool_]) -> "Features":
+        """The rows that `mask` [N] selects."""
+        return Features(**{name: values[mask] for name, values in vars(self).items()})
+
+
+def extract(config: TrainConfig) -> Run:
+    """Encode all views of all inputs that are not encoded yet, and return the finished run.
+
+    The run's folder is named by everything that shapes the embeddings, so a changed setting gets a new folder and an
+    unchanged one is reused. Raises ResourceError, InputError, WeightsError or ConfigError before anything starts.
+    """
+    proxies.check(config.proxies)
+    stored = tuple(dict.fromkeys((*config.encoder.feature, *config.extra_features)))
+    fingerprint = Encoder(config.encoder, "cpu", stored).fingerprint
+    identity: dict[str, Any] = {
+        "input": list(config.input),
+        "listing": listing_hash(config.input, config.s3),
+        "encoder_fingerprint": fingerprint,
+        "proxies": config.proxies.model_dump(mode="json"),
+        "calibration": sorted(config.split.calibration),
+        "limits": config.limits.model_dump(mode="json"),
+    }
+    key = stable_hash(identity)
+    run = _reusable(config, key, stored)
+    if run.finished:
+        return run
+    identity["features"] = list(stored)
+    record = run.begin(identity, lambda: write_manifest(config.input, run.path(MANIFEST), config.s3))
+    plan = resources.plan_scoring()
+
+    run.write(
+        PARTS,
+        lambda manifest: read_then_encode(
+            manifest,
+            plan,
+            _ENCODE_ROWS,
+            read_and_distort,
+            {
+                "s3": config.s3,
+                "limits": config.limits,
+                "kind": config.encoder.view,
+                "config": config.proxies,
+                "plain_groups": config.split.calibration,
+            },
+            Embed,
+            {"encoder": config.encoder, "features": stored, "fingerprint": fingerprint},
+        ),
+        record["manifest_rows"],
+    )
+    status = run.table(PARTS).to_table(columns=["status", "error_code"])
+    record["errors"] = int(np.sum(status["status"].to_numpy() == "error"))
+    run.succeed(record)
+    return run
+
+
+def load(run: Run, feature: Sequence[str], config: ProxyConfig) -> Features:
+    """The embeddings of a finished run, in an order that depends on the row ids alone."""
+    columns = ["row_id", "group", "stratum", "families", *feature]
+    table = run.table(PARTS).to_table(columns=columns).sort_by("row_id")
+    counts = np.array([len(names) for names in table["families"].to_pylist()])
+    total = int(counts.sum())
+    if total == 0:
+        raise TrainingError("No input image could be read; look at the error codes of the embeddings.")
+    parts = [table[name].combine_chunks().flatten().to_numpy().reshape(total, -1) for name in feature]
+    families = np.array([name for names in table["families"].to_pylist() for name in names])
+    first = np.concatenate([np.arange(count) for count in counts])
+    return Features(
+        embedding=np.concatenate(parts, axis=1),
+        row_id=np.repeat(np.array(table["row_id"].to_pylist()), counts),
+        group=np.repeat(np.array(table["group"].to_pylist()), counts),
+        stratum=np.repeat(np.array([name or "" for name in table["stratum"].to_pylist()]), counts),
+        family=families,
+        view=first // (1 + config.proxies_per_view),
+    )
+
+
+def widths(run: Run, feature: Sequence[str]) -> tuple[int, ...]:
+    """The width of each named feature in a finished run."""
+    table = run.table(PARTS).to_table(columns=["families", *feature], filter=pc.field("status") == "ok").slice(0, 1)
+    views = len(table["families"][0])
+    return tuple(len(table[name][0]) // views for name in feature)
+
+
+def _reusable(config: TrainConfig, key: str, stored: tuple[str, ...]) -> Run:
+    """A finished run under the output with at least these features, else the folder of a new one."""
+    root = join(config.output, "features")
+    fs, path = filesystem(root, config.s3)
+    fs.create_dir(path, recursive=True)
+    for info in sorted(fs.get_file_info(pafs.FileSelector(path)), key=lambda item: str(item.path)):
+        name = info.path.rsplit("/", 1)[-1]
+        run = Run(join(root, name), config.s3)
+        if name.startswith(key) and run.finished:
+            record = run.record() or {"identity": {}}
+            if set(stored) <= set(record["identity"].get("features", ())):
+                return run
+    return Run(join(root, f"{key}-{stable_hash(','.join(stored))[:4]}"), config.s3)

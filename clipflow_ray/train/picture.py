@@ -1,0 +1,94 @@
+"""What the proxies look like: an example grid and the mean radial spectra, as one PNG."""
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+
+from clipflow_ray import images, proxies
+from clipflow_ray.config import ImageLimits, ProxyConfig, S3Options
+from clipflow_ray.errors import InputError, ItemError
+from clipflow_ray.images import Pixels
+from clipflow_ray.storage import ObjectReader, list_objects, normalized
+
+_EXAMPLES = 4
+
+
+def draw(inputs: Sequence[str], path: str, config: ProxyConfig, count: int = 16) -> int:
+    """Write a PNG to the local `path` from up to `count` readable images; returns how many were used.
+
+    Left: one example a family on each of four images. Right: mean log-amplitude over radius, families against naturals.
+    """
+    proxies.check(config)
+    views = _views(inputs, count)
+    names = [proxies.NATURAL, *config.families]
+    made = {name: [_made(view, name, at, config) for at, view in enumerate(views)] for name in names}
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    columns = min(_EXAMPLES, len(views))
+    figure = plt.figure(figsize=(2 * columns + 9, 2 * len(names)), constrained_layout=True)
+    grid = figure.add_gridspec(len(names), columns + 4)
+    for row, name in enumerate(names):
+        for column in range(columns):
+            axes = figure.add_subplot(grid[row, column])
+            axes.imshow(made[name][column])
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if column == 0:
+                axes.set_ylabel(name.replace("_", "\n"))
+    axes = figure.add_subplot(grid[:, columns:])
+    natural = _mean_profile(made[proxies.NATURAL])
+    radius = np.linspace(0, 1, len(natural))
+    for name in config.families:
+        axes.plot(radius, _mean_profile(made[name]) - natural, label=name.replace("_", " "))
+    axes.axhline(0.0, color="black", linewidth=0.8, label="natural")
+    axes.set_xlabel("radial frequency / Nyquist")
+    axes.set_ylabel("mean log amplitude minus that of naturals (nats)")
+    axes.set_title(f"Mean radial spectra of {len(views)} images")
+    axes.legend()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+    return len(views)
+
+
+def radial_profile(view: Pixels) -> NDArray[np.float64]:
+    """Mean log amplitude (natural log) of the grey view in rings of one frequency bin, DC to Nyquist: [H / 2 + 1]."""
+    size = view.shape[0]
+    amplitude = np.log(np.abs(np.fft.fft2(view.mean(axis=2))) + 1e-3)
+    frequency = np.fft.fftfreq(size) * size
+    ring = np.rint(np.hypot(frequency[:, None], frequency[None, :])).astype(int)
+    total = np.bincount(ring.ravel(), amplitude.ravel())
+    profile: NDArray[np.float64] = (total / np.bincount(ring.ravel()))[: size // 2 + 1]
+    return profile
+
+
+def _mean_profile(views: list[Pixels]) -> NDArray[Any]:
+    return np.asarray(np.mean([radial_profile(view) for view in views], axis=0))
+
+
+def _made(view: Pixels, name: str, at: int, config: ProxyConfig) -> Pixels:
+    if name == proxies.NATURAL:
+        return proxies.natural(view)
+    return proxies.proxy(view, name, proxies.generator(config.seed, name, at), config)
+
+
+def _views(inputs: Sequence[str], count: int) -> list[Pixels]:
+    limits, s3 = ImageLimits(), S3Options()
+    reader = ObjectReader(s3)
+
+    def readable() -> Any:
+        for uri in map(normalized, inputs):
+            for item in list_objects(uri, s3):
+                try:
+                    yield images.view(images.decode(reader.read(item.uri, limits.max_bytes), limits).rgb, "resize")
+                except ItemError:
+                    continue  # a picture of proxies needs some images, not each of them
+
+    views = list(islice(readable(), count))
+    if not views:
+        raise InputError(f"No readable image under {', '.join(inputs)}.")
+    return views

@@ -1,0 +1,120 @@
+"""The whole training: encode, fit, calibrate, and write one checkpoint directory."""
+
+import logging
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from clipflow_ray import __version__
+from clipflow_ray.config import TrainConfig, stable_hash
+from clipflow_ray.data import resources
+from clipflow_ray.errors import ConfigError
+from clipflow_ray.model.calibration import Calibration
+from clipflow_ray.model.checkpoint import Checkpoint, save_checkpoint
+from clipflow_ray.model.flow import Flow
+from clipflow_ray.storage import join, normalized, resolved
+from clipflow_ray.train import features, fit
+from clipflow_ray.train.features import Features
+from clipflow_ray.train.split import Split, split
+
+log = logging.getLogger(__name__)
+
+_MAX_REFERENCE: Final = 4096
+_PROBE_STRENGTH: Final = 0.01
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where the checkpoint lies, its id, and the chosen epoch's metrics."""
+
+    checkpoint: str
+    model_id: str
+    metrics: dict[str, float]
+
+
+def train(config: TrainConfig) -> Trained:
+    """Train on the natural images of `config.input` and write `<output>/checkpoint`.
+
+    Every step is taken up where an earlier call with the same config was cut off. Raises ClipflowError.
+    """
+    if not config.input:
+        raise ConfigError("Name at least one --input with natural images.")
+    config = config.model_copy(
+        update={
+            "input": tuple(normalized(uri) for uri in config.input),
+            "output": normalized(config.output),
+            "s3": resolved(config.s3),
+        }
+    )
+    resources.connect()
+    log.info("encoding natural views and proxies")
+    run = features.extract(config)
+    loaded = features.load(run, config.encoder.feature, config.proxies)
+    data = split(loaded, config.split)
+    segments = features.widths(run, config.encoder.feature)
+    log.info("fitting the flow on %d natural views and %d proxies", len(data.natural), len(data.proxy))
+    fitted = fit.fit(config, run, segments)
+    flow = Flow(segments, config.flow)
+    flow.load_state_dict(fitted.flow_state)
+    with torch.inference_mode():
+        scores = -flow.eval()(torch.from_numpy(data.calibration.embedding)).per_dim.numpy()
+    record = run.record() or {}
+    checkpoint = Checkpoint(
+        encoder=config.encoder,
+        encoder_fingerprint=record["identity"]["encoder_fingerprint"],
+        segments=segments,
+        flow_config=config.flow,
+        flow_state=fitted.flow_state,
+        limits=config.limits,
+        objective=config.objective,
+        proxies=config.proxies,
+        calibration=Calibration.fit(scores, [str(name) for name in data.calibration.stratum]),
+        reference=_reference(flow, data),
+        training=_summary(config, data, fitted, record),
+    )
+    path = join(config.output, "checkpoint")
+    save_checkpoint(checkpoint, path, config.s3)
+    return Trained(path, checkpoint.model_id, fitted.metrics)
+
+
+def _summary(config: TrainConfig, data: Split, fitted: fit.Fitted, record: dict[str, Any]) -> dict[str, Any]:
+    """How the checkpoint was made, without this machine's paths: inputs are named by their last component."""
+    return {
+        "input": [uri.rstrip("/").rsplit("/", 1)[-1] for uri in config.input],
+        "listing": record["identity"]["listing"],
+        "objects": record["manifest_rows"],
+        "unreadable": record["errors"],
+        "config_hash": stable_hash(config.fit, config.flow, config.objective, config.proxies, config.split),
+        "fit": config.fit.model_dump(mode="json"),
+        "split": config.split.model_dump(mode="json"),
+        **data.summary(),
+        "metrics": fitted.metrics,
+        "history": fitted.history,
+        "tool_version": __version__,
+        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _reference(flow: Flow, data: Split) -> dict[str, Tensor]:
+    """What `evaluate` needs to fit the baselines on the same embeddings."""
+    rng = np.random.default_rng(0)
+    bank = data.natural.embedding
+    if len(bank) > _MAX_REFERENCE:
+        bank = bank[np.sort(rng.choice(len(bank), _MAX_REFERENCE, replace=False))]
+    probe = _probe(flow, data.natural, data.proxy)
+    return {"natural": torch.from_numpy(bank).half(), "probe": torch.from_numpy(probe)}
+
+
+def _probe(flow: Flow, natural: Features, proxy: Features) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Logistic regression natural-vs-proxy on standardised features: [weights, bias], higher is more suspicious."""
+    stacked = torch.from_numpy(np.concatenate([natural.embedding, proxy.embedding]))
+    labels = np.r_[np.zeros(len(natural)), np.ones(len(proxy))]
+    model = LogisticRegression(C=_PROBE_STRENGTH, class_weight="balanced", max_iter=2000)
+    with torch.inference_mode():
+        model.fit(flow.standardize(stacked).numpy(), labels)
+    return np.asarray(np.r_[model.coef_[0], model.intercept_], np.float32)

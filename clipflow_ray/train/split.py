@@ -1,0 +1,85 @@
+"""Which images train, choose the epoch, and calibrate: disjoint by source wherever there are enough sources."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipflow_ray.config import SplitConfig
+from clipflow_ray.errors import ConfigError, TrainingError
+from clipflow_ray.proxies import NATURAL
+from clipflow_ray.train.features import Features
+
+_MIN_SOURCES: Final = 5
+
+
+@dataclass(frozen=True)
+class Split:
+    """Disjoint parts of the features. `held_out` are validation proxies of the family that training never sees."""
+
+    natural: Features
+    proxy: Features
+    validation_natural: Features
+    validation_proxy: Features
+    held_out: Features
+    calibration: Features
+    by: str
+
+    def summary(self) -> dict[str, object]:
+        """Counts and sources of each part, for the checkpoint's record."""
+        parts = {name: part for name, part in vars(self).items() if isinstance(part, Features)}
+        return {
+            "split_by": self.by,
+            "views": {name: len(part) for name, part in parts.items()},
+            "images": {name: len(np.unique(part.row_id)) for name, part in parts.items()},
+            "sources": {name: sorted(map(str, np.unique(part.group))) for name, part in parts.items()},
+        }
+
+
+def split(features: Features, config: SplitConfig) -> Split:
+    """Split by source (group): the named ones, or one in five each by hash.
+
+    With fewer than five sources and none named, by image instead, and `by` says so. Calibration keeps only the view
+    that inference uses. Raises ConfigError for an unknown source or family, TrainingError when a part is empty.
+    """
+    sources = sorted(map(str, np.unique(features.group)))
+    unknown = sorted(set((*config.validation, *config.calibration)) - set(sources))
+    if unknown or set(config.validation) & set(config.calibration):
+        raise ConfigError(
+            f"The split must name sources that exist, each once; unknown: {unknown}. There are: {', '.join(sources)}."
+        )
+    families = sorted(set(map(str, np.unique(features.family))) - {NATURAL})
+    if config.held_out_family not in (None, *families):
+        raise ConfigError(f"No proxies of family {config.held_out_family!r}; there are: {', '.join(families)}.")
+    named = bool(config.validation or config.calibration)
+    by = "source" if named or len(sources) >= _MIN_SOURCES else "image"
+    if named:
+        validation = np.isin(features.group, config.validation)
+        calibration = np.isin(features.group, config.calibration)
+    else:
+        fold = _folds(features.group if by == "source" else features.row_id)
+        validation, calibration = fold == 0, fold == 1
+    train = ~validation & ~calibration
+    natural = features.family == NATURAL
+    held_out = features.family == (config.held_out_family or "")
+    parts = {
+        "natural": features.where(train & natural),
+        "proxy": features.where(train & ~natural & ~held_out),
+        "validation_natural": features.where(validation & natural),
+        "validation_proxy": features.where(validation & ~natural & ~held_out),
+        "held_out": features.where(validation & held_out),
+        "calibration": features.where(calibration & natural & (features.view == 0)),
+    }
+    empty = [name for name, part in parts.items() if len(part) == 0 and (name != "held_out" or config.held_out_family)]
+    if empty:
+        raise TrainingError(f"Nothing is left for {', '.join(empty)}: give more images, or name other sources.")
+    return Split(**parts, by=by)
+
+
+def _folds(keys: NDArray[np.str_]) -> NDArray[np.int64]:
+    """0..4 for each key, balanced over the distinct keys, whatever their order."""
+    distinct = sorted(map(str, np.unique(keys)), key=lambda key: hashlib.sha256(key.encode()).hexdigest())
+    fold = {key: at % 5 for at, key in enumerate(distinct)}
+    return np.array([fold[str(key)] for key in keys], np.int64)

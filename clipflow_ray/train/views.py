@@ -1,0 +1,55 @@
+"""Ray Data task of training: an image -> its natural views and their proxies. No torch, as in `data/reading.py`."""
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from clipflow_ray import images, proxies
+from clipflow_ray.config import ImageLimits, ProxyConfig, S3Options
+from clipflow_ray.data.reading import VIEW, described, read_images
+from clipflow_ray.images import DecodedImage, Pixels, ViewKind
+
+
+def read_and_distort(
+    table: pa.Table,
+    s3: S3Options,
+    limits: ImageLimits,
+    kind: ViewKind,
+    config: ProxyConfig,
+    plain_groups: Sequence[str],
+) -> pa.Table:
+    """Manifest rows -> described rows with `view` (bytes of M views) and `families` (what each of them is).
+
+    M is `natural_views * (1 + proxies_per_view)`; images of `plain_groups`, which only calibrate, give the one view
+    that inference uses. An image that cannot be read gives none, and keeps its row.
+    """
+    outcomes = read_images(table, s3, limits)
+    views: list[bytes] = []
+    families: list[list[str]] = []
+    for identity, group, outcome in zip(table["row_id"].to_pylist(), table["group"].to_pylist(), outcomes, strict=True):
+        made: list[tuple[str, Pixels]] = []
+        if isinstance(outcome.image, DecodedImage):
+            plain = group in plain_groups
+            made = distorted(outcome.image.rgb, identity, kind, config, plain)
+        views.append(b"".join(view.tobytes() for _, view in made))
+        families.append([family for family, _ in made])
+    table = described(table, outcomes)
+    table = table.append_column("families", pa.array(families, pa.list_(pa.string())))
+    return table.append_column(VIEW, pa.array(views, pa.large_binary()))
+
+
+def distorted(
+    rgb: Pixels, row_id: str, kind: ViewKind, config: ProxyConfig, plain: bool = False
+) -> list[tuple[str, Pixels]]:
+    """The (family, view) pairs of one image: each natural view, then its proxies; deterministic for a seed."""
+    names = sorted(config.families)
+    made: list[tuple[str, Pixels]] = []
+    for number in range(1 if plain else config.natural_views):
+        rng = proxies.generator(config.seed, row_id, number)
+        view = images.view(rgb, kind) if number == 0 else proxies.augmented(rgb, rng)
+        made.append((proxies.NATURAL, proxies.natural(view)))
+        if not plain:
+            count = config.proxies_per_view
+            chosen = rng.choice(names, size=count, replace=count > len(names))
+            made += [(str(name), proxies.proxy(view, str(name), rng, config)) for name in chosen]
+    return made
