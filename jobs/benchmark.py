@@ -1,0 +1,34 @@
+"""`python jobs/benchmark.py audit|proxies [--json]`: ratios measured in one run; the last line is one JSON object."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from clipflow_ray import benchmark
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+Rounds = Annotated[int, typer.Option(min=5, help="Interleaved rounds; the median counts.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the JSON line alone.")]
+
+
+@app.command()
+def audit(objects: int = 512, rounds: Rounds = 5, as_json: AsJson = False) -> None:
+    """Whole audits from S3 over a bare encoder loop."""
+    _print(benchmark.audit_against_bare_encoder(objects, rounds), as_json)
+
+
+@app.command()
+def proxies(rounds: Rounds = 5, as_json: AsJson = False) -> None:
+    """The slowest proxy family on one core over the rate that training asks for."""
+    _print(benchmark.slowest_proxy_family(rounds), as_json)
+
+
+def _print(result: dict[str, object], as_json: bool) -> None:
+    if not as_json:
+        print(f"{result['name']}: ratio {result['ratio']:.3f}, median of {result['n']}, spread {result['spread']}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    app()
