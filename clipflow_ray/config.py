@@ -193,7 +193,7 @@ def load_yaml(kind: type[ConfigT], path: str | None, overrides: dict[str, Any]) 
     if path is not None:
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"Cannot read the config file {path}: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path} must hold a mapping of settings, like `alpha: 0.01`.")

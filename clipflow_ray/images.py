@@ -8,12 +8,13 @@ preprocessing does. The first frame of an animation is scored.
 import io
 import re
 import struct
+import zlib
 from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from clipflow_ray.config import ImageLimits
 from clipflow_ray.errors import ImageError
@@ -25,6 +26,15 @@ VIEW_SIZE: Final = 224
 _STRATUM_SIDES: Final = (256, 512, 1024, 2048)
 BACKGROUND: Final = (255, 255, 255)
 _EXIF_ORIENTATION: Final = 0x0112
+_UPRIGHT: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # A JPEG marker inside entropy-coded data: 0xFF, then neither a stuffed zero, a restart marker nor a fill byte.
 _JPEG_MARKER: Final = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 # Sum of the luminance quantization table of ITU-T T.81 Annex K.1, which is quality 50 on the IJG scale.
@@ -65,9 +75,12 @@ def decode(data: bytes, limits: ImageLimits) -> DecodedImage:
     try:
         with Image.open(io.BytesIO(data), formats=(image_format,)) as image:
             _check_size(image.width, image.height, limits)
-            frames = structure.frames or int(getattr(image, "n_frames", 1))
-            mode, quality, has_exif = image.mode, _jpeg_quality(image), "exif" in image.info
+            frames = min(structure.frames or int(getattr(image, "n_frames", 1)), 2**31 - 1)
+            mode, quality = image.mode, _jpeg_quality(image)
             image.load()
+            has_exif = "exif" in image.info  # a PNG may keep it behind its pixels
+            if image_format == "PNG":
+                _scale_transparency(image, data[24])
             rgb = np.asarray(_to_rgb(_upright(image)))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("too_large_pixels", f"More than {limits.max_pixels} pixels.") from error
@@ -144,8 +157,8 @@ def _jpeg_structure(data: bytes) -> _Structure:
     """Walk the markers of the first image: count scans, see whether the end marker is there."""
     position, scans = 2, 0
     while position + 4 <= len(data):
-        if data[position] != 0xFF:
-            break  # not a marker where one is due: the decoder will say what it thinks of it
+        if data[position] != 0xFF or data[position + 1] == 0x00:
+            break  # not a marker where one is due
         marker = data[position + 1]
         if marker == 0xD9:
             return _Structure(True, scans)
@@ -169,6 +182,10 @@ def _png_structure(data: bytes) -> _Structure:
     position = 8
     while position + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
+        if kind == b"IDAT" and position + 12 + length <= len(data):
+            (checksum,) = struct.unpack_from(">I", data, position + 8 + length)
+            if zlib.crc32(memoryview(data)[position + 4 : position + 8 + length]) != checksum:
+                raise ImageError("decode_failed", "The PNG's checksum does not match its data.")
         position += 12 + length
         if kind == b"IEND":
             return _Structure(position <= len(data))
@@ -223,24 +240,33 @@ def _check_size(width: int, height: int, limits: ImageLimits) -> None:
         raise ImageError("too_small", f"{width} x {height}; each side must be at least {limits.min_side}.")
 
 
+def _scale_transparency(image: Image.Image, bits: int) -> None:
+    """Pillow keeps tRNS at the file's depth but compares it with 8-bit pixels."""
+    key = image.info.get("transparency")
+    if image.mode == "L" and isinstance(key, int) and bits in (2, 4):
+        image.info["transparency"] = key * 255 // (2**bits - 1)
+    elif image.mode == "RGB" and isinstance(key, tuple) and bits == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+
+
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION)
     except Exception:  # Pillow's EXIF parser raises many types on crafted metadata; no orientation is known then
         return image
-    if orientation not in range(2, 9):
+    if orientation not in _UPRIGHT:
         return image
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # the same parser once more, writing the tag back; a corrupt block cannot be trusted
-        return image
+    return image.transpose(_UPRIGHT[orientation])
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # 16-bit grey. convert("RGB") would clip it to white; 32-bit "I" holds 16-bit data for these formats.
         wide = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        key = image.info.get("transparency")
         image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+        if isinstance(key, int):
+            image.putalpha(Image.fromarray(np.where(wide == key, 0, 255).astype(np.uint8)))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (*BACKGROUND, 255)), rgba).convert("RGB")

@@ -5,6 +5,7 @@ which is what Ray Data speaks. URIs stay `str`: a `Path` would eat the second sl
 """
 
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,12 +76,15 @@ def list_objects(uri: str, s3: S3Options) -> Iterator[StoredObject]:
     """
     found = False
     for item in _list_s3(uri, s3) if is_s3(uri) else _list_local(uri):
-        name = item.uri.rsplit("/", 1)[-1]
-        if name and not name.startswith("."):
+        if not _hidden(item.uri.removeprefix(uri)) and not item.uri.endswith("/"):
             found = True
             yield item
     if not found:
         raise InputError(f"{uri} holds no objects: check the path, or the prefix and its bucket.")
+
+
+def _hidden(below: str) -> bool:
+    return any(part.startswith(".") and part not in {".", ".."} for part in below.split("/"))
 
 
 class ObjectReader:
@@ -207,7 +211,10 @@ def _list_local(uri: str) -> Iterator[StoredObject]:
 
 def _read_local(path: str, max_bytes: int) -> bytes:
     try:
-        size = os.path.getsize(path)
+        facts = os.stat(path)
+        if not stat.S_ISREG(facts.st_mode):
+            raise ReadError("read_failed", "Not a regular file.")
+        size = facts.st_size
         if size > max_bytes:
             raise ReadError("too_large_bytes", f"{size} bytes; the limit is {max_bytes}.")
         return Path(path).read_bytes()

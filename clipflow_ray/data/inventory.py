@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from clipflow_ray.config import S3Options
 from clipflow_ray.errors import InputError
-from clipflow_ray.storage import StoredObject, filesystem, join, list_objects, normalized
+from clipflow_ray.storage import StoredObject, filesystem, is_s3, join, list_objects, normalized
 
 MANIFEST_SCHEMA: Final = pa.schema(
     [
@@ -44,8 +44,9 @@ def write_manifest(inputs: Sequence[str], folder: str, s3: S3Options) -> int:
     An object that two inputs name is listed once. `group` is the first folder below the input, or the input's own
     name. Raises InputError when an input holds nothing or holds `folder` itself.
     """
+    folder = normalized(folder)
     for uri in map(normalized, inputs):
-        if folder.startswith(join(uri, "")):
+        if join(folder, "").startswith(uri if is_s3(uri) else join(uri, "")):
             raise InputError(f"The output lies inside the input {uri}; write it elsewhere.")
     fs, path = filesystem(folder, s3)
     fs.create_dir(path, recursive=True)
@@ -62,6 +63,10 @@ def _rows(inputs: Sequence[str], s3: S3Options) -> Iterator[dict[str, Any]]:
     seen: set[str] = set()
     for uri in map(normalized, inputs):
         for item in list_objects(uri, s3):
+            try:
+                item.uri.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(f"{item.uri!a} is not a UTF-8 name: rename it.") from error
             identity = row_id(item.uri)
             if identity not in seen:
                 seen.add(identity)

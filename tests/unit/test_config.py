@@ -1,0 +1,160 @@
+"""Closed configs, YAML with overrides, and the hash that names a run."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipflow_ray.config import (
+    TEST_TOWER,
+    AuditConfig,
+    EncoderConfig,
+    FlowConfig,
+    ImageLimits,
+    TrainConfig,
+    load_yaml,
+    stable_hash,
+    validated,
+)
+from clipflow_ray.errors import ConfigError
+
+AUDIT = {"input": ["photos"], "output": "out"}
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [({"aplha": 0.1}, "aplha"), ({"limits": {"min_sde": 3}}, "limits.min_sde"), ({"s3": {"secret": "x"}}, "s3.secret")],
+)
+def test_an_unknown_key_is_refused_by_name(values: dict, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        validated(AuditConfig, AUDIT | values)
+
+
+def test_every_wrong_setting_is_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        validated(AuditConfig, {"input": ["photos"], "alpha": 1.0, "batch_size": 0})
+    assert all(name in str(caught.value) for name in ("output", "alpha", "batch_size"))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, -0.1, float("nan")])
+def test_alpha_lies_strictly_between_zero_and_one(alpha: float) -> None:
+    with pytest.raises(ConfigError, match="alpha"):
+        validated(AuditConfig, AUDIT | {"alpha": alpha})
+
+
+def test_a_config_cannot_be_changed_after_it_was_made() -> None:
+    limits = ImageLimits()
+    with pytest.raises(ValueError, match="frozen"):
+        limits.max_bytes = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"pretrained": "seed:1"}, {"model": TEST_TOWER}, {"model": TEST_TOWER, "pretrained": "openai"}],
+)
+def test_seed_weights_go_with_the_test_tower_and_with_no_other(values: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="encoder"):
+        validated(TrainConfig, AUDIT | {"encoder": values})
+    assert validated(EncoderConfig, {"model": TEST_TOWER, "pretrained": "seed:1"}).pretrained == "seed:1"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        (),
+        ("pooled",),
+        ("Projected",),
+        ("block0.cls",),
+        ("block.cls",),
+        ("block3",),
+        ("block3.max",),
+        ("block3.cls\n",),
+        ("projected", "projected"),
+    ],
+)
+def test_wrong_feature_names_are_refused(names: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="feature"):
+        validated(EncoderConfig, {"feature": names})
+
+
+def test_features_keep_their_order() -> None:
+    names = ("block12.mean", "projected", "block3.cls")
+    assert validated(EncoderConfig, {"feature": list(names)}).feature == names
+
+
+def test_overrides_win_over_the_file_and_empty_ones_do_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "audit.yaml"
+    path.write_text("input: [photos]\noutput: out\nalpha: 0.2\nbatch_size: 7\n", encoding="utf-8")
+    overrides = {"alpha": 0.05, "input": (), "output": None, "checkpoint": None}
+    config = load_yaml(AuditConfig, str(path), overrides)
+    assert (config.input, config.output, config.alpha, config.batch_size) == (("photos",), "out", 0.05, 7)
+    assert config.checkpoint == AuditConfig(input=("a",), output="b").checkpoint
+
+
+def test_overrides_alone_make_a_config() -> None:
+    assert load_yaml(AuditConfig, None, {"input": ("a", "b"), "output": "c"}).input == ("a", "b")
+
+
+def test_a_zero_override_is_not_taken_for_an_empty_one() -> None:
+    with pytest.raises(ConfigError, match="batch_size"):
+        load_yaml(AuditConfig, None, AUDIT | {"batch_size": 0})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"- input\n- output\n", b"just words", b"a: [", b"a: \0", b"\xff\xfe\x00caf\xe9: 1", b"1: 2", b"limits: 3"],
+)
+def test_a_file_that_holds_no_settings_is_refused_as_config_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError):
+        load_yaml(AuditConfig, str(path), dict(AUDIT))
+
+
+def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.yaml", tmp_path):
+        with pytest.raises(ConfigError, match=str(path)):
+            load_yaml(AuditConfig, str(path), dict(AUDIT))
+
+
+def test_yaml_cannot_make_python_objects(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    path = tmp_path / "evil.yaml"
+    path.write_text(f"input: !!python/object/apply:os.mkdir ['{canary}']\n", encoding="utf-8")
+    with pytest.raises(ConfigError):
+        load_yaml(AuditConfig, str(path), {"output": "out"})
+    assert not canary.exists()
+
+
+scalars = st.none() | st.booleans() | st.integers(-9, 9) | st.floats(allow_nan=False) | st.text(max_size=5)
+plain = st.dictionaries(st.text(max_size=5), scalars | st.lists(scalars, max_size=3), min_size=2, max_size=5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(plain, st.randoms())
+def test_the_hash_ignores_key_order(values: dict, random) -> None:
+    items = list(values.items())
+    random.shuffle(items)
+    assert stable_hash(dict(items)) == stable_hash(values)
+    assert len(bytes.fromhex(stable_hash(values))) == 8
+
+
+@settings(max_examples=50, deadline=None)
+@given(plain, st.data())
+def test_the_hash_changes_with_any_value(values: dict, data) -> None:
+    key = data.draw(st.sampled_from(sorted(values)))
+    other = data.draw(scalars.filter(lambda value: repr(value) != repr(values[key])))
+    assert stable_hash(values | {key: other}) != stable_hash(values)
+    assert stable_hash({k: v for k, v in values.items() if k != key}) != stable_hash(values)
+
+
+@pytest.mark.parametrize("change", [{"blocks": 9}, {"hidden": 191}, {"clamp": 1.91}, {"translation_clamp": 1.0}])
+def test_the_hash_of_a_config_changes_with_any_setting(change: dict) -> None:
+    assert stable_hash(FlowConfig(**change)) != stable_hash(FlowConfig())
+    assert stable_hash(FlowConfig(), "a", "b") != stable_hash(FlowConfig(), "b", "a")
+
+
+def test_the_hash_stays_what_it_was_when_it_was_first_published() -> None:
+    """Written down by hand: sha256 of '["x", {"a": 1, "b": [2.5, null]}]'. Caches and runs are named by it."""
+    assert stable_hash("x", {"b": [2.5, None], "a": 1}) == "a14e677bcf4bd8b3"
