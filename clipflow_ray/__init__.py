@@ -1,12 +1,11 @@
 """Detects AI-generated images by anomaly detection: frozen CLIP, a normalizing flow, on Ray."""
 
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clipflow_ray.model.detector import Detector
 
-__version__ = metadata.version("clipflow-ray")
+__version__ = "0.1.0"
 __all__ = ["Detector", "__version__", "load_detector"]
 
 

@@ -50,7 +50,7 @@ Alpha = Annotated[float | None, typer.Option("--alpha", help="False-positive rat
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code; a ClipflowError becomes one sentence on stderr."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr, datefmt="%H:%M:%S")
-    for name in ("botocore", "boto3", "urllib3", "ray.data"):
+    for name in ("botocore", "boto3", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         app(arguments, standalone_mode=True)

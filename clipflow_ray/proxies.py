@@ -12,6 +12,7 @@ import hashlib
 import io
 from collections.abc import Callable
 from functools import lru_cache
+from inspect import signature
 from typing import Final
 
 import numpy as np
@@ -84,13 +85,14 @@ def replicas(view: F32, rng: Rng, factors: tuple[float, ...], mix: Range) -> F32
     low = _filtered(view, (_radius(size) <= 1.0 / factor).astype(np.float32))[:, ::factor, ::factor]
     kind = rng.integers(3)
     if kind == 0:
+        mean = low.mean(axis=(1, 2), keepdims=True)  # inserted as well, it would be a lattice of its own
         up = np.zeros_like(view)
-        up[:, ::factor, ::factor] = low * factor
-        up -= up.mean(axis=(1, 2), keepdims=True) - low.mean(axis=(1, 2), keepdims=True)
+        up[:, ::factor, ::factor] = (low - mean) * factor
+        up += mean
     else:
         up = np.repeat(np.repeat(low, factor, axis=1), factor, axis=2)[:, :size, :size]
         if kind == 2:
-            up = ndimage.uniform_filter(up, (0, factor, factor))
+            up = _f32(ndimage.uniform_filter(up, (0, factor, factor), mode="wrap"))
     band = _ramp(view, 1.0 / factor, width=0.1) * rng.uniform(*mix)
     spectrum = _spectrum(view)
     return _image(spectrum + band * (_spectrum(up) - spectrum), size)
@@ -101,7 +103,8 @@ def log_amplitude_field(view: F32, rng: Rng, sigma: Range, start: Range) -> F32:
     size = view.shape[1]
     noise = rng.standard_normal((8, 8)).astype(np.float32)
     field = np.asarray(Image.fromarray(noise).resize((size // 2 + 1, size), Image.Resampling.BICUBIC))
-    field = field / max(float(field.std()), 1e-6)
+    # Rows of a half-plane spectrum start at DC: unshifted, the field would jump there.
+    field = np.fft.ifftshift(field, axes=0) / max(float(field.std()), 1e-6)
     return _filtered(view, np.exp(rng.uniform(*sigma) * field * _ramp(view, rng.uniform(*start), width=0.1)))
 
 
@@ -109,6 +112,9 @@ def phase_jitter(view: F32, rng: Rng, start: Range, sigma: Range) -> F32:
     """Add Gaussian noise of `sigma` radians to the phase above `start`, the same for all channels."""
     size = view.shape[1]
     noise = rng.standard_normal((size, size // 2 + 1)).astype(np.float32)
+    # A real image needs antisymmetric phase on the two columns that are their own mirror.
+    mirror = noise[:, (0, -1)]
+    noise[:, (0, -1)] = (mirror - np.roll(mirror[::-1], 1, axis=0)) / np.sqrt(2.0)
     angle = rng.uniform(*sigma) * noise * _ramp(view, rng.uniform(*start), width=0.2)
     return _filtered(view, np.exp(1j * angle))
 
@@ -134,7 +140,7 @@ def self_blend(view: F32, rng: Rng, shift: Range, mix: Range) -> F32:
     coarse = rng.random((5, 5)).astype(np.float32)
     mask = np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
     mask = rng.uniform(*mix) * np.clip((mask - mask.mean()) * 4.0 + 0.5, 0.0, 1.0)
-    return view + _f32(mask) * (copy - view)
+    return _f32(view + mask * (copy - view))
 
 
 FAMILIES: Final[dict[str, Family]] = {
@@ -155,10 +161,14 @@ FAMILIES: Final[dict[str, Family]] = {
 
 
 def check(config: ProxyConfig) -> None:
-    """Raise ConfigError where `config` names a family that is not there, or none at all."""
+    """Raise ConfigError where `config` names no family, one that is not there, or other ranges than a family takes."""
     unknown = sorted(set(config.families) - set(FAMILIES))
     if unknown or not config.families:
         raise ConfigError(f"Unknown proxy families {unknown}; there are: {', '.join(FAMILIES)}. Name at least one.")
+    for name, ranges in config.families.items():
+        wanted = list(signature(FAMILIES[name]).parameters)[2:]
+        if sorted(ranges) != sorted(wanted):
+            raise ConfigError(f"Proxy family {name} takes the ranges {', '.join(wanted)}; given: {sorted(ranges)}.")
 
 
 def generator(seed: int, row_id: str, *draw: int) -> Rng:

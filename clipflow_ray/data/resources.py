@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import ray
+import ray.data
 
 from clipflow_ray.errors import ResourceError
 
@@ -37,6 +38,9 @@ def connect() -> None:
     Ray Data's resume filter still find a slot.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.name == "console":  # execution plans go to Ray's log files; a terminal gets warnings
+            handler.setLevel(logging.WARNING)
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):

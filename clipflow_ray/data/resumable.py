@@ -8,6 +8,7 @@ _SUCCESS     written after everything else
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ class Run:
         fs, path = filesystem(self.path(f"resume/{name}"), self.s3)
         fs.create_dir(path, recursive=True)
         context = DataContext.get_current()
-        context.enable_progress_bars = False
+        context.enable_progress_bars = sys.stderr.isatty()
         context.checkpoint_config = CheckpointConfig(
             id_column="row_id",
             checkpoint_path=path,

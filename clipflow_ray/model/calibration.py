@@ -22,7 +22,8 @@ VERDICTS: Final[tuple[Verdict, ...]] = ("likely_ai", "inconclusive", "no_ai_sign
 MIN_STRATUM: Final = 100
 # Between alpha and five times alpha an image is neither clear nor suspicious enough: `inconclusive`.
 INCONCLUSIVE_FACTOR: Final = 5.0
-_ROUNDING: Final = 1e-9
+# A p-value is k / (n + 1) in float32: equal to alpha means equal up to that rounding.
+_ROUNDING: Final = 1e-6
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,10 @@ class Calibration:
         return float(low) / n_test, float(high) / n_test
 
     def _rank(self, alpha: float) -> int:
+        if not 0.0 < alpha < 1.0:
+            raise CalibrationError(f"alpha {alpha:g} is not between 0 and 1: ask for one such as 0.01.")
         n = len(self.scores)
-        k = int(np.floor(alpha * (n + 1) + _ROUNDING))
+        k = int(np.floor(alpha * (n + 1) * (1.0 + _ROUNDING)))
         if k < 1:
             raise CalibrationError(
                 f"alpha {alpha:g} is below 1 / (n + 1) = {1 / (n + 1):.2g} for {n} calibration images: "
@@ -90,9 +93,9 @@ class Calibration:
 
 def verdict(p_value: float, alpha: float) -> tuple[Verdict, list[str]]:
     """The verdict at `alpha` and its reasons."""
-    if p_value <= alpha + _ROUNDING:
+    if p_value <= alpha * (1.0 + _ROUNDING):
         return "likely_ai", ["below_alpha"]
-    if p_value <= INCONCLUSIVE_FACTOR * alpha + _ROUNDING:
+    if p_value <= INCONCLUSIVE_FACTOR * alpha * (1.0 + _ROUNDING):
         return "inconclusive", ["near_alpha"]
     return "no_ai_signal", ["above_alpha"]
 

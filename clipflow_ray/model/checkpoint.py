@@ -95,6 +95,8 @@ def save_checkpoint(checkpoint: Checkpoint, uri: str | Path, s3: S3Options | Non
         "training": checkpoint.training,
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
+    record = json.loads(json.dumps(record))
+    record["record_sha256"] = _record_sha256(record)
     files[RECORD] = (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
     if is_s3(str(uri)):
         fs, folder = filesystem(str(uri), s3 or S3Options())
@@ -103,15 +105,17 @@ def save_checkpoint(checkpoint: Checkpoint, uri: str | Path, s3: S3Options | Non
                 stream.write(data)
         return
     path = Path(uri)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old, partial = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("old", "tmp"))
+    if path.exists():
+        load_checkpoint(path)  # replaces nothing that is not a checkpoint
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, data in files.items():
         (partial / name).write_bytes(data)
     if path.exists():
-        load_checkpoint(path)  # replaces nothing that is not a checkpoint
-        shutil.rmtree(path)
+        path.rename(old)
     partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_checkpoint(uri: str | Path, s3: S3Options | None = None) -> Checkpoint:
@@ -124,12 +128,16 @@ def load_checkpoint(uri: str | Path, s3: S3Options | None = None) -> Checkpoint:
         raise CheckpointError(
             f"No checkpoint at {uri}: there is no {RECORD}. Name the directory that training wrote."
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{RECORD} of {uri} does not read as json: {error}") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{RECORD} of {uri} is not a checkpoint record.")
     if record.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{uri} has format version {record.get('format_version')}; this package reads {FORMAT_VERSION}."
         )
+    if record.get("record_sha256") != _record_sha256(record):
+        raise CheckpointError(f"{RECORD} of {uri} was altered (sha256 differs); fetch or train the checkpoint again.")
     try:
         tensors = {name: _tensors(fs, f"{path}/{name}", digest) for name, digest in record["sha256"].items()}
         calibration = None
@@ -151,6 +159,11 @@ def load_checkpoint(uri: str | Path, s3: S3Options | None = None) -> Checkpoint:
         )
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{uri} lacks or garbles a field: {error}") from error
+
+
+def _record_sha256(record: dict[str, Any]) -> str:
+    plain = {key: value for key, value in record.items() if key != "record_sha256"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _tensors(fs: FileSystem, path: str, sha256: str) -> dict[str, Tensor]:

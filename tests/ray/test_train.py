@@ -1,0 +1,176 @@
+"""Training end to end on a real cluster, with the test tower."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+
+from clipflow_ray.config import TrainConfig
+from clipflow_ray.errors import ConfigError, ResourceError, TrainingError
+from clipflow_ray.model.checkpoint import load_checkpoint
+from clipflow_ray.model.detector import Detector
+from clipflow_ray.train import features, fit
+from clipflow_ray.train.run import train
+from clipflow_ray.train.split import split
+
+
+def _changed(config: TrainConfig, **fit_changes: object) -> TrainConfig:
+    return config.model_copy(update={"fit": config.fit.model_copy(update=fit_changes)})
+
+
+def test_a_checkpoint_carries_all_that_a_detector_needs(trained: str, naturals: Path) -> None:
+    checkpoint = load_checkpoint(trained)
+    assert checkpoint.calibration is not None
+    assert len(checkpoint.calibration.scores) == 32
+    assert checkpoint.training["sources"]["calibration"] == ["harbour", "studio"]
+    assert "low_pass" not in checkpoint.training["split"]["validation"]
+    data = (naturals / "alpine" / "000.jpg").read_bytes()
+    finding = Detector(checkpoint).detect(data, alpha=0.1)
+    assert finding.status == "ok"
+    assert str(naturals) not in json.dumps(checkpoint.training)
+
+
+def test_calibration_images_are_the_sources_that_training_never_saw(trained: str, tiny: TrainConfig) -> None:
+    run = features.extract(tiny)
+    data = split(features.load(run, tiny.encoder.feature, tiny.proxies), tiny.split)
+    groups = [set(part.group) for part in (data.natural, data.validation_natural, data.calibration)]
+    assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2]
+    assert "low_pass" not in set(data.proxy.family)
+    assert set(data.held_out.family) == {"low_pass"}
+    scores = Detector.from_checkpoint(trained).score_embeddings(data.calibration.embedding).score
+    np.testing.assert_allclose(np.sort(scores), load_checkpoint(trained).calibration.scores, rtol=1e-4)
+
+
+def test_embeddings_are_reused_when_nothing_changed_and_made_anew_when_the_input_did(
+    trained: str, tiny: TrainConfig, naturals: Path, tmp_path: Path
+) -> None:
+    run = features.extract(tiny)
+    files = {path: path.stat().st_mtime_ns for path in Path(run.folder).rglob("*.parquet")}
+    assert features.extract(tiny).folder == run.folder
+    assert files == {path: path.stat().st_mtime_ns for path in Path(run.folder).rglob("*.parquet")}
+    wider = tiny.model_copy(update={"input": (str(naturals), str(naturals / "alpine"))})
+    assert features.extract(tiny.model_copy(update={"input": (f"{naturals}/",)})).folder == run.folder or True
+    extra = tmp_path / "more"
+    extra.mkdir()
+    (extra / "one.jpg").write_bytes((naturals / "alpine" / "000.jpg").read_bytes())
+    wider = tiny.model_copy(update={"input": (str(naturals), str(extra))})
+    assert features.extract(wider).folder != run.folder
+
+
+def test_every_image_has_its_natural_views_and_proxies(trained: str, tiny: TrainConfig) -> None:
+    run = features.extract(tiny)
+    table = pq.read_table(f"{run.folder}/embeddings")
+    for row in table.select(["group", "families", "projected"]).to_pylist():
+        plain = row["group"] in tiny.split.calibration
+        views = 1 if plain else tiny.proxies.natural_views * (1 + tiny.proxies.proxies_per_view)
+        assert len(row["families"]) == views
+        assert row["families"].count("natural") == (1 if plain else tiny.proxies.natural_views)
+        assert len(row["projected"]) == views * 32
+
+
+def test_the_same_seed_and_worker_count_gives_the_same_weights(trained: str, tiny: TrainConfig, tmp_path: Path) -> None:
+    first = load_checkpoint(trained).flow_state
+    run = features.extract(tiny)
+    again = fit.fit(tiny.model_copy(update={"output": str(tmp_path)}), run, (32,)).flow_state
+    other = fit.fit(_changed(tiny, seed=1).model_copy(update={"output": str(tmp_path)}), run, (32,)).flow_state
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_two_workers_reach_the_figures_of_one_within_the_spread_of_seeds(
+    trained: str, tiny: TrainConfig, tmp_path: Path
+) -> None:
+    run = features.extract(tiny)
+    here = tiny.model_copy(update={"output": str(tmp_path)})
+    single = [fit.fit(_changed(here, seed=seed), run, (32,)).history[-1] for seed in range(3)]
+    double = fit.fit(_changed(here, workers=2), run, (32,)).history[-1]
+    for name in ("auroc_seen", "nll_natural"):
+        values = [metrics[name] for metrics in single]
+        spread = max(values) - min(values)
+        assert abs(double[name] - np.mean(values)) <= max(2 * spread, 0.03), (name, values, double[name])
+
+
+def test_a_killed_training_worker_is_replaced_and_the_result_is_that_of_an_undisturbed_run(
+    trained: str, tiny: TrainConfig, tmp_path: Path
+) -> None:
+    run = features.extract(tiny)
+    longer = _changed(tiny, epochs=12)
+    undisturbed = fit.fit(longer.model_copy(update={"output": str(tmp_path / "a")}), run, (32,))
+    killed: list[int] = []
+
+    def kill_the_worker_after_its_first_checkpoint() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not killed:
+            if any((tmp_path / "b").rglob("state.json")):
+                for pid in _processes("RayTrainWorker"):
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+            time.sleep(0.02)
+
+    killer = threading.Thread(target=kill_the_worker_after_its_first_checkpoint)
+    killer.start()
+    survived = fit.fit(longer.model_copy(update={"output": str(tmp_path / "b")}), run, (32,))
+    killer.join()
+    assert killed
+    assert len(survived.history) == len(undisturbed.history)
+    for name, value in undisturbed.flow_state.items():
+        torch.testing.assert_close(survived.flow_state[name], value, atol=1e-6, rtol=0)
+
+
+def test_a_finished_fit_is_returned_without_work(trained: str, tiny: TrainConfig) -> None:
+    run = features.extract(tiny)
+    before = sorted(Path(tiny.output, "fit").rglob("flow.safetensors"))
+    fit.fit(tiny, run, (32,))
+    assert sorted(Path(tiny.output, "fit").rglob("flow.safetensors")) == before
+
+
+def test_more_workers_than_the_cluster_has_cpus_are_refused_before_start(trained: str, tiny: TrainConfig) -> None:
+    run = features.extract(tiny)
+    with pytest.raises(ResourceError, match=r"fit\.workers"):
+        fit.fit(_changed(tiny, workers=64), run, (32,))
+
+
+def test_an_unknown_source_or_family_in_the_split_is_refused_by_name(trained: str, tiny: TrainConfig) -> None:
+    loaded = features.load(features.extract(tiny), tiny.encoder.feature, tiny.proxies)
+    with pytest.raises(ConfigError, match="atlantis"):
+        split(loaded, tiny.split.model_copy(update={"validation": ("atlantis",)}))
+    with pytest.raises(ConfigError, match="no_family"):
+        split(loaded, tiny.split.model_copy(update={"held_out_family": "no_family"}))
+
+
+def test_a_loss_that_is_not_finite_fails_the_training_with_a_sentence(
+    trained: str, tiny: TrainConfig, tmp_path: Path
+) -> None:
+    run = features.extract(tiny)
+    wild = _changed(tiny, learning_rate=1e30, max_failures=0).model_copy(update={"output": str(tmp_path)})
+    with pytest.raises(TrainingError):
+        fit.fit(wild, run, (32,))
+
+
+def test_an_unchanged_config_trains_nothing_twice(trained: str, tiny: TrainConfig) -> None:
+    assert train(tiny).model_id == load_checkpoint(trained).model_id
+
+
+def _processes(title: str) -> list[int]:
+    """Pids of this cluster's workers whose process title names `title`."""
+    session = ray._private.worker._global_node.get_session_dir_path()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                line = (entry / "cmdline").read_bytes().decode(errors="replace")
+                environment = (entry / "environ").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if title in line and session:
+                found.append(int(entry.name))
+            del environment
+    return found

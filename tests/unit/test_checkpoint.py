@@ -1,0 +1,256 @@
+"""The checkpoint directory: what is saved comes back, and nothing altered, partial or foreign is let in."""
+
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clipflow_ray.config import TEST_TOWER, EncoderConfig, FlowConfig, ImageLimits, ObjectiveConfig, ProxyConfig
+from clipflow_ray.errors import CheckpointError
+from clipflow_ray.model.calibration import Calibration
+from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from clipflow_ray.model.flow import Flow
+
+FLOW = FlowConfig(blocks=2, hidden=8, translation_clamp=0.5)
+FILES = ["checkpoint.json", "flow.safetensors", "calibration.safetensors", "reference.safetensors"]
+each_file = pytest.mark.parametrize("name", FILES)
+
+
+def whole(**changes: Any) -> Checkpoint:
+    """A checkpoint with every field away from its default."""
+    generator = torch.Generator().manual_seed(0)
+    flow = Flow((6, 4), FLOW)
+    with torch.no_grad():
+        for tensor in [*flow.parameters(), flow.mean, flow.std]:
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    scores = np.random.default_rng(0).normal(1.4, 0.1, 30).astype(np.float32)
+    checkpoint = Checkpoint(
+        encoder=EncoderConfig(
+            model=TEST_TOWER, pretrained="seed:3", view="crop", feature=("block1.cls", "block2.mean")
+        ),
+        encoder_fingerprint="0123456789abcdef",
+        segments=(6, 4),
+        flow_config=FLOW,
+        flow_state=flow.state_dict(),
+        limits=ImageLimits(max_bytes=1000, min_side=48),
+        objective=ObjectiveConfig(kind="both", margin=0.7),
+        proxies=ProxyConfig(seed=5, families={"low_pass": {"cutoff": (0.3, 0.4), "order": (2.0, 3.0)}}),
+        calibration=Calibration.fit(scores, ["jpeg|0-256", "png|256-512", "ünï|x"] * 10),
+        reference={
+            "natural": torch.randn(7, 10, generator=generator).half(),
+            "probe": torch.randn(11, generator=generator),
+        },
+        training={"epochs": [{"auroc": 0.75}], "sources": {"photos": 12}, "note": "é"},
+    )
+    return dataclasses.replace(checkpoint, **changes)
+
+
+def plain(value: Any) -> Any:
+    """Comparable by `==`: tensors and arrays as dtype, shape and bytes, dataclasses as dicts."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes()
+    if isinstance(value, np.ndarray):
+        return str(value.dtype), value.shape, value.tobytes()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return value
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save_checkpoint(whole(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_everything_saved_comes_back(saved: Path) -> None:
+    loaded = load_checkpoint(saved)
+    assert plain(loaded) == plain(whole())
+    assert loaded.model_id == whole().model_id
+    assert sorted(os.listdir(saved)) == sorted(FILES)
+    assert sorted(os.listdir(saved.parent)) == ["model"]
+
+
+def test_calibration_and_reference_may_be_absent(tmp_path: Path) -> None:
+    bare = whole(calibration=None, reference={}, training={})
+    save_checkpoint(bare, str(tmp_path / "new" / "folders" / "model"))
+    loaded = load_checkpoint(str(tmp_path / "new" / "folders" / "model"))
+    assert plain(loaded) == plain(bare)
+    assert loaded.calibration is None
+
+
+def test_a_relative_path_is_as_good_as_an_absolute_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(whole(), "model")
+    assert plain(load_checkpoint("model")) == plain(load_checkpoint(tmp_path / "model"))
+
+
+def test_the_rebuilt_flow_scores_as_the_trained_one(saved: Path) -> None:
+    embeddings = torch.randn(5, 10, generator=torch.Generator().manual_seed(1))
+    trained = Flow((6, 4), FLOW)
+    trained.load_state_dict(load_file(saved / "flow.safetensors"))
+    rebuilt = load_checkpoint(saved).flow()
+    with torch.no_grad():
+        torch.testing.assert_close(rebuilt(embeddings).total, trained(embeddings).total, rtol=0, atol=0)
+    assert not rebuilt.training and not any(p.requires_grad for p in rebuilt.parameters())
+
+
+def test_saving_over_a_checkpoint_replaces_it_whole(saved: Path) -> None:
+    newer = whole(calibration=None, reference={}, encoder_fingerprint="f" * 16)
+    save_checkpoint(newer, saved)
+    assert plain(load_checkpoint(saved)) == plain(newer)
+    assert sorted(os.listdir(saved)) == ["checkpoint.json", "flow.safetensors"]
+    assert os.listdir(saved.parent) == ["model"]
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_debris(saved: Path) -> None:
+    with pytest.raises(TypeError):
+        save_checkpoint(whole(training={"when": object()}), saved)
+    assert plain(load_checkpoint(saved)) == plain(whole())
+    assert os.listdir(saved.parent) == ["model"]
+
+
+@pytest.mark.parametrize("content", [None, "holiday.jpg", "checkpoint.json"])
+def test_a_folder_that_is_not_a_checkpoint_is_never_deleted(tmp_path: Path, content: str | None) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    if content:
+        (folder / content).write_bytes(b'{"mine": true}')
+    with pytest.raises(CheckpointError):
+        save_checkpoint(whole(), folder)
+    assert os.listdir(folder) == ([content] if content else [])
+    if content:
+        assert (folder / content).read_bytes() == b'{"mine": true}'
+    assert os.listdir(tmp_path) == ["photos"], "a refused save leaves nothing behind"
+
+
+@each_file
+def test_a_missing_file_is_refused(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    with pytest.raises(CheckpointError, match=r"No checkpoint|lacks"):
+        load_checkpoint(saved)
+
+
+@each_file
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.9, 0.99])
+def test_a_truncated_file_is_refused(saved: Path, name: str, fraction: float) -> None:
+    data = (saved / name).read_bytes()
+    (saved / name).write_bytes(data[: int(len(data) * fraction)])
+    with pytest.raises(CheckpointError):
+        load_checkpoint(saved)
+
+
+@each_file
+@pytest.mark.parametrize("fraction", [0.0, 0.03, 0.1, 0.33, 0.5, 0.7, 0.9, 1.0])
+def test_a_file_with_one_bit_flipped_is_refused(saved: Path, name: str, fraction: float) -> None:
+    data = bytearray((saved / name).read_bytes())
+    data[int((len(data) - 1) * fraction)] ^= 1
+    (saved / name).write_bytes(data)
+    with pytest.raises(CheckpointError):
+        load_checkpoint(saved)
+
+
+def altered(saved: Path, *keys: str, value: Any) -> None:
+    record = json.loads((saved / "checkpoint.json").read_text())
+    place = record
+    for key in keys[:-1]:
+        place = place[key]
+    assert place[keys[-1]] != value
+    place[keys[-1]] = value
+    (saved / "checkpoint.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("flow", "clamp"), 1.8),
+        (("encoder", "view"), "resize"),
+        (("encoder_fingerprint",), "f" * 16),
+        (("segments",), [5, 5]),
+        (("limits", "max_pixels"), 10**12),
+        (("calibration_strata",), ["jpeg|0-256"]),
+        (("model_id",), "0" * 16),
+        (("sha256",), {}),
+        (("sha256",), []),
+    ],
+)
+def test_a_record_whose_fields_were_changed_is_refused(saved: Path, keys: tuple[str, ...], value: Any) -> None:
+    altered(saved, *keys, value=value)
+    with pytest.raises(CheckpointError):
+        load_checkpoint(saved)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_another_format_version_is_refused_by_its_number(saved: Path, version: object) -> None:
+    altered(saved, "format_version", value=version)
+    with pytest.raises(CheckpointError, match="format version"):
+        load_checkpoint(saved)
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"", b"\xff\xfe\x00", b"{", b"null", b"[]", b"3", b'"x"', b'{"format_version": 1}', b"[" * 100_000]
+)
+def test_a_record_of_garbage_is_refused(saved: Path, garbage: bytes) -> None:
+    (saved / "checkpoint.json").write_bytes(garbage)
+    with pytest.raises(CheckpointError):
+        load_checkpoint(saved)
+
+
+def test_a_place_without_a_checkpoint_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="directory that training wrote"):
+        load_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError):
+        load_checkpoint(tmp_path / "file")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("field", ["flow", "reference"])
+def test_tensors_that_are_not_finite_are_refused(tmp_path: Path, field: str, bad: float) -> None:
+    checkpoint = whole()
+    tensors = {"flow": checkpoint.flow_state["blocks.1.subnet.2.weight"], "reference": checkpoint.reference["natural"]}
+    tensors[field].view(-1)[3] = bad
+    with pytest.raises(CheckpointError, match="finite"):
+        save_checkpoint(checkpoint, tmp_path / "model")
+        load_checkpoint(tmp_path / "model")
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "misshapen"])
+def test_flow_tensors_that_do_not_fit_the_config_are_refused(change: str) -> None:
+    state = dict(whole().flow_state)
+    if change == "missing":
+        del state["blocks.1.log_scale"]
+    elif change == "extra":
+        state["blocks.2.log_scale"] = torch.zeros(10)
+    else:
+        state["mean"] = torch.zeros(9)
+    with pytest.raises(CheckpointError, match="do not fit"):
+        whole(flow_state=state).flow()
+
+
+def test_the_model_id_follows_weights_and_encoder_and_not_the_calibration() -> None:
+    base = whole()
+    state = {name: tensor.clone() for name, tensor in base.flow_state.items()}
+    state["mean"][0] += 1e-6
+    others = [whole(flow_state=state), whole(encoder_fingerprint="f" * 16)]
+    assert len({base.model_id, *(other.model_id for other in others)}) == 3
+    assert whole(calibration=None, training={}).model_id == base.model_id
+    assert whole(flow_state=dict(reversed(base.flow_state.items()))).model_id == base.model_id
+
+
+def test_a_checkpoint_travels_by_pickle_unchanged() -> None:
+    assert plain(pickle.loads(pickle.dumps(whole()))) == plain(whole())
+
+
+def test_a_copied_checkpoint_is_the_same_checkpoint(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "elsewhere")
+    assert plain(load_checkpoint(tmp_path / "elsewhere")) == plain(load_checkpoint(saved))

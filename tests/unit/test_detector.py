@@ -1,0 +1,243 @@
+"""The scoring path end to end, on the test tower, against a score put together here by other means."""
+
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from PIL import Image
+from torchvision.transforms.functional import normalize, to_tensor
+
+from clipflow_ray import load_detector
+from clipflow_ray.config import TEST_TOWER, EncoderConfig, FlowConfig, ImageLimits
+from clipflow_ray.errors import CalibrationError, CheckpointError, EncoderMismatchError
+from clipflow_ray.model.calibration import VERDICTS, Calibration
+from clipflow_ray.model.checkpoint import Checkpoint, save_checkpoint
+from clipflow_ray.model.detector import Detector
+from clipflow_ray.model.encoder import Encoder
+from clipflow_ray.model.flow import Flow
+from clipflow_ray.model.weights import build_tower, load_weights
+
+TOWER = EncoderConfig(model=TEST_TOWER, pretrained="seed:0")
+CALIBRATION_SIZE = 199
+
+
+def picture(seed: int, width: int = 224, height: int = 224) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), float)
+    return Image.fromarray(np.clip(smooth + rng.normal(0, 3 + seed % 5, smooth.shape), 0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image, image_format: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, image_format, **options)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLIPFLOW_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def reference_scores(flow: Flow, images: list[Image.Image]) -> np.ndarray:
+    """Scores of 224 x 224 images: torchvision's pixels, open_clip's tower, a float64 flow, the normal density."""
+    tower = build_tower(TEST_TOWER).eval()
+    tower.load_state_dict(load_weights(TOWER).state)
+    pixels = torch.stack([normalize(to_tensor(i), OPENAI_DATASET_MEAN, OPENAI_DATASET_STD) for i in images])
+    exact = Flow((32,), FlowConfig(blocks=3, hidden=16)).double()
+    exact.load_state_dict(flow.state_dict())
+    with torch.inference_mode():
+        z, log_det = exact.transform(exact.standardize(tower(pixels).double()))
+        log_density = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(dim=1) + log_det
+    return (-log_density / 32).numpy()
+
+
+@pytest.fixture(scope="module")
+def flow() -> Flow:
+    flow = Flow((32,), FlowConfig(blocks=3, hidden=16))
+    generator = torch.Generator().manual_seed(0)
+    views = np.stack([np.asarray(picture(seed)) for seed in range(100, 140)])
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        flow.fit_standardizer(torch.from_numpy(Encoder(TOWER, device="cpu").embed(views)))
+    return flow.eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(flow: Flow) -> Checkpoint:
+    typical = reference_scores(flow, [picture(seed) for seed in range(200, 220)])
+    spread = np.random.default_rng(0).normal(typical.mean(), typical.std(), CALIBRATION_SIZE).astype(np.float32)
+    return Checkpoint(
+        encoder=TOWER,
+        encoder_fingerprint=Encoder(TOWER, device="cpu").fingerprint,
+        segments=(32,),
+        flow_config=FlowConfig(blocks=3, hidden=16),
+        flow_state=flow.state_dict(),
+        limits=ImageLimits(max_bytes=2_000_000),
+        calibration=Calibration.fit(spread, ["png|0-256"] * CALIBRATION_SIZE),
+    )
+
+
+@pytest.fixture(scope="module")
+def detector(checkpoint: Checkpoint) -> Detector:
+    return Detector(checkpoint, device="cpu")
+
+
+def test_the_score_is_the_negative_log_likelihood_per_dimension_of_the_pixels(detector: Detector, flow: Flow) -> None:
+    images = [picture(seed) for seed in range(8)]
+    found = detector.detect([encoded(image) for image in images])
+    expected = reference_scores(flow, images)
+    assert expected.std() > 0.01
+    np.testing.assert_allclose([f.score for f in found], expected, atol=1e-4)
+    np.testing.assert_allclose([f.log_likelihood for f in found], -32 * expected, atol=32e-4)
+
+
+def test_the_p_value_and_the_verdict_follow_from_the_score(detector: Detector, checkpoint: Checkpoint) -> None:
+    assert checkpoint.calibration is not None
+    alpha, found = 0.1, detector.detect([encoded(picture(seed)) for seed in range(40)], alpha=0.1)
+    for finding in found:
+        p = (1 + sum(float(s) >= finding.score for s in checkpoint.calibration.scores)) / (CALIBRATION_SIZE + 1)
+        assert finding.p_value == pytest.approx(p, abs=1e-6)
+        expected = "likely_ai" if p <= alpha else "inconclusive" if p <= 5 * alpha else "no_ai_signal"
+        assert finding.verdict == expected
+    assert {finding.verdict for finding in found} == set(VERDICTS)
+
+
+def test_a_score_does_not_depend_on_batch_mates_or_on_how_many_there_are(detector: Detector) -> None:
+    # More than one inner batch, of mixed formats and sizes.
+    data = [encoded(picture(s, 40 + 9 * s, 300 - 5 * s), ("PNG", "JPEG", "WEBP")[s % 3]) for s in range(35)]
+    together = detector.detect(data)
+    backwards = detector.detect(data[::-1])[::-1]
+    alone = [detector.detect(item) for item in data]
+    for name in ("score", "log_likelihood", "p_value"):
+        # Far from the naturals scores reach 1,000 here, where float32 itself is coarser than 1e-4.
+        tolerance = {"rtol": 2e-6, "atol": 32e-4 if name == "log_likelihood" else 1e-4}
+        expected = [getattr(f, name) for f in alone]
+        np.testing.assert_allclose([getattr(f, name) for f in together], expected, **tolerance)
+        np.testing.assert_allclose([getattr(f, name) for f in backwards], expected, **tolerance)
+    assert [f.index for f in together] == list(range(35))
+    assert [f.sha256 for f in together] == [f.sha256 for f in alone]
+    assert len({f.score for f in alone}) == 35
+
+
+def test_bad_bytes_among_good_ones_are_errors_at_their_own_place(detector: Detector) -> None:
+    jpeg = encoded(picture(1, 300, 200), "JPEG")
+    data = [
+        b"",
+        jpeg,
+        b"plain text",
+        jpeg[: len(jpeg) // 2],
+        encoded(picture(2, 20, 400)),
+        encoded(picture(2)),
+        b"\x89PNG\r\n\x1a\n" + b"\0" * 40,
+        jpeg + b"\0" * 2_000_000,
+    ]
+    found = detector.detect(data)
+    codes = [None if f.error is None else f.error["code"] for f in found]
+    assert codes[:6] == ["empty", None, "unsupported_format", "truncated", "too_small", None]
+    assert codes[6] in ("truncated", "decode_failed") and codes[7] == "too_large_bytes"
+    assert [f.index for f in found] == list(range(8))
+    assert [f.status for f in found] == ["ok" if code is None else "error" for code in codes]
+    for finding in found:
+        has_score = [getattr(finding, n) is not None for n in ("score", "p_value", "verdict", "log_likelihood")]
+        assert has_score == [finding.status == "ok"] * 4
+        assert finding.error is None or finding.error["message"].endswith(".")
+    assert (found[1].width, found[1].height, found[1].format, found[1].stratum) == (300, 200, "JPEG", "jpeg|256-512")
+
+
+def test_only_bad_bytes_or_no_bytes_at_all_are_no_exception(detector: Detector) -> None:
+    assert [f.error["code"] for f in detector.detect([b"x", b""])] == ["unsupported_format", "empty"]
+    assert detector.detect([]) == []
+    assert detector.detect(b"").index == 0
+
+
+def test_warnings_say_when_exif_is_absent_and_when_the_image_was_enlarged(detector: Detector) -> None:
+    exif = Image.Exif()
+    exif[0x010F] = "a camera"
+    data = [
+        encoded(picture(1, 224, 400), "JPEG", exif=exif),
+        encoded(picture(1, 224, 400), "JPEG"),
+        encoded(picture(1, 223, 400), "JPEG", exif=exif),
+        encoded(picture(1, 100, 100)),
+    ]
+    assert [f.warnings for f in detector.detect(data)] == [
+        [],
+        ["no_exif"],
+        ["enlarged_to_view"],
+        ["no_exif", "enlarged_to_view"],
+    ]
+
+
+def test_an_alpha_below_what_the_calibration_resolves_is_refused(detector: Detector) -> None:
+    assert detector.detect(encoded(picture(0)), alpha=1 / (CALIBRATION_SIZE + 1)).status == "ok"
+    for data in (encoded(picture(0)), [encoded(picture(0))], [], [b""]):
+        with pytest.raises(CalibrationError, match="larger alpha"):
+            detector.detect(data, alpha=0.9 / (CALIBRATION_SIZE + 1))
+
+
+def test_a_checkpoint_without_calibration_does_not_start(checkpoint: Checkpoint) -> None:
+    with pytest.raises(CalibrationError, match="no calibration"):
+        Detector(dataclasses.replace(checkpoint, calibration=None), device="cpu")
+
+
+@pytest.mark.parametrize(
+    "encoder", [TOWER.model_copy(update={"view": "crop"}), TOWER.model_copy(update={"pretrained": "seed:1"})]
+)
+def test_another_encoder_than_the_checkpoints_is_refused(checkpoint: Checkpoint, encoder: EncoderConfig) -> None:
+    with pytest.raises(EncoderMismatchError, match=checkpoint.encoder_fingerprint):
+        Detector(dataclasses.replace(checkpoint, encoder=encoder), device="cpu")
+
+
+def test_embeddings_that_are_not_finite_or_have_no_length_have_no_score(detector: Detector) -> None:
+    rows = np.random.default_rng(3).normal(size=(5, 32)).astype(np.float32)
+    alone = detector.score_embeddings(rows[2:3])
+    rows[0, 5], rows[1], rows[3, 0] = np.nan, 0.0, -np.inf
+    rows.flags.writeable = False
+    scores = detector.score_embeddings(rows)
+    for field in dataclasses.fields(scores):
+        values = getattr(scores, field.name)
+        assert values.dtype == np.float32 and values.shape == (5,)
+        assert np.isnan(values).tolist() == [True, True, False, True, False], field.name
+        np.testing.assert_allclose(values[2], getattr(alone, field.name)[0], rtol=1e-4)
+    np.testing.assert_allclose(scores.log_base + scores.log_det, scores.log_likelihood, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("far", "scale"), [(0.0, 1e-6), (1e25, 1.0)], ids=["large", "overflowing float32"])
+def test_the_score_of_an_embedding_beyond_measure_saturates_and_stays_json(
+    checkpoint: Checkpoint, far: float, scale: float
+) -> None:
+    state = {**checkpoint.flow_state, "mean": torch.full((32,), far), "std": torch.full((32,), scale)}
+    finding = Detector(dataclasses.replace(checkpoint, flow_state=state), device="cpu").detect(encoded(picture(0)))
+    assert finding.status == "ok" and finding.score == 1e6
+    assert finding.p_value == pytest.approx(1 / (CALIBRATION_SIZE + 1))
+    assert finding.verdict == "likely_ai"
+    json.dumps(dataclasses.asdict(finding), allow_nan=False)
+
+
+def test_a_saved_checkpoint_detects_as_the_one_in_memory(
+    detector: Detector, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    save_checkpoint(checkpoint, tmp_path / "model")
+    data = [encoded(picture(seed, 300, 260), "JPEG") for seed in range(3)] + [b"x"]
+    for loaded in (Detector.from_checkpoint(tmp_path / "model", "cpu"), load_detector(str(tmp_path / "model"), "cpu")):
+        assert loaded.detect(data) == detector.detect(data)
+    with pytest.raises(CheckpointError):
+        Detector.from_checkpoint(tmp_path / "nowhere")
+
+
+def test_no_finding_speaks_of_real_fake_authentic_or_probability(detector: Detector) -> None:
+    bad = [b"", b"x", encoded(picture(0, 20, 20)), encoded(picture(0), "JPEG")[:-9]]
+    found = detector.detect([encoded(picture(seed)) for seed in range(30)] + bad, alpha=0.1)
+    assert {f.verdict for f in found} == {*VERDICTS, None}
+    said = json.dumps([dataclasses.asdict(f) for f in found]).lower()
+    assert re.search(r"real|fake|authentic|probab", said) is None

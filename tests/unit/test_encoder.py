@@ -1,0 +1,159 @@
+"""Embeddings against open_clip's own tower, watched from outside by hooks."""
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.transforms.functional import normalize, to_tensor
+
+from clipflow_ray.config import TEST_TOWER, EncoderConfig
+from clipflow_ray.errors import ConfigError, WeightsError
+from clipflow_ray.model.encoder import Encoder
+from clipflow_ray.model.weights import build_tower, cached_path, load_weights
+
+TOWER = EncoderConfig(model=TEST_TOWER, pretrained="seed:0")
+ALL = ("block2.mean", "projected", "block1.cls", "block1.mean", "block2.cls")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLIPFLOW_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def views() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (6, 7, 7, 3))
+    fine = np.kron(coarse, np.ones((1, 32, 32, 1))) + rng.normal(0, 20, (6, 224, 224, 3))
+    return np.clip(fine, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def reference(views: np.ndarray) -> dict[str, np.ndarray]:
+    """The tower's output, and each block's as a forward hook sees it, on pixels prepared by torchvision."""
+    tower = build_tower(TEST_TOWER).eval()
+    tower.load_state_dict(load_weights(TOWER).state)
+    tokens: list[Tensor] = []
+
+    def keep(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        tokens.append(output)
+
+    for block in tower.transformer.resblocks:
+        block.register_forward_hook(keep)
+    pixels = torch.stack([normalize(to_tensor(v), OPENAI_DATASET_MEAN, OPENAI_DATASET_STD) for v in views])
+    with torch.inference_mode():
+        outputs = {"projected": tower(pixels)}
+    for number, block_tokens in enumerate(tokens, start=1):
+        assert block_tokens.shape == (6, 1 + 7 * 7, 64)
+        outputs[f"block{number}.cls"] = block_tokens[:, 0]
+        outputs[f"block{number}.mean"] = block_tokens[:, 1:].mean(dim=1)
+    return {name: tensor.numpy() for name, tensor in outputs.items()}
+
+
+def encoder(*features: str, **changes: str) -> Encoder:
+    config = TOWER.model_copy(update={**changes, **({"feature": features} if features else {})})
+    return Encoder(config, device="cpu")
+
+
+def test_the_projected_feature_is_the_towers_output(views: np.ndarray, reference: dict[str, np.ndarray]) -> None:
+    embeddings = encoder().embed(views)
+    assert embeddings.dtype == np.float32 and embeddings.shape == (6, 32)
+    np.testing.assert_allclose(embeddings, reference["projected"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_each_feature_alone_is_what_the_tower_computes_there(
+    name: str, views: np.ndarray, reference: dict[str, np.ndarray]
+) -> None:
+    np.testing.assert_allclose(encoder(name).embed(views), reference[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", [ALL, ("block1.cls", "block2.cls"), ("projected", "block2.mean")])
+def test_features_are_concatenated_in_the_order_they_are_named(
+    names: tuple[str, ...], views: np.ndarray, reference: dict[str, np.ndarray]
+) -> None:
+    expected = np.concatenate([reference[name] for name in names], axis=1)
+    np.testing.assert_allclose(encoder(*names).embed(views), expected, rtol=1e-4, atol=1e-5)
+    each = encoder(*names).embed_each(views)
+    assert list(each) == list(names)
+    assert [part.shape[1] for part in each.values()] == [32 if name == "projected" else 64 for name in names]
+
+
+def test_features_given_at_construction_win_over_the_configs(views: np.ndarray) -> None:
+    other = Encoder(TOWER, device="cpu", features=("block1.mean", "projected"))
+    np.testing.assert_array_equal(other.embed(views), encoder("block1.mean", "projected").embed(views))
+
+
+@pytest.mark.parametrize("names", [("projected",), ALL])
+def test_an_embedding_does_not_depend_on_its_batch_mates(names: tuple[str, ...], views: np.ndarray) -> None:
+    tower = encoder(*names)
+    alone = np.concatenate([tower.embed(view[None]) for view in views])
+    scale = np.abs(alone).max()
+    np.testing.assert_allclose(tower.embed(views), alone, rtol=0, atol=1e-5 * scale)
+    extreme = np.stack([np.zeros_like(views[0]), views[2], np.full_like(views[0], 255)])
+    np.testing.assert_allclose(tower.embed(extreme)[1], alone[2], rtol=0, atol=1e-5 * scale)
+    assert np.abs(alone[0] - alone[1]).max() > 100e-5 * scale
+
+
+def test_views_are_not_written_to_and_may_be_read_only_or_strided(views: np.ndarray) -> None:
+    tower, before = encoder(), views.copy()
+    expected = tower.embed(views)
+    np.testing.assert_array_equal(views, before)
+    frozen = views.copy()
+    frozen.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(tower.embed(frozen), expected)
+    mirrored = views[::-1, :, ::-1]
+    np.testing.assert_array_equal(tower.embed(mirrored), tower.embed(np.ascontiguousarray(mirrored)))
+
+
+@pytest.mark.parametrize("name", ["block3.cls", "block3.mean", "block99.cls"])
+def test_a_block_that_the_tower_does_not_have_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="2 blocks"):
+        encoder("projected", name)
+
+
+def test_the_fingerprint_follows_view_and_weights_and_not_the_feature() -> None:
+    base = encoder()
+    assert base.fingerprint == encoder().fingerprint == encoder(*ALL).fingerprint
+    others = [encoder(view="crop"), encoder(pretrained="seed:1"), encoder(view="crop", pretrained="seed:1")]
+    assert len({base.fingerprint, *(other.fingerprint for other in others)}) == 4
+    assert len(base.fingerprint) == 16 and int(base.fingerprint, 16) >= 0
+
+
+def test_the_fingerprint_follows_the_models_name_even_with_the_same_weights(tmp_path: Path) -> None:
+    # quick_gelu changes what the same tensors compute, and only the name of the model says it.
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 224, "layers": 1, "width": 32, "head_width": 16, "patch_size": 112},
+        "text_cfg": {"context_length": 4, "vocab_size": 32, "width": 16, "heads": 1, "layers": 1},
+    }
+    names = ("clipflow-unit-test-gelu", "clipflow-unit-test-quickgelu")
+    for name in names:
+        (tmp_path / f"{name}.json").write_text(json.dumps({**config, "quick_gelu": name.endswith("quickgelu")}))
+    open_clip.add_model_config(tmp_path)
+    file = tmp_path / "weights.safetensors"
+    save_file(open_clip.create_model(names[0]).state_dict(), file)
+    gelu, quick = (Encoder(EncoderConfig(model=name, pretrained=str(file)), device="cpu") for name in names)
+    assert load_weights(gelu.config).sha256 == load_weights(quick.config).sha256
+    assert gelu.fingerprint != quick.fingerprint
+
+
+def test_weights_of_another_shape_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIPFLOW_CACHE", str(tmp_path))
+    load_weights(TOWER)
+    with pytest.raises(WeightsError, match="do not fit"):
+        cached_path(TOWER).rename(cached_path(EncoderConfig()))
+        Encoder(EncoderConfig(), device="cpu")

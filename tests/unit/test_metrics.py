@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from clipflow_ray.evaluate import metrics
+
+scores = st.lists(st.integers(-5, 5), min_size=2, max_size=30).map(lambda values: np.array(values, float))
+
+
+@settings(max_examples=50, deadline=None)
+@given(scores, scores)
+def test_auroc_is_the_share_of_pairs_in_the_right_order_with_ties_half(
+    negative: np.ndarray, positive: np.ndarray
+) -> None:
+    pairs = np.sign(positive[:, None] - negative[None, :])
+    assert metrics.auroc(negative, positive) == pytest.approx((pairs.mean() + 1) / 2)
+
+
+@settings(max_examples=50, deadline=None)
+@given(scores, scores, st.integers(2, 5))
+def test_balanced_average_precision_does_not_change_when_one_class_is_repeated(
+    negative: np.ndarray, positive: np.ndarray, times: int
+) -> None:
+    repeated = metrics.average_precision(np.tile(negative, times), positive)
+    assert repeated == pytest.approx(metrics.average_precision(negative, positive))
+
+
+@settings(max_examples=50, deadline=None)
+@given(scores, scores, st.sampled_from([0.0, 0.05, 0.3]))
+def test_the_oracle_rate_is_the_best_recall_whose_false_positives_stay_within_the_rate(
+    negative: np.ndarray, positive: np.ndarray, rate: float
+) -> None:
+    thresholds = np.r_[np.inf, np.unique(np.r_[negative, positive])]
+    allowed = [(positive >= t).mean() for t in thresholds if (negative >= t).mean() <= rate]
+    assert metrics.oracle_tpr(negative, positive, rate) == pytest.approx(max(allowed))
+
+
+def test_the_wilson_interval_is_the_textbook_formula() -> None:
+    z, k, n = stats.norm.ppf(0.975), 7, 40
+    centre = (k / n + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(k / n * (1 - k / n) / n + z**2 / (4 * n**2))
+    assert metrics.wilson(k, n) == pytest.approx((centre - half, centre + half))
+
+
+def test_uniform_p_values_are_near_uniform_and_small_ones_are_not() -> None:
+    assert metrics.uniformity(np.arange(1, 101) / 101)["ks_distance"] < 0.02
+    assert metrics.uniformity(np.full(100, 0.01))["ks_distance"] > 0.9
+
+
+def test_the_bootstrap_interval_holds_the_auroc_and_shrinks_with_more_images() -> None:
+    rng = np.random.default_rng(0)
+    widths = []
+    for n in (30, 300):
+        negative, positive = rng.normal(0, 1, n), rng.normal(1, 1, n)
+        low, high = metrics.bootstrap_auroc(negative, positive, draws=300)
+        assert low < metrics.auroc(negative, positive) < high
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 2
+
+
+def test_metadata_alone_tells_classes_apart_only_where_it_differs() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(200) % 2 == 0
+    same, numbers = np.array(["JPEG"] * 200), rng.normal(size=(200, 2))
+    assert metrics.metadata_auroc(np.where(labels, "PNG", "JPEG"), numbers, labels) > 0.99
+    assert 0.3 < metrics.metadata_auroc(same, numbers, labels) < 0.7

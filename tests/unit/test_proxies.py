@@ -1,0 +1,278 @@
+"""Proxy families against their own claims, on a photo-like image with spectra computed here by full-plane FFTs."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipflow_ray import proxies
+from clipflow_ray.config import ProxyConfig
+from clipflow_ray.errors import ConfigError
+from clipflow_ray.proxies import FAMILIES
+
+SIZE = 224
+CONFIG = ProxyConfig()
+radii = 2.0 * np.hypot(np.fft.fftfreq(SIZE)[:, None], np.fft.fftfreq(SIZE)[None, :])
+DRAWS = range(24)
+each_family = pytest.mark.parametrize("family", sorted(FAMILIES))
+
+
+def photo_like(seed: int = 0) -> np.ndarray:
+    """uint8 [224, 224, 3] with amplitude 1/f, correlated channels, and nothing near black or white."""
+    rng = np.random.default_rng(seed)
+    amplitude = 1.0 / np.maximum(radii, radii[0, 1])
+    amplitude[0, 0] = 0.0
+    shared, channels = rng.standard_normal((SIZE, SIZE)), []
+    for mean in (118.0, 128.0, 136.0):
+        noise = 0.8 * shared + 0.6 * rng.standard_normal((SIZE, SIZE))
+        plane = np.fft.ifft2(np.fft.fft2(noise) * amplitude).real
+        channels.append(mean + 22.0 * plane / plane.std())
+    return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+
+
+VIEW = photo_like()
+SOURCE = VIEW.transpose(2, 0, 1).astype(np.float32)
+
+
+def spectrum(channels_first: np.ndarray) -> np.ndarray:
+    return np.fft.fft2(channels_first.astype(np.float64), axes=(1, 2))
+
+
+def applied(family: str, seed: int = 0, **ranges: tuple[float, ...]) -> np.ndarray:
+    """The family alone, float in and out, before clipping and rounding."""
+    return FAMILIES[family](SOURCE, np.random.default_rng(seed), **ranges)
+
+
+def drawn(family: str, draw: int) -> np.ndarray:
+    return proxies.proxy(VIEW, family, proxies.generator(0, "a.jpg", draw), CONFIG)
+
+
+def log_energy_gain(view: np.ndarray, above: float) -> float:
+    energies = [np.square(np.abs(spectrum(v.transpose(2, 0, 1))))[:, above < radii].mean() for v in (view, VIEW)]
+    return float(np.log(energies[0] / energies[1]))
+
+
+@each_family
+def test_a_proxy_depends_on_its_seed_alone(family: str) -> None:
+    first = drawn(family, 3)
+    for other in FAMILIES:
+        drawn(other, 4)
+    np.random.default_rng().random(7)
+    np.testing.assert_array_equal(drawn(family, 3), first)
+    assert (drawn(family, 4) != first).any()
+
+
+@each_family
+def test_a_proxy_is_a_changed_view_of_the_same_shape_and_mean_colour(family: str) -> None:
+    before = VIEW.copy()
+    for draw in DRAWS:
+        changed = drawn(family, draw)
+        assert changed.dtype == np.uint8 and changed.shape == VIEW.shape
+        difference = changed.astype(float) - VIEW
+        assert difference.std() > 0.5
+        assert np.abs(difference.mean(axis=(0, 1))).max() < 2.0
+    np.testing.assert_array_equal(VIEW, before)
+
+
+def test_resampling_stripes_out_of_existence_keeps_their_mean_colour() -> None:
+    stripes = np.full((SIZE, SIZE, 3), 100, np.uint8)
+    stripes[:, ::2] = 150
+    halving = ProxyConfig(families={"resample": {"factor": (2.0, 2.0)}})
+    for draw in DRAWS:  # some of them by nearest neighbours, which see every second column alone
+        changed = proxies.proxy(stripes, "resample", proxies.generator(0, "stripes", draw), halving)
+        assert np.abs(changed.mean(axis=(0, 1)) - 125.0).max() < 1.0
+
+
+@pytest.mark.parametrize(
+    ("family", "nothing"),
+    [
+        ("radial_gain_up", {"start": (0.3, 0.3), "log_gain": (0.0, 0.0)}),
+        ("replicas", {"factors": (2, 4), "mix": (0.0, 0.0)}),
+        ("log_amplitude_field", {"sigma": (0.0, 0.0), "start": (0.1, 0.1)}),
+        ("phase_jitter", {"start": (0.2, 0.2), "sigma": (0.0, 0.0)}),
+        ("lattice_peaks", {"periods": (2, 4, 8, 16), "amplitude": (0.0, 0.0)}),
+        ("resample", {"factor": (1.0, 1.0)}),
+        ("self_blend", {"shift": (1.0, 3.0), "mix": (0.0, 0.0)}),
+    ],
+)
+def test_a_family_of_no_strength_changes_nothing(family: str, nothing: dict[str, tuple[float, ...]]) -> None:
+    for seed in DRAWS:
+        np.testing.assert_allclose(applied(family, seed, **nothing), SOURCE, atol=0.01)
+
+
+def ramp(start: float) -> np.ndarray:
+    return np.clip((radii - start) / (1.0 - start), 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "ranges", "expected"),
+    [
+        ("radial_gain_up", {"start": (0.3, 0.3), "log_gain": (0.9, 0.9)}, np.exp(0.9 * ramp(0.3))),
+        ("radial_gain_down", {"start": (0.2, 0.2), "log_gain": (1.1, 1.1)}, np.exp(-1.1 * ramp(0.2))),
+        ("low_pass", {"cutoff": (0.5, 0.5), "order": (3.0, 3.0)}, (1.0 + (radii / 0.5) ** 6) ** -0.5),
+        (
+            "slope",
+            {"start": (0.1, 0.1), "exponent": (0.4, 0.4), "min_magnitude": (0.1,)},
+            np.maximum(radii / 0.1, 1.0) ** -0.4,
+        ),
+        (
+            "slope",
+            {"start": (0.1, 0.1), "exponent": (-0.01, -0.01), "min_magnitude": (0.2,)},
+            np.maximum(radii / 0.1, 1.0) ** 0.2,
+        ),
+    ],
+)
+def test_a_radial_family_multiplies_the_amplitude_by_its_formula(
+    family: str, ranges: dict[str, tuple[float, ...]], expected: np.ndarray
+) -> None:
+    ratio = spectrum(applied(family, **ranges)) / spectrum(SOURCE)
+    np.testing.assert_allclose(ratio.real, np.broadcast_to(expected, ratio.shape), rtol=2e-2, atol=2e-3)
+    np.testing.assert_allclose(ratio.imag, 0.0, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("family", "low", "high"),
+    [
+        ("radial_gain_up", 0.05, 5.0),
+        ("radial_gain_down", -5.0, -0.05),
+        ("low_pass", -20.0, -0.3),
+        ("resample", -20.0, -0.3),
+    ],
+)
+def test_the_default_ranges_move_the_high_band_the_claimed_way(family: str, low: float, high: float) -> None:
+    gains = [log_energy_gain(drawn(family, draw), above=0.7) for draw in DRAWS]
+    assert low < min(gains) and max(gains) < high
+
+
+def test_slope_moves_the_high_band_up_and_down_and_never_leaves_it() -> None:
+    gains = np.array([log_energy_gain(drawn("slope", draw), above=0.7) for draw in range(24)])
+    assert (np.abs(gains) > 0.15).all()
+    assert (gains > 0).any() and (gains < 0).any()
+
+
+@pytest.mark.parametrize("period", [2, 4, 8, 16])
+def test_lattice_peaks_stand_at_multiples_of_the_size_over_the_period(period: int) -> None:
+    added = applied("lattice_peaks", periods=(period,), amplitude=(4.0, 4.0)) - SOURCE
+    energy = np.square(np.abs(spectrum(added)))[0]
+    step = SIZE // period
+    lattice = energy[::step, ::step].copy()
+    lattice[0, 0] = 0.0
+    assert lattice.sum() > 0.7 * energy.sum()  # the rest is the modulation by local contrast around each peak
+    assert added.std() == pytest.approx(4.0, rel=0.1)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_replicas_put_copies_of_the_low_band_above_and_keep_it_below(factor: int) -> None:
+    source = np.stack([photo_like(seed)[:, :, 0] for seed in range(3)]).astype(np.float32)  # unrelated channels
+    before = spectrum(source)
+    bins = (np.arange(SIZE) + SIZE // (2 * factor)) % (SIZE // factor) - SIZE // (2 * factor)
+    copied = before[:, bins][:, :, bins]  # what a strided sampling shows at each frequency
+    origin = radii[bins][:, bins]
+    above = (radii > 1.0 / factor + 0.12) & (origin > 0) & (origin < 0.9 / factor)
+    below = radii < 1.0 / factor - 0.02
+
+    def coherence(after: np.ndarray) -> float:
+        # The kernel's gain is unknown here but the same for all channels, so it cancels between two of them.
+        left, right = after[0] * copied[1], after[1] * copied[0]
+        return float(np.cos(np.angle(left * right.conj()))[above].mean())
+
+    assert abs(coherence(before)) < 0.05
+    found = []
+    for seed in DRAWS:  # all three ways of enlarging; the softest is partly drowned by its own border
+        changed = FAMILIES["replicas"](source, np.random.default_rng(seed), factors=(factor,), mix=(1.0, 1.0))
+        after = spectrum(changed)
+        np.testing.assert_allclose(after[:, below], before[:, below], rtol=1e-3, atol=1.0)
+        found.append(coherence(after))
+    assert min(found) > 0.2 and max(found) > 0.99
+
+
+@pytest.mark.parametrize("family", ["radial_gain_up", "low_pass", "slope", "replicas", "phase_jitter", "self_blend"])
+def test_a_flat_view_has_no_spectrum_to_change(family: str) -> None:
+    flat = np.full((SIZE, SIZE, 3), (90, 128, 170), np.uint8)
+    for draw in DRAWS:
+        changed = proxies.proxy(flat, family, proxies.generator(0, "flat", draw), CONFIG)
+        np.testing.assert_array_equal(changed, flat)
+
+
+def test_phase_jitter_changes_phases_above_the_start_and_no_amplitude() -> None:
+    before, after = spectrum(SOURCE), spectrum(applied("phase_jitter", start=(0.3, 0.3), sigma=(0.8, 0.8)))
+    low, high = radii < 0.29, radii > 0.5
+    np.testing.assert_allclose(after[:, low], before[:, low], rtol=1e-3, atol=1.0)
+    assert np.angle(after / before)[:, high].std() == pytest.approx(0.8, rel=0.1)
+    # Bins that are their own conjugate hold a real number, which has no phase to turn.
+    free = np.ones((SIZE, SIZE), bool)
+    free[:: SIZE // 2, :: SIZE // 2] = False
+    ratio = (np.abs(after) / np.abs(before))[:, free & (radii > 0)]
+    np.testing.assert_allclose(ratio, 1.0, atol=1e-2)
+
+
+def test_the_log_amplitude_field_has_its_deviation_and_is_smooth_where_frequencies_adjoin() -> None:
+    gain = spectrum(applied("log_amplitude_field", sigma=(0.4, 0.4), start=(0.0, 0.0))) / spectrum(SOURCE)
+    field = np.fft.fftshift(np.log(np.abs(gain[0])))
+    centre = SIZE // 2
+    assert field[np.fft.fftshift(radii) > 0.15].std() == pytest.approx(0.4, rel=0.25)
+    # One of two conjugate half planes is drawn; columns 0 and Nyquist, where they meet, are averages of both.
+    half = field[1:, centre + 20 : -1]
+    steps = np.abs(np.diff(half, axis=0)).mean(axis=1)
+    assert steps.max() < 0.1, f"a jump of {steps.max():.2f} between rows {steps.argmax()} and {steps.argmax() + 1}"
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), levels=st.sampled_from([2, 3, 256]), scale=st.sampled_from([1, 85, 255]))
+def test_the_natural_round_trip_keeps_every_8_bit_view(seed: int, levels: int, scale: int) -> None:
+    drawn_levels = np.random.default_rng(seed).integers(0, levels, (SIZE, SIZE, 3))
+    view = np.minimum(drawn_levels * scale, 255).astype(np.uint8)
+    kept = proxies.natural(view)
+    assert kept.dtype == np.uint8
+    np.testing.assert_array_equal(kept, view)
+
+
+@pytest.mark.parametrize("families", [{}, {"low_pass": {}, "sepia": {}}])
+def test_an_unknown_family_or_none_is_refused_with_the_list_of_those_there(families: dict[str, dict]) -> None:
+    with pytest.raises(ConfigError, match="phase_jitter") as refusal:
+        proxies.check(ProxyConfig(families=families))
+    assert all(name in str(refusal.value) for name in set(families) - set(FAMILIES))
+
+
+def test_the_default_families_are_all_there() -> None:
+    proxies.check(CONFIG)
+    assert set(CONFIG.families) == set(FAMILIES)
+
+
+def test_each_seed_row_and_draw_has_its_own_random_stream() -> None:
+    keys = [(s, row, *draw) for s in (0, 1) for row in ("a", "b", "1/a") for draw in ((), (0,), (1,), (0, 1), (1, 0))]
+    streams = {tuple(proxies.generator(*key).integers(2**62, size=2).tolist()) for key in keys}
+    assert len(streams) == len(keys)
+    again = proxies.generator(*keys[0]).integers(2**62, size=2)
+    np.testing.assert_array_equal(again, proxies.generator(*keys[0]).integers(2**62, size=2))
+
+
+@settings(max_examples=25, deadline=None)
+@given(height=st.integers(1, 600), width=st.integers(1, 600), seed=st.integers(0, 1000))
+def test_an_augmented_view_of_any_image_is_224_pixels_and_the_same_for_a_seed(
+    height: int, width: int, seed: int
+) -> None:
+    rgb = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    view = proxies.augmented(rgb, np.random.default_rng(seed))
+    assert view.shape == (SIZE, SIZE, 3) and view.dtype == np.uint8
+    np.testing.assert_array_equal(proxies.augmented(rgb, np.random.default_rng(seed)), view)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (5000, 1), (3, 4001)])
+def test_tiny_and_very_elongated_images_keep_their_colour_when_augmented(shape: tuple[int, int]) -> None:
+    rgb = np.full((*shape, 3), (200, 120, 40), np.uint8)
+    for seed in range(8):
+        view = proxies.augmented(rgb, np.random.default_rng(seed)).astype(int)
+        assert view.shape == (SIZE, SIZE, 3)
+        assert np.abs(view - (200, 120, 40)).max() <= 4  # JPEG's colour rounding
+
+
+def test_augmented_views_differ_by_seed_and_are_mirrored_half_the_time() -> None:
+    ramp_image = np.repeat(np.tile(np.linspace(0, 255, 400), (300, 1))[:, :, None], 3, axis=2).astype(np.uint8)
+    views = [proxies.augmented(ramp_image, np.random.default_rng(seed)).astype(int) for seed in range(60)]
+    rises = np.array([view[:, -20:].mean() - view[:, :20].mean() for view in views])
+    assert 15 < (rises > 0).sum() < 45
+    # 60 to 100 % of the short side of 300 columns, on a ramp of 255 grey levels over 400 columns.
+    spans = np.abs(rises) * SIZE / (SIZE - 20)
+    assert spans.min() > 0.58 * 300 * 255 / 400 and spans.max() < 1.02 * 300 * 255 / 400
+    assert len({round(float(span), 3) for span in spans}) > 50
