@@ -109,7 +109,7 @@ class FlowConfig(Config):
 class ObjectiveConfig(Config):
     """Which likelihood objective, and its constants in nats per dimension; see `model/objective.py`."""
 
-    kind: Literal["proxy", "both", "both_logsig", "natural"] = "both_logsig"
+    kind: Literal["proxy", "both", "both_logsig", "natural"] = "both"
     proxy_weight: float = Field(1.0, ge=0)
     margin: float = Field(0.3, ge=0)
     temperature: float = Field(0.1, gt=0)
@@ -118,7 +118,7 @@ class ObjectiveConfig(Config):
 class FitConfig(Config):
     """Optimisation. `batch_size` counts naturals of the global batch; as many proxies go with them."""
 
-    epochs: int = Field(10, ge=1)
+    epochs: int = Field(6, ge=1)
     batch_size: int = Field(256, ge=2)
     learning_rate: float = Field(2e-4, gt=0)
     weight_decay: float = Field(1e-5, ge=0)

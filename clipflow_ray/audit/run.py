@@ -66,7 +66,7 @@ def audit(config: AuditConfig) -> dict[str, Any]:
 def _score(config: AuditConfig, run: Run, checkpoint: Checkpoint, record: dict[str, Any]) -> None:
     resources.connect()
     plan = resources.plan_scoring()
-    before = run.rows(SCORED)
+    before = run.committed(SCORED)
     log.info("scoring %d of %d objects", record["manifest_rows"] - before, record["manifest_rows"])
     start = time.monotonic()
     run.write(

@@ -80,16 +80,18 @@ class Run:
         self.write_record(record)
         write_text(self.path(SUCCESS), "", self.s3)
 
-    def table(self, name: str) -> pads.Dataset:
-        """The parquet files of one part as a pyarrow dataset."""
+    def table(self, name: str, skip: str | None = None) -> pads.Dataset:
+        """The parquet files of one part as a pyarrow dataset, without those whose name ends in `skip`."""
         fs, path = filesystem(self.path(name), self.s3)
         selector = pafs.FileSelector(path, allow_not_found=True)
         files = sorted(f.path for f in fs.get_file_info(selector) if f.path.endswith(".parquet"))
+        if skip:
+            files = [file for file in files if not file.endswith(skip)]
         return pads.dataset(files, filesystem=fs, format="parquet")
 
-    def rows(self, name: str) -> int:
-        """How many rows one part has so far."""
-        table = self.table(name)
+    def committed(self, name: str) -> int:
+        """How many rows of one part a resumed run will not do again."""
+        table = self.table(f"resume/{name}", skip=".pending.parquet")  # a block that was being written is done again
         return int(table.count_rows()) if table.files else 0
 
     def write(
@@ -105,7 +107,7 @@ class Run:
         size = rows_per_task or max(8, min(_MAX_ROWS_PER_TASK, rows // 32))
         with self._resuming(name):  # a dataset keeps the context it was made in, so it is made in here
             stages(self._manifest(size)).write_parquet(path, filesystem=fs)
-        written = self.rows(name)
+        written = self.table(name).count_rows()
         if written != rows:
             raise ClipflowError(
                 f"{written} rows came out for {rows} objects in {self.path(name)}; keep it and report it."

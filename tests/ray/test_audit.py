@@ -193,7 +193,8 @@ def test_an_audit_whose_driver_was_killed_goes_on_without_loss_or_duplicate(
     assert driver.poll() is None, "the audit ended before it could be killed"
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
-    done = sum(pq.read_metadata(path).num_rows for path in scored.glob("*.parquet") if ".pending" not in path.name)
+    committed = [path for path in (output / "resume" / "scored").glob("*.parquet") if ".pending." not in path.name]
+    done = sum(pq.read_metadata(path).num_rows for path in committed)
     assert 0 < done < 44
     assert not (output / "_SUCCESS").exists()
     result = audit(settings)
