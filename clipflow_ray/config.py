@@ -140,7 +140,7 @@ class SplitConfig(Config):
 class TrainConfig(Config):
     """A whole training: natural images in, one checkpoint directory out."""
 
-    input: tuple[str, ...]
+    input: tuple[str, ...] = ()
     output: str
     s3: S3Options = S3Options()
     limits: ImageLimits = ImageLimits()
@@ -158,7 +158,7 @@ class TrainConfig(Config):
 class AuditConfig(Config):
     """One audit: images in, a ledger out."""
 
-    input: tuple[str, ...]
+    input: tuple[str, ...] = ()
     output: str
     checkpoint: str = DEFAULT_CHECKPOINT
     alpha: float = Field(0.01, gt=0, lt=1)
@@ -173,8 +173,8 @@ class AuditConfig(Config):
 class EvaluateConfig(Config):
     """One evaluation: labelled images in, figures out. `seeds` are checkpoints that differ in their seed alone."""
 
-    natural: tuple[str, ...]
-    generated: tuple[str, ...]
+    natural: tuple[str, ...] = ()
+    generated: tuple[str, ...] = ()
     output: str
     checkpoint: str = DEFAULT_CHECKPOINT
     seeds: tuple[str, ...] = ()
