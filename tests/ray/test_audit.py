@@ -149,8 +149,9 @@ def test_a_missing_checkpoint_and_an_empty_input_are_said_in_a_sentence(
 ) -> None:
     with pytest.raises(CheckpointError, match="No checkpoint"):
         audit(config.model_copy(update={"checkpoint": str(tmp_path)}))
+    (tmp_path / "in").mkdir()
     with pytest.raises(InputError, match="no objects"):
-        audit(config.model_copy(update={"input": (str(tmp_path),), "output": str(tmp_path / "run")}))
+        audit(config.model_copy(update={"input": (str(tmp_path / "in"),), "output": str(tmp_path / "run")}))
 
 
 def test_an_s3_prefix_gives_the_same_scores_as_the_folder_it_was_copied_from(
