@@ -33,12 +33,12 @@ def audit_against_bare_encoder(objects: int, rounds: int) -> dict[str, Any]:
 
     An audit is timed as a user sees it: listing, actor start, reading, decoding, scoring, ledger; Ray itself is up.
     """
-    resources.connect()
     config = AuditConfig(input=(), output="")
     encoder = Encoder(load_checkpoint(config.checkpoint).encoder)
-    torch.set_num_threads(resources.plan_scoring().encoder_cpus)
     views = np.random.default_rng(0).integers(0, 256, (_BATCH, VIEW_SIZE, VIEW_SIZE, 3), np.uint8)
     with s3_server() as s3, tempfile.TemporaryDirectory() as folder:
+        resources.connect()  # after the server: workers inherit the credentials that it sets
+        torch.set_num_threads(resources.plan_scoring().encoder_cpus)
         source = _fill(s3, objects)
 
         def one_audit(at: int) -> float:

@@ -20,7 +20,8 @@ from clipflow_ray.demo import s3_server
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
+def cluster(s3: S3Options) -> Iterator[None]:
+    """Started after the S3 server, so that its workers inherit the credentials."""
     resources.connect()
     yield
     ray.shutdown()

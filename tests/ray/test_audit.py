@@ -201,7 +201,7 @@ def test_an_audit_whose_driver_was_killed_goes_on_without_loss_or_duplicate(
     result = audit(settings)
     rows = ledger(str(output))
     reference = {row["row_id"]: row for row in ledger(config.output)}
-    assert Counter(row["row_id"] for row in rows) == Counter(reference)
+    assert Counter(row["row_id"] for row in rows) == Counter(list(reference))
     assert {row["row_id"]: row["error_code"] for row in rows} == {k: r["error_code"] for k, r in reference.items()}
     for row in rows:
         if row["score"] is not None:
