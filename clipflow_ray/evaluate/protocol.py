@@ -132,9 +132,17 @@ def _figures(detectors: Sequence[Detector], data: Labelled) -> dict[str, Any]:
         "n": {"natural": int((~data.generated).sum()), "generated": int(data.generated.sum())},
         "detectors": {name: _headline(values, data) for name, values in table.items()},
         "auroc_by_seed": [metrics.auroc(s.score[~data.generated], s.score[data.generated]) for s in scores],
-        "thresholds": {f"{alpha:g}": _at_threshold(detectors[0], scores[0], data, alpha) for alpha in ALPHAS},
+        "thresholds": {
+            f"{alpha:g}": _at_threshold(detectors[0], scores[0], data, alpha) for alpha in _supported(detectors[0])
+        },
         "p_uniformity_on_naturals": metrics.uniformity(scores[0].p_value[~data.generated]),
     }
+
+
+def _supported(detector: Detector) -> list[float]:
+    """The alphas that the calibration set is large enough for; the largest is kept, to be refused in words."""
+    n = len(detector.calibration.scores)
+    return [alpha for alpha in ALPHAS if alpha * (n + 1) >= 1.0] or [max(ALPHAS)]
 
 
 def _headline(values: NDArray[Any], data: Labelled) -> dict[str, Any]:
