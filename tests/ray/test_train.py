@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 
 from clipflow_ray.config import TrainConfig
@@ -31,7 +30,7 @@ def test_a_checkpoint_carries_all_that_a_detector_needs(trained: str, naturals: 
     assert checkpoint.calibration is not None
     assert len(checkpoint.calibration.scores) == 32
     assert checkpoint.training["sources"]["calibration"] == ["harbour", "studio"]
-    assert "low_pass" not in checkpoint.training["split"]["validation"]
+    assert checkpoint.training["split"]["held_out_family"] == "low_pass"
     data = (naturals / "alpine" / "000.jpg").read_bytes()
     finding = Detector(checkpoint).detect(data, alpha=0.1)
     assert finding.status == "ok"
@@ -56,8 +55,6 @@ def test_embeddings_are_reused_when_nothing_changed_and_made_anew_when_the_input
     files = {path: path.stat().st_mtime_ns for path in Path(run.folder).rglob("*.parquet")}
     assert features.extract(tiny).folder == run.folder
     assert files == {path: path.stat().st_mtime_ns for path in Path(run.folder).rglob("*.parquet")}
-    wider = tiny.model_copy(update={"input": (str(naturals), str(naturals / "alpine"))})
-    assert features.extract(tiny.model_copy(update={"input": (f"{naturals}/",)})).folder == run.folder or True
     extra = tmp_path / "more"
     extra.mkdir()
     (extra / "one.jpg").write_bytes((naturals / "alpine" / "000.jpg").read_bytes())
@@ -160,17 +157,14 @@ def test_an_unchanged_config_trains_nothing_twice(trained: str, tiny: TrainConfi
 
 
 def _processes(title: str) -> list[int]:
-    """Pids of this cluster's workers whose process title names `title`."""
-    session = ray._private.worker._global_node.get_session_dir_path()
+    """Pids of Ray workers whose process title names `title`."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 line = (entry / "cmdline").read_bytes().decode(errors="replace")
-                environment = (entry / "environ").read_bytes().decode(errors="replace")
             except OSError:
                 continue
-            if title in line and session:
+            if title in line:
                 found.append(int(entry.name))
-            del environment
     return found
