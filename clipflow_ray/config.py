@@ -75,16 +75,16 @@ class EncoderConfig(Config):
 
 def _default_families() -> dict[str, dict[str, tuple[float, ...]]]:
     return {
-        "radial_gain_up": {"start": (0.15, 0.6), "log_gain": (0.2, 1.2)},
-        "radial_gain_down": {"start": (0.1, 0.5), "log_gain": (0.3, 1.6)},
-        "low_pass": {"cutoff": (0.35, 0.8), "order": (2.0, 6.0)},
-        "slope": {"start": (0.03, 0.15), "exponent": (-0.4, 0.5), "min_magnitude": (0.1,)},
-        "lattice_peaks": {"periods": (2, 4, 8, 16), "amplitude": (2.0, 8.0)},
-        "replicas": {"factors": (2, 4), "mix": (0.1, 0.6)},
-        "log_amplitude_field": {"sigma": (0.2, 0.5), "start": (0.05, 0.25)},
-        "phase_jitter": {"start": (0.2, 0.6), "sigma": (0.3, 1.0)},
-        "resample": {"factor": (1.25, 2.5)},
-        "self_blend": {"shift": (1.0, 3.0), "mix": (0.3, 0.8)},
+        "radial_gain_up": {"start": (0.1, 0.5), "log_gain": (0.3, 1.3)},
+        "radial_gain_down": {"start": (0.1, 0.5), "log_gain": (0.4, 1.8)},
+        "low_pass": {"cutoff": (0.25, 0.7), "order": (1.0, 6.0)},
+        "slope": {"start": (0.02, 0.15), "exponent": (-0.5, 0.7), "min_magnitude": (0.2,)},
+        "lattice_peaks": {"periods": (2, 4, 8, 16), "amplitude": (5.0, 20.0)},
+        "replicas": {"factors": (2, 4), "mix": (0.2, 1.0)},
+        "log_amplitude_field": {"sigma": (0.25, 0.6), "start": (0.02, 0.2)},
+        "phase_jitter": {"start": (0.15, 0.5), "sigma": (0.4, 1.4)},
+        "resample": {"factor": (1.3, 3.0)},
+        "self_blend": {"shift": (1.0, 4.0), "mix": (0.4, 1.0)},
     }
 
 

@@ -9,7 +9,6 @@ strengths are our own. Frequencies are radii over Nyquist: 1.0 is half a cycle p
 """
 
 import hashlib
-import io
 from collections.abc import Callable
 from functools import lru_cache
 from inspect import signature
@@ -192,22 +191,19 @@ def natural(view: Pixels) -> Pixels:
 
 
 def augmented(rgb: Pixels, rng: Rng) -> Pixels:
-    """A second natural view of an image, uint8 [224, 224, 3]: random crop, flip and, at times, JPEG.
+    """A second natural view of an image, uint8 [224, 224, 3]: a random square, mirrored half the time.
 
-    A square of 60 to 100 % of the short side, antialiased bicubic to 224, mirrored half the time, and half the time
-    through JPEG at quality 60 to 95. A proxy of this view therefore shares the draw of its natural.
+    The square has 80 to 100 % of the short side and is never enlarged where the image has 224 pixels: an enlarged or
+    recompressed natural would teach that softness is natural, which is what proxies and generators share.
     """
     height, width = rgb.shape[:2]
-    side = max(1, round(min(height, width) * rng.uniform(0.6, 1.0)))
+    short = min(height, width)
+    side = max(round(short * rng.uniform(0.8, 1.0)), min(short, VIEW_SIZE))
     top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
     image = Image.fromarray(rgb[top : top + side, left : left + side])
     image = image.resize((VIEW_SIZE, VIEW_SIZE), Image.Resampling.BICUBIC)
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if rng.random() < 0.5:
-        encoded = io.BytesIO()
-        image.save(encoded, "JPEG", quality=int(rng.integers(60, 96)))
-        image = Image.open(encoded)
     return np.asarray(image)
 
 

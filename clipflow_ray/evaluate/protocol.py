@@ -5,7 +5,7 @@ Nothing here feeds back into a checkpoint: thresholds come from its own calibrat
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ from clipflow_ray.data.resumable import MANIFEST, Run
 from clipflow_ray.data.scoring import Embed
 from clipflow_ray.errors import ConfigError, InputError
 from clipflow_ray.evaluate import metrics
-from clipflow_ray.evaluate.baselines import fit_baselines
+from clipflow_ray.evaluate.baselines import Scorer, fit_baselines
 from clipflow_ray.evaluate.views import VARIANTS, read_both
 from clipflow_ray.model.checkpoint import load_checkpoint
 from clipflow_ray.model.detector import Detector
@@ -63,17 +63,18 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     run = _embedded(config.model_copy(update={"s3": s3}), natural + generated, first)
     table, variants = _labelled(run, first.encoder.features, generated)
     ok = table.filter(pc.equal(table["status"], "ok"))
+    baselines = fit_baselines(first.checkpoint)
     result: dict[str, Any] = {
         "model_id": first.checkpoint.model_id,
         "calibration_id": first.calibration.calibration_id,
         "calibration_n": len(first.calibration.scores),
         "unreadable": len(table) - len(ok),
-        "variants": {name: _figures(detectors, data) for name, data in variants.items()},
+        "variants": {name: _figures(detectors, baselines, data) for name, data in variants.items()},
         "metadata_only_auroc": _metadata_only(ok, variants[VARIANTS[0]].generated),
     }
     found = result["variants"][VARIANTS[0]]
     result |= {"auroc": found["detectors"]["flow"]["auroc"], "n": found["n"]}
-    _write(run, config.output, ok, variants, first, result)
+    _write(run, config.output, ok, variants, first, baselines, result)
     return result
 
 
@@ -123,11 +124,10 @@ def _labelled(run: Run, features: Sequence[str], generated: Sequence[str]) -> tu
     return table, {name: Labelled(np.ascontiguousarray(both[:, at]), labels, group) for at, name in enumerate(VARIANTS)}
 
 
-def _figures(detectors: Sequence[Detector], data: Labelled) -> dict[str, Any]:
+def _figures(detectors: Sequence[Detector], baselines: Mapping[str, Scorer], data: Labelled) -> dict[str, Any]:
     """One variant: flow and baselines, per generator and per source, and the spread over seeds."""
     scores = [detector.score_embeddings(data.embedding) for detector in detectors]
-    scorers = fit_baselines(detectors[0].checkpoint)
-    table = {"flow": scores[0].score, **{name: scorer(data.embedding) for name, scorer in scorers.items()}}
+    table = {"flow": scores[0].score, **{name: scorer(data.embedding) for name, scorer in baselines.items()}}
     return {
         "n": {"natural": int((~data.generated).sum()), "generated": int(data.generated.sum())},
         "detectors": {name: _headline(values, data) for name, values in table.items()},
@@ -196,7 +196,13 @@ def _metadata_only(ok: pa.Table, generated: NDArray[np.bool_]) -> float:
 
 
 def _write(
-    run: Run, output: str, ok: pa.Table, variants: dict[str, Labelled], detector: Detector, result: dict[str, Any]
+    run: Run,
+    output: str,
+    ok: pa.Table,
+    variants: dict[str, Labelled],
+    detector: Detector,
+    baselines: Mapping[str, Scorer],
+    result: dict[str, Any],
 ) -> None:
     """`scores.parquet` (one row an image and variant) and `figures.json`, so that every number can be derived again."""
     rows = []
@@ -211,7 +217,7 @@ def _write(
             "score": scores.score,
             "p_value": scores.p_value,
         }
-        for baseline, scorer in fit_baselines(detector.checkpoint).items():
+        for baseline, scorer in baselines.items():
             columns[baseline] = scorer(data.embedding).astype(np.float32)
         rows.append(pa.table(columns))
     fs, path = filesystem(normalized(output), run.s3)
