@@ -85,6 +85,8 @@ def _default_families() -> dict[str, dict[str, tuple[float, ...]]]:
         "phase_jitter": {"start": (0.15, 0.5), "sigma": (0.4, 1.4)},
         "resample": {"factor": (1.3, 3.0)},
         "self_blend": {"shift": (1.0, 4.0), "mix": (0.4, 1.0)},
+        "texture_loss": {"radius": (2.0, 5.0), "level": (8.0, 32.0), "mix": (0.7, 1.0)},
+        "tone": {"contrast": (-0.5, 0.5), "saturation": (-0.9, 0.9), "min_change": (0.25,)},
     }
 
 

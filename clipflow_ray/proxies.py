@@ -1,4 +1,4 @@
-"""Natural view -> proxy view: a photograph changed in ways that image generators change spectra.
+"""Natural view -> proxy view: a photograph changed in ways in which generated images differ from photographs.
 
 Each family is a pure function `(view, rng, **ranges) -> view` on float32 [3, H, W] in 0..255, whose ranges
 come from `ProxyConfig.families`. All of them act on the view that the encoder sees, keep the mean colour,
@@ -142,6 +142,27 @@ def self_blend(view: F32, rng: Rng, shift: Range, mix: Range) -> F32:
     return _f32(view + mask * (copy - view))
 
 
+def texture_loss(view: F32, rng: Rng, radius: Range, level: Range, mix: Range) -> F32:
+    """Blend in a self-guided filter (He et al. 2010): detail weaker than `level` grey levels goes, edges stay."""
+    size = 2 * round(rng.uniform(*radius)) + 1
+    epsilon = np.float32(rng.uniform(*level) ** 2)
+    mean = _box(view, size)
+    variance = np.maximum(_box(view * view, size) - mean * mean, 0.0)
+    keep = variance / (variance + epsilon)
+    smooth = _box(keep, size) * view + _box(mean - keep * mean, size)
+    return _f32(view + np.float32(rng.uniform(*mix)) * (smooth - view))
+
+
+def tone(view: F32, rng: Rng, contrast: Range, saturation: Range, min_change: tuple[float]) -> F32:
+    """Scale contrast around the mean, and colour around grey, by exp of draws at least `min_change` from 0 together."""
+    change = np.array([rng.uniform(*contrast), rng.uniform(*saturation)])
+    change *= max(1.0, min_change[0] / max(float(np.abs(change).max()), 1e-6))
+    grey = view.mean(axis=0)
+    mean = grey.mean()
+    colour = (view - grey) * np.float32(np.exp(change[1]))
+    return _f32(mean + (grey - mean + colour) * np.float32(np.exp(change[0])))
+
+
 FAMILIES: Final[dict[str, Family]] = {
     family.__name__: family
     for family in (
@@ -155,6 +176,8 @@ FAMILIES: Final[dict[str, Family]] = {
         phase_jitter,
         resample,
         self_blend,
+        texture_loss,
+        tone,
     )
 }
 
@@ -205,6 +228,11 @@ def augmented(rgb: Pixels, rng: Rng) -> Pixels:
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(image)
+
+
+def _box(planes: F32, size: int) -> F32:
+    """Mean over size x size neighbours, per channel."""
+    return _f32(ndimage.uniform_filter(planes, (0, size, size), mode="reflect"))
 
 
 def _f32(values: NDArray[np.floating]) -> F32:

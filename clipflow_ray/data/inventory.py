@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.fs import FileSelector
 
 from clipflow_ray.config import S3Options
 from clipflow_ray.errors import InputError
@@ -51,11 +52,14 @@ def write_manifest(inputs: Sequence[str], folder: str, s3: S3Options) -> int:
     fs, path = filesystem(folder, s3)
     fs.create_dir(path, recursive=True)
     rows = _rows(inputs, s3)
-    count = 0
+    count, parts = 0, set()
     while chunk := list(islice(rows, _ROWS_PER_FILE)):
-        name = f"part-{count // _ROWS_PER_FILE:05d}.parquet"
-        pq.write_table(pa.Table.from_pylist(chunk, MANIFEST_SCHEMA), join(path, name), filesystem=fs)
+        parts.add(f"part-{count // _ROWS_PER_FILE:05d}.parquet")
+        pq.write_table(pa.Table.from_pylist(chunk, MANIFEST_SCHEMA), join(path, max(parts)), filesystem=fs)
         count += len(chunk)
+    for left in fs.get_file_info(FileSelector(path)):  # by a listing that was cut off when the input held more
+        if left.base_name.startswith("part-") and left.base_name not in parts:
+            fs.delete_file(left.path)
     return count
 
 

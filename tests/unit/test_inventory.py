@@ -89,6 +89,19 @@ def test_a_long_listing_fills_several_files_in_order(tmp_path, photos: Path, mon
     assert parts == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
 
 
+def test_a_listing_made_again_after_the_input_shrank_leaves_no_old_part(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inventory, "_ROWS_PER_FILE", 2)
+    folder = tmp_path / "manifest"
+    write_manifest([str(photos)], str(folder), LOCAL)
+    (folder / "mine.txt").write_text("kept")
+    for name in FILES[:3]:
+        (photos / name).unlink()
+    assert write_manifest([str(photos)], str(folder), LOCAL) == 2
+    assert sorted(os.listdir(folder)) == ["mine.txt", "part-00000.parquet"]
+
+
 @pytest.mark.parametrize("output", ["photos/out", "photos/cats/out", "photos", "photos/", "photos/new/../out"])
 def test_an_output_inside_an_input_is_refused(tmp_path: Path, photos: Path, output: str) -> None:
     with pytest.raises(InputError, match=str(photos)):

@@ -93,6 +93,8 @@ def test_resampling_stripes_out_of_existence_keeps_their_mean_colour() -> None:
         ("lattice_peaks", {"periods": (2, 4, 8, 16), "amplitude": (0.0, 0.0)}),
         ("resample", {"factor": (1.0, 1.0)}),
         ("self_blend", {"shift": (1.0, 3.0), "mix": (0.0, 0.0)}),
+        ("texture_loss", {"radius": (2.0, 2.0), "level": (10.0, 10.0), "mix": (0.0, 0.0)}),
+        ("tone", {"contrast": (0.0, 0.0), "saturation": (0.0, 0.0), "min_change": (0.0,)}),
     ],
 )
 def test_a_family_of_no_strength_changes_nothing(family: str, nothing: dict[str, tuple[float, ...]]) -> None:
@@ -245,6 +247,31 @@ def test_each_seed_row_and_draw_has_its_own_random_stream() -> None:
     assert len(streams) == len(keys)
     again = proxies.generator(*keys[0]).integers(2**62, size=2)
     np.testing.assert_array_equal(again, proxies.generator(*keys[0]).integers(2**62, size=2))
+
+
+def test_texture_loss_takes_weak_detail_and_leaves_edges() -> None:
+    rng = np.random.default_rng(0)
+    step = np.repeat(np.where(np.arange(SIZE) < SIZE // 2, 60.0, 190.0)[None, :], SIZE, axis=0)
+    noisy = np.repeat((step + 4.0 * rng.standard_normal((SIZE, SIZE)))[None], 3, axis=0).astype(np.float32)
+    ranges = {"radius": (3.0, 3.0), "level": (16.0, 16.0), "mix": (1.0, 1.0)}
+    smooth = FAMILIES["texture_loss"](noisy, rng, **ranges)
+    assert (smooth - step)[:, 20:-20, 20:80].std() < 0.25 * (noisy - step)[:, 20:-20, 20:80].std()
+    edge = smooth[:, :, SIZE // 2].mean() - smooth[:, :, SIZE // 2 - 1].mean()
+    assert edge > 0.9 * 130.0
+
+
+def test_tone_scales_contrast_and_colour_by_its_draws() -> None:
+    ranges = {"contrast": (0.3, 0.3), "saturation": (-0.4, -0.4), "min_change": (0.1,)}
+    changed = applied("tone", **ranges)
+    grey, before = changed.mean(axis=0), SOURCE.mean(axis=0)
+    assert grey.std() / before.std() == pytest.approx(np.exp(0.3), rel=1e-3)
+    assert (changed - grey).std() / (SOURCE - before).std() == pytest.approx(np.exp(-0.1), rel=1e-3)
+
+
+def test_tone_never_changes_less_than_it_must() -> None:
+    ranges = {"contrast": (0.01, 0.01), "saturation": (-0.02, -0.02), "min_change": (0.25,)}
+    changed = applied("tone", **ranges)
+    assert changed.mean(axis=0).std() / SOURCE.mean(axis=0).std() == pytest.approx(np.exp(0.125), rel=1e-3)
 
 
 @settings(max_examples=25, deadline=None)
