@@ -148,7 +148,7 @@ def texture_loss(view: F32, rng: Rng, radius: Range, level: Range, mix: Range) -
     epsilon = np.float32(rng.uniform(*level) ** 2)
     mean = _box(view, size)
     variance = np.maximum(_box(view * view, size) - mean * mean, 0.0)
-    keep = variance / (variance + epsilon)
+    keep = _f32(variance / (variance + epsilon))
     smooth = _box(keep, size) * view + _box(_f32(mean - keep * mean), size)
     return _f32(view + np.float32(rng.uniform(*mix)) * (smooth - view))
 
