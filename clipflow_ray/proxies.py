@@ -154,7 +154,10 @@ def texture_loss(view: F32, rng: Rng, radius: Range, level: Range, mix: Range) -
 
 
 def tone(view: F32, rng: Rng, contrast: Range, saturation: Range, min_change: tuple[float]) -> F32:
-    """Scale contrast around the mean, and colour around grey, by exp of draws at least `min_change` from 0 together."""
+    """Scale contrast around the mean by exp(contrast) and colour around grey by exp(saturation).
+
+    Both draws grow together where the larger of them is below `min_change` in magnitude.
+    """
     change = np.array([rng.uniform(*contrast), rng.uniform(*saturation)])
     change *= max(1.0, min_change[0] / max(float(np.abs(change).max()), 1e-6))
     grey = view.mean(axis=0)
@@ -232,7 +235,7 @@ def augmented(rgb: Pixels, rng: Rng) -> Pixels:
 
 def _box(planes: F32, size: int) -> F32:
     """Mean over size x size neighbours, per channel."""
-    return _f32(ndimage.uniform_filter(planes, (0, size, size), mode="reflect"))
+    return _f32(ndimage.uniform_filter(planes, (0, size, size)))
 
 
 def _f32(values: NDArray[np.floating]) -> F32:

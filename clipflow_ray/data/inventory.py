@@ -52,10 +52,12 @@ def write_manifest(inputs: Sequence[str], folder: str, s3: S3Options) -> int:
     fs, path = filesystem(folder, s3)
     fs.create_dir(path, recursive=True)
     rows = _rows(inputs, s3)
-    count, parts = 0, set()
+    count = 0
+    parts: set[str] = set()
     while chunk := list(islice(rows, _ROWS_PER_FILE)):
-        parts.add(f"part-{count // _ROWS_PER_FILE:05d}.parquet")
-        pq.write_table(pa.Table.from_pylist(chunk, MANIFEST_SCHEMA), join(path, max(parts)), filesystem=fs)
+        name = f"part-{len(parts):05d}.parquet"
+        pq.write_table(pa.Table.from_pylist(chunk, MANIFEST_SCHEMA), join(path, name), filesystem=fs)
+        parts.add(name)
         count += len(chunk)
     for left in fs.get_file_info(FileSelector(path)):  # by a listing that was cut off when the input held more
         if left.base_name.startswith("part-") and left.base_name not in parts:

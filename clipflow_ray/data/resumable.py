@@ -28,6 +28,7 @@ RUN: Final = "run.json"
 SUCCESS: Final = "_SUCCESS"
 MANIFEST: Final = "manifest"
 _MAX_ROWS_PER_TASK: Final = 1024
+_PENDING: Final = ".pending.parquet"  # Ray Data's note of a block that is being written; it is done again
 
 
 @dataclass(frozen=True)
@@ -80,18 +81,17 @@ class Run:
         self.write_record(record)
         write_text(self.path(SUCCESS), "", self.s3)
 
-    def table(self, name: str, skip: str | None = None) -> pads.Dataset:
-        """The parquet files of one part as a pyarrow dataset, without those whose name ends in `skip`."""
+    def table(self, name: str) -> pads.Dataset:
+        """The finished parquet files of one part as a pyarrow dataset."""
         fs, path = filesystem(self.path(name), self.s3)
         selector = pafs.FileSelector(path, allow_not_found=True)
-        files = sorted(f.path for f in fs.get_file_info(selector) if f.path.endswith(".parquet"))
-        if skip:
-            files = [file for file in files if not file.endswith(skip)]
+        names = (f.path for f in fs.get_file_info(selector))
+        files = sorted(f for f in names if f.endswith(".parquet") and not f.endswith(_PENDING))
         return pads.dataset(files, filesystem=fs, format="parquet")
 
     def committed(self, name: str) -> int:
         """How many rows of one part a resumed run will not do again."""
-        table = self.table(f"resume/{name}", skip=".pending.parquet")  # a block that was being written is done again
+        table = self.table(f"resume/{name}")
         return int(table.count_rows()) if table.files else 0
 
     def write(

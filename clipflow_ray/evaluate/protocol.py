@@ -5,7 +5,7 @@ Nothing here feeds back into a checkpoint: thresholds come from its own calibrat
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,10 +23,10 @@ from clipflow_ray.data.resumable import MANIFEST, Run
 from clipflow_ray.data.scoring import Embed
 from clipflow_ray.errors import ConfigError, InputError
 from clipflow_ray.evaluate import metrics
-from clipflow_ray.evaluate.baselines import Scorer, fit_baselines
+from clipflow_ray.evaluate.baselines import fit_baselines
 from clipflow_ray.evaluate.views import VARIANTS, read_both
 from clipflow_ray.model.checkpoint import load_checkpoint
-from clipflow_ray.model.detector import Detector
+from clipflow_ray.model.detector import Detector, Scores
 from clipflow_ray.storage import filesystem, join, normalized, resolved
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,14 @@ log = logging.getLogger(__name__)
 ALPHAS: Final = (0.01, 0.05)
 _EMBEDDINGS: Final = "embeddings"
 _ENCODE_ROWS: Final = 16
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What each seed's flow says of the N images of one variant, and suspicion [N] by baseline."""
+
+    flows: list[Scores]
+    baselines: dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -64,17 +72,24 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     table, variants = _labelled(run, first.encoder.features, generated)
     ok = table.filter(pc.equal(table["status"], "ok"))
     baselines = fit_baselines(first.checkpoint)
+    scored = {
+        name: Scored(
+            [detector.score_embeddings(data.embedding) for detector in detectors],
+            {baseline: scorer(data.embedding) for baseline, scorer in baselines.items()},
+        )
+        for name, data in variants.items()
+    }
     result: dict[str, Any] = {
         "model_id": first.checkpoint.model_id,
         "calibration_id": first.calibration.calibration_id,
         "calibration_n": len(first.calibration.scores),
         "unreadable": len(table) - len(ok),
-        "variants": {name: _figures(detectors, baselines, data) for name, data in variants.items()},
+        "variants": {name: _figures(first, scored[name], data) for name, data in variants.items()},
         "metadata_only_auroc": _metadata_only(ok, variants[VARIANTS[0]].generated),
     }
     found = result["variants"][VARIANTS[0]]
     result |= {"auroc": found["detectors"]["flow"]["auroc"], "n": found["n"]}
-    _write(run, config.output, ok, variants, first, baselines, result)
+    _write(run, config.output, ok, variants, scored, result)
     return result
 
 
@@ -124,25 +139,22 @@ def _labelled(run: Run, features: Sequence[str], generated: Sequence[str]) -> tu
     return table, {name: Labelled(np.ascontiguousarray(both[:, at]), labels, group) for at, name in enumerate(VARIANTS)}
 
 
-def _figures(detectors: Sequence[Detector], baselines: Mapping[str, Scorer], data: Labelled) -> dict[str, Any]:
+def _figures(detector: Detector, scored: Scored, data: Labelled) -> dict[str, Any]:
     """One variant: flow and baselines, per generator and per source, and the spread over seeds."""
-    scores = [detector.score_embeddings(data.embedding) for detector in detectors]
-    table = {"flow": scores[0].score, **{name: scorer(data.embedding) for name, scorer in baselines.items()}}
+    scores = scored.flows
+    table = {"flow": scores[0].score, **scored.baselines}
     return {
         "n": {"natural": int((~data.generated).sum()), "generated": int(data.generated.sum())},
         "detectors": {name: _headline(values, data) for name, values in table.items()},
         "auroc_by_seed": [metrics.auroc(s.score[~data.generated], s.score[data.generated]) for s in scores],
-        "thresholds": {
-            f"{alpha:g}": _at_threshold(detectors[0], scores[0], data, alpha) for alpha in _supported(detectors[0])
-        },
+        "thresholds": {f"{alpha:g}": _at_threshold(detector, scores[0], data, alpha) for alpha in _supported(detector)},
         "p_uniformity_on_naturals": metrics.uniformity(scores[0].p_value[~data.generated]),
     }
 
 
 def _supported(detector: Detector) -> list[float]:
     """The alphas that the calibration set is large enough for; the largest is kept, to be refused in words."""
-    n = len(detector.calibration.scores)
-    return [alpha for alpha in ALPHAS if alpha * (n + 1) >= 1.0] or [max(ALPHAS)]
+    return [alpha for alpha in ALPHAS if detector.calibration.supports(alpha)] or [max(ALPHAS)]
 
 
 def _headline(values: NDArray[Any], data: Labelled) -> dict[str, Any]:
@@ -200,14 +212,13 @@ def _write(
     output: str,
     ok: pa.Table,
     variants: dict[str, Labelled],
-    detector: Detector,
-    baselines: Mapping[str, Scorer],
+    scored: dict[str, Scored],
     result: dict[str, Any],
 ) -> None:
     """`scores.parquet` (one row an image and variant) and `figures.json`, so that every number can be derived again."""
     rows = []
     for name, data in variants.items():
-        scores = detector.score_embeddings(data.embedding)
+        scores = scored[name].flows[0]
         columns = {
             "row_id": ok["row_id"],
             "uri": ok["uri"],
@@ -217,8 +228,7 @@ def _write(
             "score": scores.score,
             "p_value": scores.p_value,
         }
-        for baseline, scorer in baselines.items():
-            columns[baseline] = scorer(data.embedding).astype(np.float32)
+        columns |= {baseline: values.astype(np.float32) for baseline, values in scored[name].baselines.items()}
         rows.append(pa.table(columns))
     fs, path = filesystem(normalized(output), run.s3)
     pq.write_table(pa.concat_tables(rows), join(path, "scores.parquet"), filesystem=fs)

@@ -62,6 +62,10 @@ class Calibration:
                 result[wanted == name] = _conformal(own, scores[wanted == name])
         return result
 
+    def supports(self, alpha: float) -> bool:
+        """Whether there are enough scores for `alpha`: at least 1 / (n + 1)."""
+        return self._expected(alpha) >= 1
+
     def threshold(self, alpha: float) -> float:
         """The score above which p <= alpha; raises CalibrationError when alpha < 1 / (n + 1)."""
         return float(self.scores[len(self.scores) - self._rank(alpha)])
@@ -81,14 +85,16 @@ class Calibration:
     def _rank(self, alpha: float) -> int:
         if not 0.0 < alpha < 1.0:
             raise CalibrationError(f"alpha {alpha:g} is not between 0 and 1: ask for one such as 0.01.")
-        n = len(self.scores)
-        k = int(np.floor(alpha * (n + 1) * (1.0 + _ROUNDING)))
+        n, k = len(self.scores), self._expected(alpha)
         if k < 1:
             raise CalibrationError(
                 f"alpha {alpha:g} is below 1 / (n + 1) = {1 / (n + 1):.2g} for {n} calibration images: "
                 f"ask for a larger alpha, or calibrate on at least {int(np.ceil(1 / alpha)) - 1} natural images."
             )
         return k
+
+    def _expected(self, alpha: float) -> int:
+        return int(np.floor(alpha * (len(self.scores) + 1) * (1.0 + _ROUNDING)))
 
 
 def verdict(p_value: float, alpha: float) -> tuple[Verdict, list[str]]:

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
-from clipflow_ray import proxies
+from clipflow_ray import __version__, proxies
 from clipflow_ray.config import ProxyConfig, TrainConfig, stable_hash
 from clipflow_ray.data import resources
 from clipflow_ray.data.inventory import listing_hash, write_manifest
@@ -65,6 +65,7 @@ def extract(config: TrainConfig) -> Run:
         "proxies": config.proxies.model_dump(mode="json"),
         "calibration": sorted(config.split.calibration),
         "limits": config.limits.model_dump(mode="json"),
+        "tool_version": __version__,
     }
     key = stable_hash(identity)
     run = _reusable(config, key, stored)

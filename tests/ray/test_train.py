@@ -157,7 +157,7 @@ def test_an_unchanged_config_trains_nothing_twice(trained: str, tiny: TrainConfi
 
 
 def _processes(title: str) -> list[int]:
-    """Pids of Ray workers whose process title names `title`."""
+    """Pids of this process's descendants whose title names `title`: another Ray on the machine is left alone."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -165,6 +165,15 @@ def _processes(title: str) -> list[int]:
                 line = (entry / "cmdline").read_bytes().decode(errors="replace")
             except OSError:
                 continue
-            if title in line:
+            if title in line and _descends(int(entry.name)):
                 found.append(int(entry.name))
     return found
+
+
+def _descends(pid: int) -> bool:
+    while pid > 1 and pid != os.getpid():
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()[1])
+        except OSError:
+            return False
+    return pid == os.getpid()

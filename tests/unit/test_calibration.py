@@ -61,6 +61,14 @@ def test_an_alpha_that_the_calibration_cannot_support_is_refused_with_the_size_i
         fitted(np.arange(needed - 1)).threshold(0.9 / (n + 1))
 
 
+@pytest.mark.parametrize("n", [1, 19, 99, 100, 370])
+def test_the_alphas_that_a_calibration_supports_are_those_it_has_a_threshold_for(n: int) -> None:
+    fit = fitted(list(range(n)))
+    for k in range(1, n + 1):
+        assert fit.supports(k / (n + 1)) and np.isfinite(fit.threshold(k / (n + 1)))
+    assert not fit.supports(0.99 / (n + 1))
+
+
 @pytest.mark.parametrize("alpha", [0.0, -0.01, float("nan")])
 def test_an_alpha_that_is_no_rate_is_refused(alpha: float) -> None:
     with pytest.raises(CalibrationError):
