@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from clipflow_ray.config import TrainConfig
 from clipflow_ray.errors import ConfigError, ResourceError, TrainingError
@@ -102,24 +103,39 @@ def test_a_killed_training_worker_is_replaced_and_the_result_is_that_of_an_undis
     longer = _changed(tiny, epochs=12)
     undisturbed = fit.fit(longer.model_copy(update={"output": str(tmp_path / "a")}), run, (32,))
     killed: list[int] = []
+    epochs_after: list[int] = []
+    done = threading.Event()
 
-    def kill_the_worker_after_its_first_checkpoint() -> None:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not killed:
-            if any((tmp_path / "b").rglob("state.json")):
-                for pid in _processes("RayTrainWorker"):
-                    os.kill(pid, signal.SIGKILL)
-                    killed.append(pid)
-            time.sleep(0.02)
+    def kill_the_worker_after_three_epochs_and_watch_where_the_next_begins() -> None:
+        seen: set[Path] = set()
+        while not done.is_set():
+            for path in sorted((tmp_path / "b").rglob("state.json")):
+                if path not in seen and (epoch := _epoch(path)) is not None:
+                    seen.add(path)
+                    if killed:
+                        epochs_after.append(epoch)
+                    elif epoch >= 3:  # a report blocks until Ray took the one before it, so epoch 1 is registered
+                        for pid in _processes("RayTrainWorker"):
+                            os.kill(pid, signal.SIGKILL)
+                            killed.append(pid)
+            time.sleep(0.01)
 
-    killer = threading.Thread(target=kill_the_worker_after_its_first_checkpoint)
+    killer = threading.Thread(target=kill_the_worker_after_three_epochs_and_watch_where_the_next_begins)
     killer.start()
-    survived = fit.fit(longer.model_copy(update={"output": str(tmp_path / "b")}), run, (32,))
-    killer.join()
+    try:
+        survived = fit.fit(longer.model_copy(update={"output": str(tmp_path / "b")}), run, (32,))
+    finally:
+        done.set()
+        killer.join()
     assert killed
-    assert len(survived.history) == len(undisturbed.history)
+    assert epochs_after and 0 not in epochs_after, "the run began anew instead of going on"
+    assert [row["epoch"] for row in survived.history] == [row["epoch"] for row in undisturbed.history]
     for name, value in undisturbed.flow_state.items():
         torch.testing.assert_close(survived.flow_state[name], value, atol=1e-6, rtol=0)
+    # The chosen epoch may lie before the kill: what came after it is judged by the last one.
+    expected, flow = (_last_flow(tmp_path / run_name, epoch=11) for run_name in ("a", "b"))
+    for name, value in expected.items():
+        torch.testing.assert_close(flow[name], value, atol=1e-6, rtol=0)
 
 
 def test_a_finished_fit_is_returned_without_work(trained: str, tiny: TrainConfig) -> None:
@@ -154,6 +170,18 @@ def test_a_loss_that_is_not_finite_fails_the_training_with_a_sentence(
 
 def test_an_unchanged_config_trains_nothing_twice(trained: str, tiny: TrainConfig) -> None:
     assert train(tiny).model_id == load_checkpoint(trained).model_id
+
+
+def _last_flow(folder: Path, epoch: int) -> dict[str, torch.Tensor]:
+    (path,) = (path for path in folder.rglob("state.json") if _epoch(path) == epoch)
+    return load_file(path.with_name("flow.safetensors"))
+
+
+def _epoch(path: Path) -> int | None:
+    try:
+        return int(json.loads(path.read_text())["epoch"])
+    except (OSError, ValueError):  # still being written, or deleted already
+        return None
 
 
 def _processes(title: str) -> list[int]:
