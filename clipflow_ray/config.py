@@ -103,7 +103,7 @@ class FlowConfig(Config):
     """One-sided affine coupling flow; see `model/flow.py`."""
 
     blocks: int = Field(8, ge=1)
-    hidden: int = Field(192, ge=1)
+    hidden: int = Field(256, ge=1)
     clamp: float = Field(1.9, gt=0)
     translation_clamp: float | None = Field(None, gt=0)
 
@@ -111,7 +111,7 @@ class FlowConfig(Config):
 class ObjectiveConfig(Config):
     """Which likelihood objective, and its constants in nats per dimension; see `model/objective.py`."""
 
-    kind: Literal["proxy", "both", "both_logsig", "natural"] = "both"
+    kind: Literal["proxy", "both", "both_logsig", "natural"] = "both_logsig"
     proxy_weight: float = Field(1.0, ge=0)
     margin: float = Field(0.3, ge=0)
     temperature: float = Field(0.1, gt=0)
@@ -120,8 +120,8 @@ class ObjectiveConfig(Config):
 class FitConfig(Config):
     """Optimisation. `batch_size` counts naturals of the global batch; as many proxies go with them."""
 
-    epochs: int = Field(6, ge=1)
-    batch_size: int = Field(256, ge=2)
+    epochs: int = Field(10, ge=1)
+    batch_size: int = Field(128, ge=2)
     learning_rate: float = Field(2e-4, gt=0)
     weight_decay: float = Field(1e-5, ge=0)
     warmup_fraction: float = Field(0.05, ge=0, lt=1)
