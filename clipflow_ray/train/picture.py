@@ -43,8 +43,9 @@ def draw(inputs: Sequence[str], path: str, config: ProxyConfig, count: int = 16)
     axes = figure.add_subplot(grid[:, columns:])
     natural = _mean_profile(made[proxies.NATURAL])
     radius = np.linspace(0, 1, len(natural))
-    for name in config.families:
-        axes.plot(radius, _mean_profile(made[name]) - natural, label=name.replace("_", " "))
+    shades = plt.get_cmap("tab20")
+    for at, name in enumerate(config.families):
+        axes.plot(radius, _mean_profile(made[name]) - natural, color=shades(at), label=name.replace("_", " "))
     axes.axhline(0.0, color="black", linewidth=0.8, label="natural")
     axes.set_xlabel("radial frequency / Nyquist")
     axes.set_ylabel("mean log amplitude minus that of naturals (nats)")
