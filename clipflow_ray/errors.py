@@ -3,13 +3,17 @@
 from typing import ClassVar, Literal, get_args
 
 ItemCode = Literal[
+    "bad_uri",
     "not_found",
     "access_denied",
     "read_timeout",
     "read_failed",
+    "changed",
     "empty",
     "unsupported_format",
     "decode_failed",
+    "decode_timeout",
+    "decoder_crash",
     "truncated",
     "too_large_bytes",
     "too_large_pixels",
@@ -97,3 +101,9 @@ class TrainingError(ClipflowError):
     """Training gave no usable flow."""
 
     code = "training_failed"
+
+
+class TerminatedError(ClipflowError):
+    """The process was asked to stop."""
+
+    code = "terminated"

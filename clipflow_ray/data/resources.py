@@ -38,6 +38,8 @@ def connect() -> None:
     Ray Data's resume filter still find a slot.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray Data starts this many processes to read the footers of our few manifest files; 32 of them by default.
+    os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
     for handler in logging.getLogger("ray.data").handlers:
         if handler.name == "console":  # execution plans go to Ray's log files; a terminal gets warnings
             handler.setLevel(logging.WARNING)
