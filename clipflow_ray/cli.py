@@ -28,7 +28,7 @@ from clipflow_ray.config import (
     TrainConfig,
     load_yaml,
 )
-from clipflow_ray.errors import ClipflowError, ConfigError, TerminatedError
+from clipflow_ray.errors import ClipflowError, ConfigError
 
 app = typer.Typer(
     name="clipflow-ray",
@@ -312,7 +312,9 @@ def doctor(checkpoint: Checkpoint = None) -> None:
 
 
 def _terminated(*_: object) -> None:
-    raise TerminatedError("Stopped by SIGTERM; what is finished is kept. Repeat the command to go on.")
+    """Leave through every `finally`; not by a ClipflowError, which Ray Data would print with a traceback."""
+    print("error [terminated]: Stopped by SIGTERM; what is finished is kept. Repeat to go on.", file=sys.stderr)
+    sys.exit(1)
 
 
 def _s3(endpoint_url: str | None, region: str | None, unsigned: bool) -> S3Options | None:

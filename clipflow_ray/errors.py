@@ -101,9 +101,3 @@ class TrainingError(ClipflowError):
     """Training gave no usable flow."""
 
     code = "training_failed"
-
-
-class TerminatedError(ClipflowError):
-    """The process was asked to stop."""
-
-    code = "terminated"

@@ -188,7 +188,7 @@ def _charts(facts: dict[str, Any]) -> dict[str, str]:
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
 
-    style = {
+    style: Any = {
         name: "#808080" for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     }
     result = {}

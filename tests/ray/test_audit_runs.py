@@ -1,6 +1,7 @@
 """What an audit of many objects needs beside scores: samples, repeats, leases, progress, a report, exit codes."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -27,7 +28,7 @@ def config(trained: str, tmp_path_factory: pytest.TempPathFactory) -> AuditConfi
     for at in range(48):
         folder = root / f"site-{at % 3}"
         folder.mkdir(exist_ok=True)
-        (folder / f"{at}.jpg").write_bytes(encoded(photo(4000 + at % 40, (230, 240 + 20 * (at % 3)))))
+        (folder / f"{at}.jpg").write_bytes(encoded(photo(4000 + at % 40, (230, 240 + 20 * (at % 40 % 3)))))
     (root / "site-0" / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
     output = str(tmp_path_factory.mktemp("run") / "run")
     return AuditConfig(input=(str(root),), output=output, checkpoint=trained, alpha=0.1, gallery=4)
@@ -62,9 +63,13 @@ def test_a_sample_is_the_same_in_every_run_and_a_larger_one_holds_a_smaller_one(
 
 def test_judging_again_needs_no_encoder_and_counts_equal_files_once(record: dict, config: AuditConfig) -> None:
     assert record["by_status"] == {"error": 1, "ok": 48}
-    command = [sys.executable, "-m", "clipflow_ray.cli", "finalize", "--output", config.output, "--json"]
-    code = "import sys; sys.modules['open_clip'] = None; from clipflow_ray.cli import main; main(sys.argv[1:])"
-    command = [sys.executable, "-c", code, *command[3:], "--alpha", "0.2", "--dedupe", "sha256"]
+    code = (
+        "import sys; from clipflow_ray.model import encoder; from clipflow_ray.cli import main\n"
+        "def refuse(*_, **__): raise AssertionError('an encoder was built')\n"
+        "encoder.Encoder.__init__ = refuse\nmain(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, "finalize", "--output", config.output, "--json"]
+    command += ["--alpha", "0.2", "--dedupe", "sha256"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     wider = json.loads(done.stdout)
@@ -146,7 +151,7 @@ def test_progress_is_written_beside_the_ledger(record: dict, config: AuditConfig
 def test_the_report_is_one_file_with_the_facts_of_the_record(record: dict, config: AuditConfig) -> None:
     page = Path(record["report"]).read_text()
     facts = json.loads(Path(config.output, "report.json").read_text())
-    assert 'src="http' not in page and "href=" not in page and "url(" not in page
+    assert not re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?(?!#|data:|["'#])[^>\s]*""", page)
     assert facts["flagged"] == record["flagged"]
     assert sum(row["of"] for row in facts["groups"]) == 48 == sum(row["of"] for row in facts["strata"])
     assert {row["name"] for row in facts["groups"]} == {"site-0", "site-1", "site-2"}
@@ -182,7 +187,7 @@ def test_sigterm_ends_a_run_with_a_sentence_and_the_next_one_goes_on(config: Aud
             time.sleep(0.05)
         driver.terminate()
         _, errors = driver.communicate(timeout=120)
-    assert driver.returncode == 1 and "error [terminated]" in errors and "Repeat the command" in errors
+    assert driver.returncode == 1 and "error [terminated]" in errors and "Traceback" not in errors
     assert not (output / "_SUCCESS").exists()
     result = audit(config.model_copy(update={"output": str(output), "gallery": 24}))
     assert result["rows"] == 49
