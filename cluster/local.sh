@@ -7,9 +7,11 @@ set -euo pipefail
 RAY=${RAY:-ray}
 PORT=${PORT:-6379}
 DASHBOARD_PORT=${DASHBOARD_PORT:-8265}
+CLIENT_PORT=${CLIENT_PORT:-10001}
 CPUS=${CPUS:-4}            # logical CPUs of each node; they may exceed the cores
 STORE=${STORE:-300000000}  # bytes of object store of each node
 
+export PATH=$(dirname "$(command -v "$RAY")"):$PATH  # jobs run the `python` beside `ray`
 export RAY_USAGE_STATS_ENABLED=0
 export RAY_AUTH_MODE=token
 umask 077
@@ -20,15 +22,17 @@ export RAY_AUTH_TOKEN_PATH=${RAY_AUTH_TOKEN_PATH:-$folder/token}
 nodes=()
 stop() {
   trap - EXIT INT TERM
-  for node in "${nodes[@]}"; do kill -TERM "$node" 2>/dev/null || true; done
-  wait
+  for node in "${nodes[@]:1}" "${nodes[0]}"; do  # the head last: workers without one wait for it
+    kill -TERM "$node" 2>/dev/null || true
+    wait "$node" || true
+  done
   rm -rf "$folder"
 }
 trap stop EXIT INT TERM
 
 common=(--block --num-cpus "$CPUS" --object-store-memory "$STORE" --disable-usage-stats)
 $RAY start --head "${common[@]}" --node-ip-address 127.0.0.1 --port "$PORT" \
-  --dashboard-host 127.0.0.1 --dashboard-port "$DASHBOARD_PORT" --ray-client-server-port 0 > "$folder/head.log" 2>&1 &
+  --dashboard-host 127.0.0.1 --dashboard-port "$DASHBOARD_PORT" --ray-client-server-port "$CLIENT_PORT" > "$folder/head.log" 2>&1 &
 nodes+=($!)
 for _ in $(seq 120); do
   $RAY status --address "127.0.0.1:$PORT" > /dev/null 2>&1 && break

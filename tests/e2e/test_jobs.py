@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -39,6 +40,7 @@ def nodes(s3: S3Options) -> Iterator[tuple[dict[str, str], list[int]]]:
     """`cluster/local.sh`: the environment that reaches it, and the process ids of head and workers."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment |= {"RAY": RAY, "PORT": str(free_port()), "DASHBOARD_PORT": str(free_port()), "CPUS": "3"}
+    environment |= {"CLIENT_PORT": str(free_port())}
     script = subprocess.Popen(
         ["bash", str(ROOT / "cluster" / "local.sh")], env=environment, stdout=subprocess.PIPE, text=True
     )
@@ -52,8 +54,11 @@ def nodes(s3: S3Options) -> Iterator[tuple[dict[str, str], list[int]]]:
             time.sleep(0.5)
         yield environment, [int(pid) for pid in pids.split()[1:]]
     finally:
-        script.terminate()
-        script.wait(60)
+        root = psutil.Process(script.pid)
+        for process in (*root.children(recursive=True), root):  # a graceful end would take half a minute
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        script.wait()
 
 
 def submitted(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
