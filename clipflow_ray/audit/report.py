@@ -127,9 +127,10 @@ def _rates(counts: Counter[tuple[str, str, str, str]], place: int, alpha: float)
 
 
 def _score_histogram(scores: NDArray[np.float32], calibration: NDArray[np.float32]) -> dict[str, Any]:
-    """Densities over shared bins from the calibration's range widened by half; what lies beyond is in the end bins."""
-    low, high = float(calibration.min()), float(np.quantile(calibration, 0.99))
-    edges = np.linspace(low - 0.25 * (high - low), high + 0.75 * (high - low) + 1e-6, _BINS + 1)
+    """Densities over shared bins around the bulk of the calibration; what lies beyond is in the end bins."""
+    low, high = np.quantile(calibration, [0.02, 0.9])
+    width = max(float(high - low), 1e-6)
+    edges = np.linspace(float(low) - 0.5 * width, float(high) + 1.5 * width, _BINS + 1)
 
     def density(values: NDArray[np.float32]) -> list[float]:
         counted = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)[0]
@@ -197,7 +198,7 @@ def _charts(facts: dict[str, Any]) -> dict[str, str]:
         edges = np.array(facts["scores"]["edges"])
         axes.stairs(facts["scores"]["calibration"], edges, fill=True, color="#8aa4c8", alpha=0.6, label="calibration")
         axes.stairs(facts["scores"]["audit"], edges, color="#d1495b", linewidth=2, label="this audit")
-        axes.set_xlabel("score (negative log-likelihood per dimension; higher is more suspicious)")
+        axes.set_xlabel("score: negative log-likelihood per dimension (the ends hold what lies beyond)")
         axes.set_ylabel("share of images")
         axes.legend(frameon=False)
         result["scores"] = _svg(figure)

@@ -2,24 +2,30 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from playwright.sync_api import sync_playwright
 
 from clipflow_ray.audit import progress
 from clipflow_ray.audit.run import audit, error_rate, judge_again, plan
-from clipflow_ray.config import AuditConfig, S3Options
+from clipflow_ray.config import AuditConfig, ImageLimits, InventoryOptions, S3Options
 from clipflow_ray.data import lease
+from clipflow_ray.data.inventory import MANIFEST_SCHEMA, rows, sources
+from clipflow_ray.data.reading import read_bytes
 from clipflow_ray.errors import InputError, RunConflictError
 from clipflow_ray.storage import s3_client
 from tests.conftest import encoded, photo
 
 LOCAL = S3Options()
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -117,17 +123,10 @@ def test_on_s3_a_living_run_is_refused_and_a_dead_ones_lease_is_taken_over(
 def test_an_object_that_changed_after_it_was_listed_has_its_own_code(
     cluster: None, config: AuditConfig, s3: S3Options
 ) -> None:
-    from clipflow_ray.data.reading import read_bytes
-
     client = s3_client(s3)
     client.create_bucket(Bucket="changing")
     client.put_object(Bucket="changing", Key="in/a.jpg", Body=encoded(photo(1)))
-    from clipflow_ray.config import ImageLimits, InventoryOptions
-    from clipflow_ray.data.inventory import MANIFEST_SCHEMA, rows, sources
-
     (source,) = sources(["s3://changing/in/"], s3, "images")
-    import pyarrow as pa
-
     manifest = pa.Table.from_pylist(list(rows(source, s3, InventoryOptions())), MANIFEST_SCHEMA)
     client.put_object(Bucket="changing", Key="in/a.jpg", Body=encoded(photo(2)))
     (outcome,) = read_bytes(manifest, s3, ImageLimits())
@@ -191,3 +190,30 @@ def test_sigterm_ends_a_run_with_a_sentence_and_the_next_one_goes_on(config: Aud
     assert not (output / "_SUCCESS").exists()
     result = audit(config.model_copy(update={"output": str(output), "gallery": 24}))
     assert result["rows"] == 49
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium: install Debian's `chromium` to test the report's page")
+def test_the_report_fits_a_phone_sorts_its_tables_and_asks_for_nothing(record: dict) -> None:
+    problems: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 800})
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on(
+            "request", lambda request: None if request.url[:5] in ("file:", "data:") else problems.append(request.url)
+        )
+        page.goto(f"file://{record['report']}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        names = page.locator("table").first.locator("tbody tr td:first-child")
+        page.get_by_role("button", name="name").first.click()
+        assert names.all_inner_texts() == ["site-2", "site-1", "site-0"]
+        page.get_by_role("button", name="name").first.click()
+        assert names.all_inner_texts() == ["site-0", "site-1", "site-2"]
+        assert page.locator("th[aria-sort=ascending]").count() == 1
+        pictures = page.locator(".gallery img")
+        assert pictures.count() == 8
+        assert all(picture.get_attribute("alt") for picture in pictures.all())
+        assert all(figure.get_attribute("aria-label") for figure in page.locator("figure").all())
+        browser.close()
+    assert not problems
