@@ -1,4 +1,4 @@
-# make demo | test | train-default | lock     The first run installs into .venv; later runs start at once.
+# make demo | test | stress | train-default | lock     The first run installs into .venv; later runs start at once.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ NATURAL ?= ../shared/data/natural
 WORK ?= runs/default
 SEEDS := 0 1 2
 
-.PHONY: setup demo test train-default lock
+.PHONY: setup demo test stress train-default lock
 
 setup: $(VENV)/.installed
 
@@ -25,6 +25,10 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# The long forms of the chaos and memory tests; an hour or so.
+stress: setup
+	$(BIN)/python -m pytest -m stress
 
 # The packaged checkpoint again, and its two siblings of other seeds; natural images only.
 train-default: setup

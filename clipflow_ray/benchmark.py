@@ -4,26 +4,44 @@ import io
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import pyarrow.parquet as pq
 import ray
 import torch
+from numpy.typing import NDArray
+from open_clip import image_transform
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from clipflow_ray import proxies
 from clipflow_ray.audit.run import audit
-from clipflow_ray.config import AuditConfig, ProxyConfig, S3Options
+from clipflow_ray.config import (
+    TEST_TOWER,
+    AuditConfig,
+    EncoderConfig,
+    FlowConfig,
+    ImageLimits,
+    ObjectiveConfig,
+    ProxyConfig,
+    S3Options,
+)
 from clipflow_ray.data import resources
 from clipflow_ray.demo import photographs, s3_server
 from clipflow_ray.images import VIEW_SIZE
-from clipflow_ray.model.checkpoint import load_checkpoint
+from clipflow_ray.model.calibration import Calibration
+from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from clipflow_ray.model.encoder import Encoder
+from clipflow_ray.model.flow import Flow
+from clipflow_ray.model.weights import build_tower, load_weights
 from clipflow_ray.storage import s3_client
 
 _BUCKET: Final = "clipflow-benchmark"
 _BATCH: Final = 32
+_FILES: Final = 256
 _BARE_BATCHES: Final = 2
 PROXIES_PER_SECOND: Final = 150.0
 
@@ -56,6 +74,61 @@ def audit_against_bare_encoder(objects: int, rounds: int) -> dict[str, Any]:
         result = _interleaved("audit", one_audit, bare, rounds)
     ray.shutdown()
     return result | {"objects": objects}
+
+
+def pipeline_against_plain_loops(objects: int, rounds: int) -> dict[str, Any]:
+    """Reading, decoding and scoring through Ray Data against loops of Pillow and open_clip's own transform.
+
+    With the test tower, so that reading and decoding dominate. `ratio` is over one process, `ratio_to_dataloader` over
+    a torch DataLoader with two workers; all score the same local JPEGs on the same cores. The pipeline's time is
+    `run.json`'s: actors' start-up is in it.
+    """
+    encoder = EncoderConfig(model=TEST_TOWER, pretrained="seed:0")
+    weights = load_weights(encoder)
+    tower = build_tower(encoder.model)
+    tower.load_state_dict(weights.state)
+    tower.eval()
+    transform = image_transform(VIEW_SIZE, is_train=False, mean=weights.mean, std=weights.std)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = _untrained(encoder, os.path.join(folder, "checkpoint"))
+        files = _write_files(Path(folder))
+        paths = [files[at % len(files)] for at in range(objects)]
+        Path(folder, "list.txt").write_text("\n".join(paths))
+        config = AuditConfig(input=(f"{folder}/list.txt",), output="", checkpoint=checkpoint, alpha=0.1, gallery=0)
+        resources.connect()
+        torch.set_num_threads(resources.plan_scoring().encoder_cpus)
+        flow = load_checkpoint(checkpoint).flow()
+        scores: dict[str, NDArray[np.float32]] = {}
+
+        def ours(_: int) -> float:
+            record = audit(config.model_copy(update={"output": tempfile.mkdtemp(dir=folder)}))
+            table = pq.read_table(record["ledger"], columns=["uri", "score"])
+            by_uri = dict(zip(table["uri"].to_pylist(), table["score"].to_pylist(), strict=True))
+            scores["ours"] = np.array([by_uri[path] for path in files], np.float32)
+            return float(record["timing"]["objects_per_second"])
+
+        def loop(workers: int) -> Callable[[int], float]:
+            def rate(_: int) -> float:
+                loader = DataLoader(_Files(paths, transform), _BATCH, num_workers=workers)
+                start = time.perf_counter()
+                with torch.inference_mode():
+                    likelihood = torch.cat([flow(tower(batch)).per_dim for batch in loader])
+                seconds = time.perf_counter() - start
+                scores["plain"] = -likelihood[: len(files)].numpy()
+                return objects / seconds
+
+            return rate
+
+        result = _interleaved("pipeline", ours, loop(0), rounds)
+        parallel = _interleaved("pipeline", ours, loop(2), rounds)
+    ray.shutdown()
+    return result | {
+        "objects": objects,
+        "ratio_to_dataloader": parallel["ratio"],
+        "spread_to_dataloader": parallel["spread"],
+        "rate_of_dataloader": parallel["rates"]["bare"],
+        "max_score_difference": float(np.abs(scores["ours"] - scores["plain"]).max()),
+    }
 
 
 def slowest_proxy_family(rounds: int) -> dict[str, Any]:
@@ -102,15 +175,66 @@ def _interleaved(
     }
 
 
+class _Files(Dataset[torch.Tensor]):
+    """Image files through a transform, as people write it."""
+
+    def __init__(self, paths: list[str], transform: Callable[[Image.Image], torch.Tensor]) -> None:
+        self._paths, self._transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, at: int) -> torch.Tensor:
+        return self._transform(Image.open(self._paths[at]))
+
+
+def _untrained(encoder: EncoderConfig, path: str) -> str:
+    """A checkpoint whose flow never saw an image: it costs what a trained one costs."""
+    tower = Encoder(encoder, "cpu")
+    noise = np.random.default_rng(0).integers(0, 256, (_BATCH, VIEW_SIZE, VIEW_SIZE, 3), np.uint8)
+    embeddings = torch.from_numpy(tower.embed(noise))
+    flow = Flow((embeddings.shape[1],), FlowConfig())
+    flow.fit_standardizer(embeddings)
+    checkpoint = Checkpoint(
+        encoder=encoder,
+        encoder_fingerprint=tower.fingerprint,
+        segments=flow.segments,
+        flow_config=FlowConfig(),
+        flow_state=flow.state_dict(),
+        limits=ImageLimits(),
+        objective=ObjectiveConfig(),
+        proxies=ProxyConfig(),
+        calibration=Calibration.fit(np.linspace(0.0, 1.0, 200, dtype=np.float32), ["jpeg|0-512"] * 200),
+        reference={},
+        training={},
+    )
+    save_checkpoint(checkpoint, path, S3Options())
+    return path
+
+
+def _write_files(folder: Path) -> list[str]:
+    """Paths of JPEGs on disk."""
+    paths = [str(folder / f"{at:06d}.jpg") for at in range(_FILES)]
+    for path, data in zip(paths, _jpegs(_FILES), strict=True):
+        Path(path).write_bytes(data)
+    return paths
+
+
 def _fill(s3: S3Options, objects: int) -> str:
-    """JPEGs of 640 x 480 cut from the demo's photographs."""
+    """JPEGs in a bucket; returns the URI of their prefix."""
     client = s3_client(s3)
     client.create_bucket(Bucket=_BUCKET)
+    for at, data in enumerate(_jpegs(objects)):
+        client.put_object(Bucket=_BUCKET, Key=f"images/{at:06d}.jpg", Body=data)
+    return f"s3://{_BUCKET}/images/"
+
+
+def _jpegs(count: int) -> Iterator[bytes]:
+    """JPEGs of 640 x 480 cut from the demo's photographs."""
     photos = [Image.fromarray(photo).resize((1280, 960)) for _, photo in photographs()]
     rng = np.random.default_rng(0)
-    for at in range(objects):
+    for at in range(count):
         left, top = int(rng.integers(640)), int(rng.integers(480))
         out = io.BytesIO()
         photos[at % len(photos)].crop((left, top, left + 640, top + 480)).save(out, "JPEG", quality=90)
-        client.put_object(Bucket=_BUCKET, Key=f"images/{at:06d}.jpg", Body=out.getvalue())
-    return f"s3://{_BUCKET}/images/"
+        yield out.getvalue()

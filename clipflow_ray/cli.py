@@ -1,11 +1,13 @@
 """The command line: `clipflow-ray audit | score | train | evaluate | proxies | weights | demo | doctor`.
 
-stdout carries data, stderr carries progress. Exit codes: 0 done, 1 failure, 2 usage. Heavy modules are imported by the
+stdout carries data, stderr carries progress. Exit codes: 0 done, 1 failure, 2 usage, 3 more errors than
+--max-error-rate, 4 more flagged than --fail-if-flag-rate-above. Heavy modules are imported by the
 command that needs them, so that `--help` answers at once.
 """
 
 import json
 import logging
+import signal
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -36,7 +38,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Inputs = Annotated[list[str] | None, typer.Option("--input", help="Folder or s3:// prefix; repeatable.")]
+Inputs = Annotated[
+    list[str] | None, typer.Option("--input", help="Folder, s3:// prefix, parquet, tar or list; repeatable.")
+]
 Output = Annotated[str | None, typer.Option("--output", help="Folder or s3:// prefix to write to.")]
 Checkpoint = Annotated[str | None, typer.Option("--checkpoint", help="Checkpoint directory; default: packaged.")]
 ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file; flags override it.")]
@@ -45,6 +49,15 @@ Region = Annotated[str | None, typer.Option("--region", help="S3 region.")]
 Unsigned = Annotated[bool, typer.Option("--unsigned", help="Read public buckets without credentials.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print json.")]
 Alpha = Annotated[float | None, typer.Option("--alpha", help="False-positive rate to flag at; default 0.01.")]
+Format = Annotated[
+    str | None, typer.Option("--input-format", help="auto, images, manifest, parquet, webdataset or hf; default auto.")
+]
+GroupBy = Annotated[str | None, typer.Option("--group-by", help="prefix:N, the first N folders; default prefix:1.")]
+UriColumn = Annotated[str | None, typer.Option("--uri-column", help="Column with URIs; default uri.")]
+BytesColumn = Annotated[str | None, typer.Option("--bytes-column", help="Column with image bytes; default: the first.")]
+GroupColumn = Annotated[str | None, typer.Option("--group-column", help="Column with groups; default group.")]
+Dedupe = Annotated[str | None, typer.Option("--dedupe", help="sha256 counts equal files once; default none.")]
+LabelColumn = Annotated[str | None, typer.Option("--label-column", help="Column with labels; default label.")]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,6 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr, datefmt="%H:%M:%S")
     for name in ("botocore", "boto3", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         app(arguments, standalone_mode=True)
     except ClipflowError as error:
@@ -66,13 +80,32 @@ def audit(
     checkpoint: Checkpoint = None,
     alpha: Alpha = None,
     config: ConfigFile = None,
+    input_format: Format = None,
+    group_by: GroupBy = None,
+    uri_column: UriColumn = None,
+    bytes_column: BytesColumn = None,
+    group_column: GroupColumn = None,
+    label_column: LabelColumn = None,
     endpoint_url: Endpoint = None,
     region: Region = None,
     unsigned: Unsigned = False,
+    gallery: Annotated[
+        int | None, typer.Option("--gallery", help="Images in each gallery; 0: none; default 24.")
+    ] = None,
+    sample: Annotated[
+        float | None, typer.Option("--sample", help="Share of the objects to score, such as 0.01.")
+    ] = None,
+    dedupe: Dedupe = None,
+    max_error_rate: Annotated[float | None, typer.Option("--max-error-rate", help="Exit 3 above it.")] = None,
+    fail_above: Annotated[
+        float | None, typer.Option("--fail-if-flag-rate-above", help="Exit 4 when a larger share is flagged.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what there is to do, and do nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Score every image of a dataset and write a ledger. A run that was cut off goes on where it stopped."""
     from clipflow_ray.audit.run import audit as run
+    from clipflow_ray.audit.run import error_rate, plan
 
     settings = load_yaml(
         AuditConfig,
@@ -82,10 +115,49 @@ def audit(
             "output": output,
             "checkpoint": checkpoint,
             "alpha": alpha,
+            "inventory": {
+                "input_format": input_format,
+                "group_by": group_by,
+                "uri_column": uri_column,
+                "bytes_column": bytes_column,
+                "group_column": group_column,
+                "label_column": label_column,
+            },
             "s3": _s3(endpoint_url, region, unsigned),
+            "gallery": gallery,
+            "sample": sample,
+            "dedupe": dedupe,
+            "max_error_rate": max_error_rate,
         },
     )
+    if dry_run:
+        print(json.dumps(plan(settings), indent=1))
+        return
     record = run(settings)
+    print(json.dumps(record, indent=1) if as_json else _audit_summary(record))
+    if (rate := error_rate(record)) > settings.max_error_rate:
+        print(f"{rate:.1%} of the objects are errors, above {settings.max_error_rate:.1%}.", file=sys.stderr)
+        sys.exit(3)
+    share = record["flagged"]["share"]
+    if fail_above is not None and share is not None and share > fail_above:
+        print(f"{share:.1%} of the scored images are flagged, above {fail_above:.1%}.", file=sys.stderr)
+        sys.exit(4)
+
+
+@app.command()
+def finalize(
+    output: Annotated[str, typer.Option("--output", help="Folder or s3:// prefix of a finished audit.")],
+    alpha: Alpha = None,
+    dedupe: Dedupe = None,
+    endpoint_url: Endpoint = None,
+    region: Region = None,
+    unsigned: Unsigned = False,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a finished audit again from its stored scores: verdicts, q-values and rates, without the encoder."""
+    from clipflow_ray.audit.run import judge_again
+
+    record = judge_again(output, alpha, dedupe, _s3(endpoint_url, region, unsigned) or S3Options())
     print(json.dumps(record, indent=1) if as_json else _audit_summary(record))
 
 
@@ -239,6 +311,12 @@ def doctor(checkpoint: Checkpoint = None) -> None:
         sys.exit(1)
 
 
+def _terminated(*_: object) -> None:
+    """Leave through every `finally`; not by a ClipflowError, which Ray Data would print with a traceback."""
+    print("error [terminated]: Stopped by SIGTERM; what is finished is kept. Repeat to go on.", file=sys.stderr)
+    sys.exit(1)
+
+
 def _s3(endpoint_url: str | None, region: str | None, unsigned: bool) -> S3Options | None:
     if not (endpoint_url or region or unsigned):
         return None
@@ -269,7 +347,7 @@ def _audit_summary(record: dict[str, Any]) -> str:
         )
     if timing:
         lines.append(f"{timing['objects_per_second']:.1f} images/s over {timing['seconds']:.0f} s, start-up included")
-    lines += [f"ledger: {record['ledger']}", DISCLAIMER]
+    lines += [f"ledger: {record['ledger']}", f"report: {record['report']}", DISCLAIMER]
     return "\n".join(lines)
 
 

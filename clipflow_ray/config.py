@@ -26,13 +26,14 @@ class Config(BaseModel):
 
 
 class ImageLimits(Config):
-    """What a single encoded image may be. Checked before its pixels are decoded."""
+    """What a single encoded image may be, checked before its pixels are decoded, and how long decoding may take."""
 
     max_bytes: int = 64 * 2**20
     max_pixels: int = 50_000_000
     max_side: int = 12_000
     min_side: int = 32
     max_jpeg_scans: int = 100
+    max_seconds: float = Field(2.0, gt=0, description="wall-clock time of one decoding")
 
 
 class S3Options(Config):
@@ -41,6 +42,30 @@ class S3Options(Config):
     endpoint_url: str | None = None
     region: str | None = None
     unsigned: bool = False
+
+
+InputFormat = Literal["auto", "images", "manifest", "parquet", "webdataset", "hf"]
+
+
+class InventoryOptions(Config):
+    """What the inputs are, and which columns of lists and parquet files mean what.
+
+    `images` are files, `manifest` is a txt, csv or jsonl list of URIs, `parquet` holds image bytes or URIs,
+    `webdataset` are tar shards, `hf` is an imagefolder; `auto` goes by names.
+    """
+
+    input_format: InputFormat = "auto"
+    group_by: str = Field("prefix:1", pattern=r"^prefix:[1-9]\d?$", description="first N folders below the input")
+    uri_column: str = "uri"
+    bytes_column: str | None = Field(None, description="by default the first column with bytes")
+    group_column: str = "group"
+    label_column: str = "label"
+    generator_column: str = "generator"
+
+    @property
+    def group_depth(self) -> int:
+        """N of `prefix:N`."""
+        return int(self.group_by.partition(":")[2])
 
 
 class EncoderConfig(Config):
@@ -165,7 +190,12 @@ class AuditConfig(Config):
     checkpoint: str = DEFAULT_CHECKPOINT
     alpha: float = Field(0.01, gt=0, lt=1)
     s3: S3Options = S3Options()
+    inventory: InventoryOptions = InventoryOptions()
     limits: ImageLimits = ImageLimits()
+    sample: float = Field(1.0, gt=0, le=1, description="share of the objects to score, the same ones in every run")
+    dedupe: Literal["sha256", "none"] = Field("none", description="sha256 counts equal files once")
+    gallery: int = Field(24, ge=0, le=500, description="images in each gallery of the report; 0 leaves them out")
+    max_error_rate: float = Field(1.0, ge=0, le=1, description="above it the command ends with exit code 3")
     batch_size: int = Field(32, ge=1)
     rows_per_task: int | None = Field(
         None, ge=1, description="objects in one unit of work and of resume; by default 1/32 of the input, 8 to 1024"
@@ -189,7 +219,8 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 def load_yaml(kind: type[ConfigT], path: str | None, overrides: dict[str, Any]) -> ConfigT:
     """Build a config from an optional YAML file and overrides that win over it.
 
-    Overrides that are None or an empty tuple are left out. Raises ConfigError that names the wrong key.
+    Overrides that are None or empty are left out; a mapping of overrides is laid over the file's own. Raises
+    ConfigError that names the wrong key.
     """
     values: Any = {}
     if path is not None:
@@ -199,7 +230,12 @@ def load_yaml(kind: type[ConfigT], path: str | None, overrides: dict[str, Any]) 
             raise ConfigError(f"Cannot read the config file {path}: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path} must hold a mapping of settings, like `alpha: 0.01`.")
-    values.update({key: value for key, value in overrides.items() if value is not None and value != ()})
+    for key, value in overrides.items():
+        if isinstance(value, dict):
+            below = values.get(key) or {}
+            value = {**below, **{k: v for k, v in value.items() if v is not None}} if isinstance(below, dict) else below
+        if value not in (None, (), {}):
+            values[key] = value
     return validated(kind, values)
 
 

@@ -3,13 +3,17 @@
 from typing import ClassVar, Literal, get_args
 
 ItemCode = Literal[
+    "bad_uri",
     "not_found",
     "access_denied",
     "read_timeout",
     "read_failed",
+    "changed",
     "empty",
     "unsupported_format",
     "decode_failed",
+    "decode_timeout",
+    "decoder_crash",
     "truncated",
     "too_large_bytes",
     "too_large_pixels",

@@ -59,8 +59,8 @@ def decode(data: bytes, limits: ImageLimits) -> DecodedImage:
     """Decode one JPEG, PNG, WebP or GIF within `limits`.
 
     Raises ImageError with the codes empty, too_large_bytes, unsupported_format, truncated, too_large_pixels,
-    too_small or decode_failed. This is the one place where untrusted bytes meet a decoder: moving the
-    work into a killable child process replaces the body of this function and nothing else.
+    too_small or decode_failed. This is the one place where untrusted bytes meet a decoder; callers go through
+    `sandbox.decode`, which runs it in a child that may die.
     """
     if not data:
         raise ImageError("empty", "The object has no bytes.")

@@ -5,9 +5,12 @@ which is what Ray Data speaks. URIs stay `str`: a `Path` would eat the second sl
 """
 
 import os
+import random
 import stat
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
@@ -28,8 +31,13 @@ from urllib3.exceptions import HTTPError
 from clipflow_ray.config import S3Options
 from clipflow_ray.errors import InputError, ItemCode, ReadError
 
-_ATTEMPTS: Final = 3
+READ_SECONDS: Final = 30.0
+_READ_ATTEMPTS: Final = 5
+_FIRST_PAUSE: Final = 0.1
+_BODY_SECONDS: Final = 5.0
+_SLOWEST: Final = 1e6  # bytes a second
 _DENIED: Final = {"AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
+_BUSY: Final = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded"}
 _MISSING: Final = {"NoSuchKey", "NoSuchBucket", "404", "NotFound"}
 
 
@@ -68,19 +76,31 @@ def resolved(options: S3Options) -> S3Options:
     return options.model_copy(update={"endpoint_url": endpoint, "region": region})
 
 
-def list_objects(uri: str, s3: S3Options) -> Iterator[StoredObject]:
+def list_objects(uri: str, s3: S3Options, required: bool = True) -> Iterator[StoredObject]:
     """Every object under a folder, a prefix, or the one object that `uri` names; sorted within a folder.
 
-    Hidden names (leading dot) and empty folder markers are left out. Raises InputError when nothing is there
-    or it may not be listed.
+    Hidden names (leading dot) and empty folder markers are left out. Raises InputError when it may
+    not be listed or, where something is `required`, nothing is there.
     """
     found = False
     for item in _list_s3(uri, s3) if is_s3(uri) else _list_local(uri):
         if not _hidden(item.uri.removeprefix(uri)) and not item.uri.endswith("/"):
             found = True
             yield item
-    if not found:
+    if required and not found:
         raise InputError(f"{uri} holds no objects: check the path, or the prefix and its bucket.")
+
+
+def folders_of(uri: str, s3: S3Options) -> list[str]:
+    """The first folders under an s3 prefix, to be listed apart; the prefix itself where objects lie between them."""
+    bucket, prefix = split_s3(uri)
+    try:
+        page = s3_client(s3).list_objects_v2(Bucket=bucket, Prefix=prefix, Delimiter="/")
+    except (ClientError, BotoCoreError, HTTPClientError) as error:
+        raise InputError(f"Cannot list {uri}: {error}. Check bucket, endpoint and credentials.") from error
+    folders = [f"s3://{bucket}/{item['Prefix']}" for item in page.get("CommonPrefixes", ())]
+    whole = page.get("IsTruncated") or page.get("Contents") or len(folders) < 2
+    return [uri] if whole else [folder for folder in folders if not _hidden(folder.removeprefix(uri))]
 
 
 def _hidden(below: str) -> bool:
@@ -95,45 +115,73 @@ class ObjectReader:
         self._client: Any = None
         self._lock = threading.Lock()
 
-    def read(self, uri: str, max_bytes: int, etag: str | None = None) -> bytes:
-        """The object's bytes.
+    def read(self, uri: str, max_bytes: int, etag: str | None = None, span: tuple[int, int] | None = None) -> bytes:
+        """The object's bytes, or those of `span` (offset, size).
 
-        Raises ReadError with not_found, access_denied, read_timeout, read_failed or too_large_bytes. With `etag`,
-        an object that changed since it was listed is read_failed. Faults in mid-body are retried, three attempts.
+        Raises ReadError with bad_uri, not_found, access_denied, read_timeout, read_failed or too_large_bytes, and where
+        it has another ETag than `etag`, with changed. Faults, in mid-body too, and bodies that differ from the
+        checksum that the store sends along are retried: five attempts within 30 seconds.
         """
+        if "\0" in uri or ".." in uri.split("/") or not (is_s3(uri) or uri.startswith("/")):
+            raise ReadError("bad_uri", "Only s3:// URIs and local paths without `..` are read.")
+        if span and span[1] > max_bytes:
+            raise ReadError("too_large_bytes", f"{span[1]} bytes; the limit is {max_bytes}.")
         if not is_s3(uri):
-            return _read_local(uri, max_bytes)
-        for attempt in range(_ATTEMPTS):
+            return _read_local(uri, max_bytes, span)
+        deadline = time.monotonic() + READ_SECONDS
+        for attempt in range(_READ_ATTEMPTS):
+            code: ItemCode = "read_failed"
             try:
-                return self._get(uri, max_bytes, etag)
+                return self._get(uri, max_bytes, etag, span, deadline)
             except ClientError as error:
-                raise _refusal(uri, error) from error
+                if not _transient(error):
+                    raise _refusal(error) from error
+                reason: Exception = error
             except (BotoCoreError, HTTPError) as error:
-                if attempt == _ATTEMPTS - 1:
-                    timed_out = isinstance(error, ReadTimeoutError | ConnectTimeoutError)
-                    code: ItemCode = "read_timeout" if timed_out else "read_failed"
-                    raise ReadError(code, f"Reading failed {_ATTEMPTS} times: {type(error).__name__}.") from error
-        raise AssertionError("unreachable")
+                reason = error
+                if isinstance(error, ReadTimeoutError | ConnectTimeoutError):
+                    code = "read_timeout"
+            pause = random.uniform(0.5, 1.0) * _FIRST_PAUSE * 2**attempt
+            if time.monotonic() + pause >= deadline:
+                raise ReadError("read_timeout", f"The object did not come within {READ_SECONDS:g} s.") from reason
+            if attempt + 1 < _READ_ATTEMPTS:
+                time.sleep(pause)
+        raise ReadError(code, f"Reading failed {_READ_ATTEMPTS} times: {type(reason).__name__}.") from reason
 
-    def _get(self, uri: str, max_bytes: int, etag: str | None) -> bytes:
+    def _get(self, uri: str, max_bytes: int, etag: str | None, span: tuple[int, int] | None, deadline: float) -> bytes:
         with self._lock:
             if self._client is None:
-                self._client = s3_client(self._s3)
+                self._client = s3_client(self._s3, attempts=1)  # `read` retries, so that attempts do not multiply
         bucket, key = split_s3(uri)
         condition = {"IfMatch": etag} if etag else {}
+        if span:
+            condition["Range"] = f"bytes={span[0]}-{span[0] + span[1] - 1}"
         response = self._client.get_object(Bucket=bucket, Key=key, **condition)
-        with response["Body"] as body:
+        body = response["Body"]
+        with body as stream:  # the stream below `body`, which checks length and checksum
             if response["ContentLength"] > max_bytes:
                 raise ReadError("too_large_bytes", f"{response['ContentLength']} bytes; the limit is {max_bytes}.")
-            return cast(bytes, body.read())
+            # A sender that dribbles never hits a socket timeout, so the time of the whole body is limited.
+            patience = _BODY_SECONDS + response["ContentLength"] / _SLOWEST
+            limit = threading.Timer(max(0.0, min(patience, deadline - time.monotonic())), _cut, [stream])
+            limit.start()
+            try:
+                return cast(bytes, body.read())
+            finally:
+                limit.cancel()
 
 
-def s3_client(options: S3Options) -> Any:
+def _cut(stream: Any) -> None:
+    with suppress(RuntimeError, ValueError, OSError):  # it ended meanwhile
+        stream.shutdown()
+
+
+def s3_client(options: S3Options, attempts: int = 3) -> Any:
     """A boto3 client with bounded timeouts and standard retries; credentials from boto3's own chain."""
     config = BotoConfig(
         connect_timeout=5,
-        read_timeout=20,
-        retries={"mode": "standard", "max_attempts": _ATTEMPTS},
+        read_timeout=10,
+        retries={"mode": "standard", "total_max_attempts": attempts},
         max_pool_connections=32,
         signature_version=UNSIGNED if options.unsigned else None,
     )
@@ -209,11 +257,15 @@ def _list_local(uri: str) -> Iterator[StoredObject]:
             yield StoredObject(path, os.path.getsize(path) if os.path.exists(path) else 0, None)
 
 
-def _read_local(path: str, max_bytes: int) -> bytes:
+def _read_local(path: str, max_bytes: int, span: tuple[int, int] | None) -> bytes:
     try:
         facts = os.stat(path)
         if not stat.S_ISREG(facts.st_mode):
             raise ReadError("read_failed", "Not a regular file.")
+        if span:
+            with open(path, "rb") as file:
+                file.seek(span[0])
+                return file.read(span[1])
         size = facts.st_size
         if size > max_bytes:
             raise ReadError("too_large_bytes", f"{size} bytes; the limit is {max_bytes}.")
@@ -226,12 +278,18 @@ def _read_local(path: str, max_bytes: int) -> bytes:
         raise ReadError("read_failed", f"Reading failed: {error.strerror}.") from error
 
 
-def _refusal(uri: str, error: ClientError) -> ReadError:
+def _transient(error: ClientError) -> bool:
+    """Whether the store may answer the same request otherwise in a moment."""
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    return status >= 500 or status == 429 or error.response.get("Error", {}).get("Code") in _BUSY
+
+
+def _refusal(error: ClientError) -> ReadError:
     code = str(error.response.get("Error", {}).get("Code", ""))
     if code in _MISSING:
         return ReadError("not_found", "The object is not there.")
     if code in _DENIED:
         return ReadError("access_denied", "The credentials at hand may not read this object.")
     if code in {"PreconditionFailed", "412"}:
-        return ReadError("read_failed", "The object changed after it was listed.")
+        return ReadError("changed", "The object changed after it was listed; run again on a new output.")
     return ReadError("read_failed", f"The store answered {code or 'an error'}.")

@@ -1,4 +1,4 @@
-"""`python jobs/benchmark.py audit|proxies [--json]`: ratios measured in one run; the last line is one JSON object."""
+"""`python jobs/benchmark.py audit|pipeline|proxies`: ratios measured in one run; the last line is one JSON object."""
 
 import json
 from typing import Annotated
@@ -16,6 +16,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the JSON line alone.
 def audit(objects: int = 512, rounds: Rounds = 5, as_json: AsJson = False) -> None:
     """Whole audits from S3 over a bare encoder loop."""
     _print(benchmark.audit_against_bare_encoder(objects, rounds), as_json)
+
+
+@app.command()
+def pipeline(objects: int = 4096, rounds: Rounds = 5, as_json: AsJson = False) -> None:
+    """Reading, decoding and scoring with the test tower over plain loops of Pillow and open_clip."""
+    _print(benchmark.pipeline_against_plain_loops(objects, rounds), as_json)
 
 
 @app.command()

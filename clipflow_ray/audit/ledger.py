@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from scipy import stats
 
@@ -59,22 +60,29 @@ SCHEMA: Final = pa.schema(
 )
 
 
-def finalize(run: Run, alpha: float, constants: dict[str, str]) -> dict[str, Any]:
+def finalize(run: Run, alpha: float, constants: dict[str, str], dedupe: bool = False) -> dict[str, Any]:
     """Write `ledger/` from `scored/` at `alpha` and return the summary's counts.
 
-    `constants` fills model_id, calibration_id and tool_version. One file of the ledger belongs to one file of scores,
-    so a repeated call replaces it.
+    `constants` fills model_id, calibration_id and tool_version. `dup_of` names the first row with the same bytes;
+    with `dedupe` the later ones are skipped_duplicate, keep their scores and count nowhere else. One file of the
+    ledger belongs to one file of scores, so a repeated call replaces it.
     """
     scored = run.table(SCORED)
-    p_values = scored.to_table(columns=["p_value"])["p_value"].to_numpy()
-    q_values = q_values_of(p_values)
+    whole = scored.to_table(columns=["p_value", "sha256"])
+    first = first_with_same_bytes(whole["sha256"])
+    repeated = first != np.arange(len(first))
+    q_values = q_values_of(np.where(repeated & dedupe, np.nan, whole["p_value"].to_numpy()))
+    del whole
+    named = _row_ids(scored, first[repeated])
     fs, path = filesystem(run.path(LEDGER), run.s3)
     fs.create_dir(path, recursive=True)
     counts: dict[str, Counter[str]] = {"status": Counter(), "error_code": Counter(), "verdict": Counter()}
     start = 0
     for fragment in scored.get_fragments():
         table = fragment.to_table(schema=scored.schema)
-        table = _judged(table, q_values[start : start + len(table)], alpha, constants)
+        rows = slice(start, start + len(table))
+        dup_of = [named[int(at)] if again else None for at, again in zip(first[rows], repeated[rows], strict=True)]
+        table = _judged(table, q_values[rows], dup_of, dedupe, alpha, constants)
         start += len(table)
         pq.write_table(table, join(path, fragment.path.rsplit("/", 1)[-1]), filesystem=fs)
         for name, counter in counts.items():
@@ -92,6 +100,16 @@ def q_values_of(p_values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     known = ~np.isnan(p_values)
     if known.any():
         result[known] = stats.false_discovery_control(p_values[known])
+    return result
+
+
+def first_with_same_bytes(sha256: pa.ChunkedArray) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """For each of N rows, the number of the first row with its digest; a row without a digest is its own."""
+    known = np.flatnonzero(sha256.is_valid().to_numpy())
+    result = np.arange(len(sha256))
+    digests = np.array([bytes.fromhex(digest) for digest in sha256.take(known).to_pylist()], "S32")
+    _, places, inverse = np.unique(digests, return_index=True, return_inverse=True)
+    result[known] = known[places[inverse]] if len(known) else known
     return result
 
 
@@ -121,9 +139,28 @@ def calibration_card(calibration: Calibration, alpha: float) -> dict[str, Any]:
     }
 
 
-def _judged(table: pa.Table, q_values: np.ndarray[Any, Any], alpha: float, constants: dict[str, str]) -> pa.Table:
-    judged = [(None, None) if p is None else verdict(p, alpha) for p in table["p_value"].to_pylist()]
+def _row_ids(scored: pads.Dataset, rows: np.ndarray[Any, np.dtype[np.int64]]) -> dict[int, str]:
+    """Row number -> row id, for the given rows alone."""
+    wanted = np.unique(rows)
+    return dict(zip(wanted.tolist(), scored.take(wanted, columns=["row_id"])["row_id"].to_pylist(), strict=True))
+
+
+def _judged(
+    table: pa.Table,
+    q_values: np.ndarray[Any, Any],
+    dup_of: list[str | None],
+    dedupe: bool,
+    alpha: float,
+    constants: dict[str, str],
+) -> pa.Table:
+    ok = [value == "ok" for value in table["status"].to_pylist()]
+    skipped = [dedupe and good and name is not None for good, name in zip(ok, dup_of, strict=True)]
+    p_values = zip(table["p_value"].to_pylist(), skipped, strict=True)
+    judged = [(None, None) if p is None or skip else verdict(p, alpha) for p, skip in p_values]
     columns: dict[str, pa.Array] = {name: table[name] for name in table.column_names}
+    status = zip(table["status"].to_pylist(), skipped, strict=True)
+    columns["status"] = pa.array(["skipped_duplicate" if skip else value for value, skip in status], pa.string())
+    columns["dup_of"] = pa.array(dup_of, pa.string())
     columns["q_value"] = pa.array(q_values, pa.float32(), from_pandas=True)
     columns["verdict"] = pa.array([name for name, _ in judged], pa.string())
     columns["verdict_reasons"] = pa.array([reasons for _, reasons in judged], pa.list_(pa.string()))

@@ -1,88 +1,190 @@
 """An audit: list the input, read and decode, score, write the ledger."""
 
 import logging
+import os
 import time
-from typing import Any
+from collections import Counter
+from typing import Any, Final
+
+import numpy as np
+from ray.data import Dataset
 
 from clipflow_ray import __version__
 from clipflow_ray.audit.ledger import LEDGER, SCORED, calibration_card, finalize
-from clipflow_ray.config import AuditConfig
+from clipflow_ray.audit.progress import reported
+from clipflow_ray.audit.report import write_report
+from clipflow_ray.config import AuditConfig, S3Options, validated
 from clipflow_ray.data import resources
-from clipflow_ray.data.inventory import write_manifest
+from clipflow_ray.data.inventory import rows, sources
+from clipflow_ray.data.lease import exclusive
+from clipflow_ray.data.listing import write_manifest
 from clipflow_ray.data.pipeline import read_then_encode
-from clipflow_ray.data.reading import read_and_decode
+from clipflow_ray.data.reading import read_and_decode, read_bytes
 from clipflow_ray.data.resumable import MANIFEST, Run
 from clipflow_ray.data.scoring import Score
-from clipflow_ray.errors import CalibrationError, ConfigError
+from clipflow_ray.errors import CalibrationError, ConfigError, InputError, ReadError
+from clipflow_ray.images import VIEW_SIZE
+from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint
+from clipflow_ray.model.encoder import Encoder
 from clipflow_ray.model.weights import load_weights
 from clipflow_ray.storage import join, normalized, resolved
 
 log = logging.getLogger(__name__)
+
+_TRIED_FIRST: Final = 3
 
 
 def audit(config: AuditConfig) -> dict[str, Any]:
     """Score every object of the input and return the run's record, as `run.json` holds it.
 
     A run that was cut off goes on where it stopped; a finished one is returned as it is, with its verdicts recomputed
-    when only alpha differs. Raises ClipflowError before anything starts where checkpoint, weights, input or cluster
-    do not do.
+    when only alpha or dedupe differ. Raises ClipflowError before anything starts where checkpoint, weights, input or
+    cluster do not do, or another run holds the output.
     """
     if not config.input:
         raise ConfigError("Name at least one --input to audit.")
-    s3 = resolved(config.s3)
-    output = normalized(config.output)
-    inputs = tuple(normalized(uri) for uri in config.input)
-    checkpoint = load_checkpoint(config.checkpoint, s3)
+    config = config.model_copy(
+        update={
+            "input": tuple(normalized(uri) for uri in config.input),
+            "output": normalized(config.output),
+            "s3": resolved(config.s3),
+        }
+    )
+    checkpoint = load_checkpoint(config.checkpoint, config.s3)
     if checkpoint.calibration is None:
         raise CalibrationError("The checkpoint has no calibration; train it with a calibration split.")
-    card = calibration_card(checkpoint.calibration, config.alpha)
-    run = Run(output, s3)
+    calibration_card(checkpoint.calibration, config.alpha)  # an alpha that it does not support is refused before work
+    with exclusive(config.output, config.s3):
+        return _audited(config, Run(config.output, config.s3), checkpoint, checkpoint.calibration)
+
+
+def _audited(config: AuditConfig, run: Run, checkpoint: Checkpoint, calibration: Calibration) -> dict[str, Any]:
     constants = {
         "model_id": checkpoint.model_id,
-        "calibration_id": checkpoint.calibration.calibration_id,
+        "calibration_id": calibration.calibration_id,
         "tool_version": __version__,
     }
     identity = {
-        "input": list(inputs),
+        "input": list(config.input),
         "encoder_fingerprint": checkpoint.encoder_fingerprint,
+        "inventory": config.inventory.model_dump(mode="json"),
         "limits": config.limits.model_dump(mode="json"),
+        "sample": config.sample,
         **constants,
     }
-    load_weights(checkpoint.encoder)  # missing weights are said here, once, and not by every actor
-    record = run.begin(identity, lambda: write_manifest(inputs, run.path(MANIFEST), s3))
-    if run.finished and record["alpha"] == config.alpha:
+    if not run.finished:
+        load_weights(checkpoint.encoder)  # missing weights are said here, once, and not by every actor
+
+    def list_inputs() -> int:
+        resources.connect()
+        count = write_manifest(config.input, run.path(MANIFEST), config.s3, config.inventory)
+        _check_readable(config, run)
+        return count
+
+    record = run.begin(identity, list_inputs)
+    if run.finished and (record["alpha"], record["dedupe"]) == (config.alpha, config.dedupe):
         log.info("this audit is already finished")
         return record
     if not run.finished:
         record["config"] = config.model_dump(mode="json")
-        _score(config.model_copy(update={"s3": s3}), run, checkpoint, record)
-    record |= {"alpha": config.alpha, "calibration": card, "ledger": join(output, LEDGER)}
-    record |= finalize(run, config.alpha, constants)
+        _score(config, run, checkpoint, record)
+    record |= {"alpha": config.alpha, "dedupe": config.dedupe, "ledger": join(config.output, LEDGER)}
+    record["calibration"] = calibration_card(calibration, config.alpha)
+    record |= finalize(run, config.alpha, constants, config.dedupe == "sha256")
+    record["report"] = write_report(run, record, calibration, config.gallery, config.inventory.bytes_column)
     run.succeed(record)
     return record
 
 
+def plan(config: AuditConfig) -> dict[str, Any]:
+    """What an audit would do: objects and bytes by format, and hours at the speed of one batch tried here.
+
+    Lists the input and writes nothing. Raises ClipflowError as an audit does.
+    """
+    if not config.input:
+        raise ConfigError("Name at least one --input to audit.")
+    s3 = resolved(config.s3)
+    checkpoint = load_checkpoint(config.checkpoint, s3)
+    objects, size, names = 0, 0, Counter[str]()
+    for source in sources(config.input, s3, config.inventory.input_format):
+        for row in rows(source, s3, config.inventory):
+            objects += 1
+            size += row["bytes"] or 0
+            names[os.path.splitext(row["member"] or row["uri"])[1].lower() or "none"] += 1
+    resources.connect()
+    share = resources.plan_scoring()
+    encoder = Encoder(checkpoint.encoder)
+    views = np.zeros((config.batch_size, VIEW_SIZE, VIEW_SIZE, 3), np.uint8)
+    encoder.embed(views[:1])
+    start = time.perf_counter()
+    encoder.embed(views)
+    rate = share.encoders * len(views) / (time.perf_counter() - start)
+    scored = round(objects * config.sample)
+    return {
+        "objects": objects,
+        "to_score": scored,
+        "bytes": size,
+        "by_suffix": dict(names.most_common()),
+        "encoders": share.encoders,
+        "images_per_second": rate,
+        "hours": scored / rate / 3600.0,
+    }
+
+
+def judge_again(output: str, alpha: float | None, dedupe: str | None, s3: S3Options) -> dict[str, Any]:
+    """Verdicts, q-values and rates of a finished audit at another `alpha` or `dedupe`, from its stored scores.
+
+    Needs the checkpoint, for its calibration, and no encoder. Raises InputError where the output holds no finished
+    audit.
+    """
+    run = Run(normalized(output), resolved(s3))
+    record = run.record()
+    if record is None or not run.finished or "config" not in record:
+        raise InputError(f"{output} holds no finished audit; run or repeat `clipflow-ray audit` first.")
+    changes = {"alpha": alpha, "dedupe": dedupe, "output": output, "s3": s3.model_dump()}
+    values = record["config"] | {key: value for key, value in changes.items() if value is not None}
+    return audit(validated(AuditConfig, values))
+
+
+def error_rate(record: dict[str, Any]) -> float:
+    """Errors over all objects that were looked at."""
+    counts = record["by_status"]
+    looked_at = counts.get("error", 0) + counts.get("ok", 0) + counts.get("skipped_duplicate", 0)
+    return counts.get("error", 0) / looked_at if looked_at else 0.0
+
+
+def _check_readable(config: AuditConfig, run: Run) -> None:
+    """Raise InputError where the first few objects may all not be read: the others would fail alike, one by one."""
+    few = run.table(MANIFEST).head(_TRIED_FIRST)
+    tried = read_bytes(few, config.s3, config.limits, config.inventory.bytes_column)
+    if all(isinstance(outcome, ReadError) and outcome.item_code == "access_denied" for outcome in tried):
+        raise InputError(
+            f"The credentials at hand may list but not read {', '.join(config.input)}: "
+            "the first objects are all refused. Allow s3:GetObject there, or give --unsigned for a public bucket."
+        )
+
+
 def _score(config: AuditConfig, run: Run, checkpoint: Checkpoint, record: dict[str, Any]) -> None:
     resources.connect()
-    plan = resources.plan_scoring()
+    share = resources.plan_scoring()
     before = run.committed(SCORED)
     log.info("scoring %d of %d objects", record["manifest_rows"] - before, record["manifest_rows"])
+    reading = {
+        "s3": config.s3,
+        "limits": config.limits,
+        "kind": checkpoint.encoder.view,
+        "column": config.inventory.bytes_column,
+        "sample": config.sample,
+    }
+
+    def stages(manifest: Dataset) -> Dataset:
+        scoring = {"checkpoint": checkpoint}
+        return read_then_encode(manifest, share, config.batch_size, read_and_decode, reading, Score, scoring)
+
     start = time.monotonic()
-    run.write(
-        SCORED,
-        lambda manifest: read_then_encode(
-            manifest,
-            plan,
-            config.batch_size,
-            read_and_decode,
-            {"s3": config.s3, "limits": config.limits, "kind": checkpoint.encoder.view},
-            Score,
-            {"checkpoint": checkpoint},
-        ),
-        record["manifest_rows"],
-        config.rows_per_task,
-    )
+    with reported(run, record["manifest_rows"]):
+        run.write(SCORED, stages, record["manifest_rows"], config.rows_per_task)
     seconds = time.monotonic() - start
     done = record["manifest_rows"] - before
     record["timing"] = {"seconds": seconds, "objects": done, "objects_per_second": done / seconds}

@@ -1,29 +1,69 @@
-"""Inputs (folders and `s3://` prefixes) -> a manifest: parquet files with one row per object."""
+"""Inputs -> a manifest: parquet files with one row per image, wherever the images lie.
 
+An input is a folder or `s3://` prefix of image files, of parquet files or of webdataset tar shards, or one such file,
+or a list (txt, csv, jsonl) of URIs. An input is split into sources that are listed apart, each as a stream.
+"""
+
+import csv
 import hashlib
-from collections.abc import Iterator, Sequence
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow.fs import FileSelector
 
-from clipflow_ray.config import S3Options
+from clipflow_ray.config import InputFormat, InventoryOptions, S3Options
+from clipflow_ray.data.containers import PARQUET, TAR, image_column
 from clipflow_ray.errors import InputError
-from clipflow_ray.storage import StoredObject, filesystem, is_s3, join, list_objects, normalized
+from clipflow_ray.storage import (
+    StoredObject,
+    filesystem,
+    folders_of,
+    is_s3,
+    join,
+    list_objects,
+    normalized,
+)
 
 MANIFEST_SCHEMA: Final = pa.schema(
     [
         ("row_id", pa.string()),
         ("uri", pa.string()),
         ("member", pa.string()),
+        ("container", pa.string()),
+        ("offset", pa.int64()),
         ("group", pa.string()),
         ("bytes", pa.int64()),
         ("etag", pa.string()),
+        ("label", pa.string()),
+        ("generator", pa.string()),
     ]
 )
 _ROWS_PER_FILE: Final = 100_000
+_LISTS: Final = (".txt", ".csv", ".jsonl")
+_IMAGES: Final = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+_METADATA: Final = ("metadata.csv", "metadata.jsonl")
+
+
+Kind = Literal["images", "manifest", "parquet", "webdataset", "hf"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One thing to list: `images` is a folder or prefix of files, the others are one file each.
+
+    `base` is the input that it belongs to, from which groups are counted.
+    """
+
+    kind: Kind
+    uri: str
+    base: str
+    etag: str | None = None
 
 
 def row_id(uri: str, member: str = "") -> str:
@@ -31,61 +71,241 @@ def row_id(uri: str, member: str = "") -> str:
     return hashlib.blake2b(f"{uri}\0{member}".encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
-def listing_hash(inputs: Sequence[str], s3: S3Options) -> str:
+def listing_hash(inputs: Sequence[str], s3: S3Options, options: InventoryOptions | None = None) -> str:
     """16 hex digits over what `inputs` hold now: ids, sizes and ETags."""
+    options = options or InventoryOptions()
     digest = hashlib.sha256()
-    for row in _rows(inputs, s3):
-        digest.update(f"{row['row_id']} {row['bytes']} {row['etag']}\n".encode())
+    for source in sources(inputs, s3, options.input_format):
+        for row in rows(source, s3, options):
+            digest.update(f"{row['row_id']} {row['bytes']} {row['etag']}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def write_manifest(inputs: Sequence[str], folder: str, s3: S3Options) -> int:
-    """List `inputs` into parquet files under `folder`; returns the row count.
-
-    An object that two inputs name is listed once. `group` is the first folder below the input, or the input's own
-    name. Raises InputError when an input holds nothing or holds `folder` itself.
-    """
-    folder = normalized(folder)
+def check_apart(inputs: Sequence[str], folder: str) -> None:
+    """Raise InputError where `folder`, which is to be written, lies inside an input."""
     for uri in map(normalized, inputs):
-        if join(folder, "").startswith(uri if is_s3(uri) else join(uri, "")):
+        if join(normalized(folder), "").startswith(uri if is_s3(uri) else join(uri, "")):
             raise InputError(f"The output lies inside the input {uri}; write it elsewhere.")
+
+
+def write_source(
+    source: Source, number: int, folder: str, s3: S3Options, options: InventoryOptions
+) -> tuple[list[str], int]:
+    """List one source into `part-<number>-<k>.parquet` under `folder`; returns the names and the row count."""
     fs, path = filesystem(folder, s3)
-    fs.create_dir(path, recursive=True)
-    rows = _rows(inputs, s3)
-    count = 0
-    parts: set[str] = set()
-    while chunk := list(islice(rows, _ROWS_PER_FILE)):
-        name = f"part-{len(parts):05d}.parquet"
-        pq.write_table(pa.Table.from_pylist(chunk, MANIFEST_SCHEMA), join(path, name), filesystem=fs)
-        parts.add(name)
+    names: list[str] = []
+    count, listed = 0, rows(source, s3, options)
+    while chunk := list(islice(listed, _ROWS_PER_FILE)):
+        names.append(f"part-{number:05d}-{len(names):05d}.parquet")
+        pq.write_table(pa.Table.from_pylist(chunk, MANIFEST_SCHEMA), join(path, names[-1]), filesystem=fs)
         count += len(chunk)
-    for left in fs.get_file_info(FileSelector(path)):  # by a listing that was cut off when the input held more
-        if left.base_name.startswith("part-") and left.base_name not in parts:
-            fs.delete_file(left.path)
-    return count
+    return names, count
 
 
-def _rows(inputs: Sequence[str], s3: S3Options) -> Iterator[dict[str, Any]]:
-    seen: set[str] = set()
-    for uri in map(normalized, inputs):
-        for item in list_objects(uri, s3):
-            try:
-                item.uri.encode()
-            except UnicodeEncodeError as error:
-                raise InputError(f"{item.uri!a} is not a UTF-8 name: rename it.") from error
-            identity = row_id(item.uri)
-            if identity not in seen:
-                seen.add(identity)
-                yield {
-                    "row_id": identity,
-                    "uri": item.uri,
-                    "member": "",
-                    "group": _group(uri, item),
-                    "bytes": item.bytes,
-                    "etag": item.etag,
-                }
+def sources(inputs: Sequence[str], s3: S3Options, wanted: InputFormat) -> list[Source]:
+    """What there is to list, none of it twice; a prefix on S3 is split by its first folders, to be listed at once."""
+    roots = sorted({normalized(uri) for uri in inputs})
+    roots = [uri for uri in roots if not any(_below(uri, other) for other in roots if other != uri)]
+    result: list[Source] = []
+    for uri in roots:
+        kind = _kind(uri, s3) if wanted == "auto" else wanted
+        if kind == "images" and is_s3(uri):
+            result += [Source("images", part, uri) for part in folders_of(uri, s3)]
+        elif kind in ("images", "hf"):
+            result.append(Source(kind, uri, uri))
+        elif kind == "manifest":
+            result.append(Source("manifest", uri, uri))
+        else:
+            suffix = ".tar" if kind == "webdataset" else ".parquet"
+            files = [item for item in list_objects(uri, s3) if item.uri.endswith(suffix)]
+            if not files:
+                raise InputError(f"{uri} holds no {suffix} file; give --input-format what it is.")
+            result += [Source(kind, item.uri, uri, item.etag) for item in files]
+    return result
 
 
-def _group(prefix: str, item: StoredObject) -> str:
-    folders = item.uri.removeprefix(prefix).lstrip("/").split("/")[:-1]
-    return folders[0] if folders else prefix.rstrip("/").rsplit("/", 1)[-1]
+def rows(source: Source, s3: S3Options, options: InventoryOptions) -> Iterator[dict[str, Any]]:
+    """The manifest rows of one source, as a stream."""
+    if source.kind == "images":
+        return (
+            _file_row(source, item, options)
+            for item in list_objects(source.uri, s3, required=source.uri == source.base)
+        )
+    if source.kind == "hf":
+        return _hugging_face(source, s3, options)
+    if source.kind == "manifest":
+        return _listed(source, s3, options)
+    if source.kind == "webdataset":
+        return _tar_members(source, s3, options)
+    return _parquet_rows(source, s3, options)
+
+
+def _kind(uri: str, s3: S3Options) -> Kind:
+    """By the name of the input, or of the first file that it holds."""
+    for item in list_objects(uri, s3):
+        name = item.uri.lower()
+        if name.endswith(_LISTS) and item.uri == uri:
+            return "manifest"
+        if name.rsplit("/", 1)[-1] in _METADATA:
+            return "hf"
+        if name.endswith(_IMAGES):
+            return "images"
+        if name.endswith((".tar", ".parquet")):
+            return "webdataset" if name.endswith(".tar") else "parquet"
+    return "images"
+
+
+def _below(uri: str, other: str) -> bool:
+    return uri.startswith(other if is_s3(other) else join(other, ""))
+
+
+def _file_row(source: Source, item: StoredObject, options: InventoryOptions) -> dict[str, Any]:
+    try:
+        item.uri.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{item.uri!a} is not a UTF-8 name: rename it.") from error
+    group = _group(source.base, item.uri, options.group_depth)
+    return _row(item.uri, group=group, bytes=item.bytes, etag=item.etag)
+
+
+def _row(uri: str, member: str = "", identity: str | None = None, **values: Any) -> dict[str, Any]:
+    row = {name: None for name in MANIFEST_SCHEMA.names}
+    return row | {"row_id": identity or row_id(uri, member), "uri": uri, "member": member, "container": ""} | values
+
+
+def _group(base: str, uri: str, depth: int) -> str:
+    """The first `depth` folders below `base`, or the name of `base` where there are none."""
+    folders = uri.removeprefix(base).lstrip("/").split("/")[:-1][:depth]
+    return "/".join(folders) or base.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _hugging_face(source: Source, s3: S3Options, options: InventoryOptions) -> Iterator[dict[str, Any]]:
+    """An imagefolder: columns of a metadata file by `file_name`, or else the last folder as the label."""
+    metadata: dict[str, dict[str, Any]] = {}
+    files = [item for item in list_objects(source.uri, s3)]
+    for item in files:
+        folder, _, name = item.uri.rpartition("/")
+        if name in _METADATA:
+            for record in _records(item.uri, s3):
+                if not record.get("file_name"):
+                    raise InputError(f"{item.uri} has no column file_name; that is what an imagefolder needs.")
+                metadata[join(folder, str(record["file_name"]))] = record
+    for item in files:
+        if item.uri.rsplit("/", 1)[-1] not in _METADATA:
+            row = _file_row(source, item, options)
+            folders = item.uri.removeprefix(source.uri).strip("/").split("/")[:-1]
+            row["label"] = folders[-1] if len(folders) > 1 or (folders and not metadata) else None
+            yield row | _passed(metadata.get(item.uri, {}), options)
+
+
+def _listed(source: Source, s3: S3Options, options: InventoryOptions) -> Iterator[dict[str, Any]]:
+    """One row a line or record, repeated URIs included; relative URIs start at the list's own folder."""
+    folder = source.uri.rpartition("/")[0]
+    count = 0
+    for count, record in enumerate(_records(source.uri, s3, options.uri_column), 1):
+        uri = str(record.get(options.uri_column) or "")
+        if uri and "://" not in uri and not uri.startswith("/"):
+            uri = join(folder, uri)
+        base = "/".join(uri.split("/")[:3]) if is_s3(uri) else "/"
+        group = _group(base, uri, options.group_depth)
+        yield _row(uri, identity=row_id(uri, f"{source.uri}:{count}"), group=group) | _passed(record, options)
+    if count == 0:
+        raise InputError(f"{source.uri} lists nothing.")
+
+
+def _records(uri: str, s3: S3Options, column: str = "uri") -> Iterator[dict[str, Any]]:
+    """The records of a txt (one column), csv or jsonl file; a name that is not UTF-8 keeps its place, escaped."""
+    fs, path = filesystem(uri, s3)
+    try:
+        stream = fs.open_input_stream(path)
+    except OSError as error:
+        raise InputError(f"Cannot read the list {uri}: {error}.") from error
+    with stream, io.TextIOWrapper(stream, "utf-8", errors="backslashreplace", newline="") as text:
+        if uri.lower().endswith(".csv"):
+            reader = csv.DictReader(text)
+            if column not in (reader.fieldnames or ()) and "file_name" not in (reader.fieldnames or ()):
+                raise InputError(f"{uri} has no column {column!r}; it has {reader.fieldnames}. Set --uri-column.")
+            yield from reader
+        elif uri.lower().endswith(".jsonl"):
+            for number, line in enumerate(filter(str.strip, text), 1):
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f"Line {number} of {uri} is not JSON.") from error
+                if not isinstance(record, dict):
+                    raise InputError(f"Line {number} of {uri} is not a JSON object.")
+                yield record
+        else:
+            for line in text:
+                if line.strip():
+                    yield {column: line.rstrip("\r\n")}
+
+
+def _tar_members(source: Source, s3: S3Options, options: InventoryOptions) -> Iterator[dict[str, Any]]:
+    """Image members of a shard, by name, offset and size; headers alone are read where the file can seek."""
+    fs, path = filesystem(source.uri, s3)
+    group = _group(source.base, source.uri, options.group_depth)
+    seen: dict[str, int] = {}
+    try:
+        with fs.open_input_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                if member.isfile() and member.name.lower().endswith(_IMAGES):
+                    seen[member.name] = seen.get(member.name, -1) + 1
+                    again = f"#{seen[member.name]}" if seen[member.name] else ""
+                    yield _row(
+                        source.uri,
+                        member.name,
+                        row_id(source.uri, member.name + again),
+                        container=TAR,
+                        offset=member.offset_data,
+                        group=group,
+                        bytes=member.size,
+                        etag=source.etag,
+                    )
+    except (tarfile.TarError, OSError) as error:
+        raise InputError(f"{source.uri} does not read as an uncompressed tar: {error}.") from error
+
+
+def _parquet_rows(source: Source, s3: S3Options, options: InventoryOptions) -> Iterator[dict[str, Any]]:
+    """Rows with images inside by their number, or with a URI as in a list."""
+    fs, path = filesystem(source.uri, s3)
+    try:
+        with fs.open_input_file(path) as file:
+            parquet = pq.ParquetFile(file)
+            schema = parquet.schema_arrow
+            inside = image_column(schema, options.bytes_column)
+            if inside is None and options.uri_column not in schema.names:
+                raise InputError(
+                    f"{source.uri} has neither image bytes nor a column {options.uri_column!r}; it has "
+                    f"{', '.join(schema.names)}. Set --bytes-column or --uri-column."
+                )
+            wanted = [c for c in (*_columns(options).values(), options.uri_column) if c in schema.names]
+            number = -1
+            for batch in _batches(parquet, wanted):
+                for record in batch:
+                    number += 1
+                    if inside is None:
+                        uri = str(record.get(options.uri_column) or "")
+                        row = _row(uri, identity=row_id(uri, f"{source.uri}:{number}"))
+                    else:
+                        row = _row(source.uri, str(number), container=PARQUET, offset=number, etag=source.etag)
+                    row["group"] = _group(source.base, source.uri, options.group_depth)
+                    yield row | _passed(record, options)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{source.uri} does not read as parquet: {error}.") from error
+
+
+def _batches(parquet: pq.ParquetFile, columns: Sequence[str]) -> Iterable[list[dict[str, Any]]]:
+    if columns:
+        return (batch.to_pylist() for batch in parquet.iter_batches(columns=columns))
+    return ([{}] * parquet.metadata.row_group(at).num_rows for at in range(parquet.metadata.num_row_groups))
+
+
+def _columns(options: InventoryOptions) -> dict[str, str]:
+    return {"group": options.group_column, "label": options.label_column, "generator": options.generator_column}
+
+
+def _passed(record: dict[str, Any], options: InventoryOptions) -> dict[str, str]:
+    """What a record says of group, label and generator."""
+    named = ((name, record.get(column)) for name, column in _columns(options).items())
+    return {name: str(value) for name, value in named if value not in (None, "")}

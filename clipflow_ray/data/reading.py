@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 
-from clipflow_ray import images
+from clipflow_ray import images, sandbox
 from clipflow_ray.config import ImageLimits, S3Options
+from clipflow_ray.data.containers import PARQUET, TAR, parquet_value
 from clipflow_ray.errors import ItemError
 from clipflow_ray.images import DecodedImage, ViewKind
 from clipflow_ray.storage import ObjectReader
@@ -25,26 +27,42 @@ _READ_THREADS: Final = 8
 
 @dataclass(frozen=True)
 class ReadImage:
-    """One object after reading and decoding: its bytes' digest, and an image or the reason why not."""
+    """One object after reading and decoding: its bytes' digest, and an image, the reason why not, or None unread."""
 
     sha256: str | None
     bytes: int | None
-    image: DecodedImage | ItemError
+    image: DecodedImage | ItemError | None
 
 
-def read_images(table: pa.Table, s3: S3Options, limits: ImageLimits) -> list[ReadImage]:
-    """Read and decode the objects of manifest rows, in their order; reads overlap, decoding uses one core."""
+def read_images(
+    table: pa.Table, s3: S3Options, limits: ImageLimits, kind: ViewKind | None = None, column: str | None = None
+) -> list[ReadImage]:
+    """Read and decode the objects of manifest rows, in their order; reads overlap, decoding uses one core.
+
+    With `kind`, an image's `rgb` is its view of that kind. `column` names the image bytes of parquet files, where it
+    is not the first column with bytes.
+    """
+    return [_decoded(content, limits, kind) for content in read_bytes(table, s3, limits, column)]
+
+
+def read_bytes(
+    table: pa.Table, s3: S3Options, limits: ImageLimits, column: str | None = None
+) -> list[bytes | ItemError]:
+    """The encoded images of manifest rows, or why one cannot be read."""
     reader = _reader(s3)
 
-    def read(uri: str, etag: str | None) -> bytes | ItemError:
+    def read(row: dict[str, Any]) -> bytes | ItemError:
         try:
-            return reader.read(uri, limits.max_bytes, etag)
+            if row["container"] == PARQUET:
+                return parquet_value(row["uri"], row["offset"], s3, limits.max_bytes, column)
+            span = (row["offset"], row["bytes"]) if row["container"] == TAR else None
+            return reader.read(row["uri"], limits.max_bytes, row["etag"], span)
         except ItemError as error:
             return error
 
+    places = table.select(["uri", "container", "offset", "bytes", "etag"]).to_pylist()
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        contents = pool.map(read, table["uri"].to_pylist(), table["etag"].to_pylist())
-        return [_decoded(content, limits) for content in contents]
+        return list(pool.map(read, places))
 
 
 def described(table: pa.Table, outcomes: Sequence[ReadImage]) -> pa.Table:
@@ -52,7 +70,7 @@ def described(table: pa.Table, outcomes: Sequence[ReadImage]) -> pa.Table:
     decoded = [o.image if isinstance(o.image, DecodedImage) else None for o in outcomes]
     errors = [o.image if isinstance(o.image, ItemError) else None for o in outcomes]
     size = pa.array([o.bytes for o in outcomes], pa.int64())
-    table = table.drop_columns(["bytes", "etag"])
+    table = table.drop_columns(["bytes", "etag", "container", "offset"])
     for name, values, kind in (
         ("sha256", [o.sha256 for o in outcomes], pa.string()),
         ("bytes", size, pa.int64()),
@@ -64,7 +82,7 @@ def described(table: pa.Table, outcomes: Sequence[ReadImage]) -> pa.Table:
         ("jpeg_quality", [i and i.jpeg_quality for i in decoded], pa.int32()),
         ("has_exif", [i.has_exif if i else None for i in decoded], pa.bool_()),
         ("stratum", [i and images.stratum(i.format, i.width, i.height) for i in decoded], pa.string()),
-        ("status", ["error" if e else "ok" for e in errors], pa.string()),
+        ("status", [_status(o.image) for o in outcomes], pa.string()),
         ("error_code", [e and e.item_code for e in errors], pa.string()),
         ("error_message", [e and str(e) for e in errors], pa.string()),
     ):
@@ -77,10 +95,21 @@ def read_and_decode(
     s3: S3Options,
     limits: ImageLimits,
     kind: ViewKind,
+    column: str | None = None,
+    sample: float = 1.0,
 ) -> pa.Table:
-    """Manifest rows -> described rows with the encoder's view as bytes (uint8 224 x 224 x 3), null on error."""
-    outcomes = read_images(table, s3, limits)
-    views = [images.view(o.image.rgb, kind).tobytes() if isinstance(o.image, DecodedImage) else None for o in outcomes]
+    """Manifest rows -> described rows with the encoder's view as bytes (uint8 224 x 224 x 3), null on error.
+
+    Of all rows the share `sample` is read, by row id: the same ones in every run, and a larger sample holds a
+    smaller one. The others come out as skipped_sample.
+    """
+    chosen = np.array([int(identity[:8], 16) < sample * 2**32 for identity in table["row_id"].to_pylist()])
+    outcomes = [ReadImage(None, None, None)] * len(table)
+    for at, outcome in zip(
+        np.flatnonzero(chosen), read_images(table.filter(chosen), s3, limits, kind, column), strict=True
+    ):
+        outcomes[at] = outcome
+    views = [o.image.rgb.tobytes() if isinstance(o.image, DecodedImage) else None for o in outcomes]
     return described(table, outcomes).append_column(VIEW, pa.array(views, pa.large_binary()))
 
 
@@ -89,12 +118,18 @@ def _reader(s3: S3Options) -> ObjectReader:
     return ObjectReader(s3)
 
 
-def _decoded(content: bytes | ItemError, limits: ImageLimits) -> ReadImage:
+def _status(image: DecodedImage | ItemError | None) -> str:
+    if image is None:
+        return "skipped_sample"
+    return "error" if isinstance(image, ItemError) else "ok"
+
+
+def _decoded(content: bytes | ItemError, limits: ImageLimits, kind: ViewKind | None) -> ReadImage:
     if isinstance(content, ItemError):
         return ReadImage(None, None, content)
     digest, size = hashlib.sha256(content).hexdigest(), len(content)
     try:
-        image = images.decode(content, limits)
+        image = sandbox.decode(content, limits, kind)
     except ItemError as error:
         return ReadImage(digest, size, error)
     return ReadImage(digest, size, image)

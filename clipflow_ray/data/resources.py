@@ -8,6 +8,8 @@ where `CPUs of all actors + 1 <= logical CPUs`.
 import logging
 import os
 import secrets
+import signal
+import threading
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -45,6 +47,13 @@ def connect() -> None:
             handler.setLevel(logging.WARNING)
     if ray.is_initialized():
         return
+    before = signal.getsignal(signal.SIGTERM)
+    _start()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)  # Ray's own handler aborts the process
+
+
+def _start() -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False)
         return

@@ -1,5 +1,7 @@
 """Ray Data actors that hold the encoder: views in, scores or embeddings out."""
 
+import time
+from collections import Counter as Outcomes
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Final
@@ -8,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from ray.util.metrics import Counter, Histogram
 
 from clipflow_ray.config import EncoderConfig
 from clipflow_ray.data.reading import VIEW
@@ -18,6 +21,7 @@ from clipflow_ray.model.detector import Detector
 from clipflow_ray.model.encoder import Encoder
 
 _VIEW_SHAPE: Final = (VIEW_SIZE, VIEW_SIZE, 3)
+_SECONDS: Final = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
 
 
 def stacked_views(values: Sequence[bytes]) -> Pixels:
@@ -31,14 +35,19 @@ class Score:
     def __init__(self, checkpoint: Checkpoint, cpus: int) -> None:
         torch.set_num_threads(cpus)
         self._detector = Detector(checkpoint)
+        self._images = Counter("clipflow_images", "Images by outcome.", ("status", "error_code"))
+        self._encoding = Histogram("clipflow_encode_seconds", "Seconds of one encoder batch.", _SECONDS)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Rows with a `view` -> the same rows with score columns in its place; a row without one gets nulls."""
         present = table[VIEW].is_valid().to_numpy()
         views = [view.as_buffer() for view in table[VIEW].drop_null()]
         table = table.drop_columns([VIEW])
-        embeddings = self._detector.encoder.embed(stacked_views(views)) if views else None
-        scores = None if embeddings is None else self._detector.score_embeddings(embeddings)
+        scores = None
+        if views:
+            start = time.monotonic()
+            scores = self._detector.score_embeddings(self._detector.encoder.embed(stacked_views(views)))
+            self._encoding.observe(time.monotonic() - start)
         for name in ("log_likelihood", "log_base", "log_det", "score", "p_value"):
             values = np.full(len(table), np.nan, np.float32)
             if scores is not None:
@@ -50,7 +59,11 @@ class Score:
         table = table.append_column("p_stratum", pa.array(p_stratum, pa.float32(), from_pandas=True))
         now = datetime.now(UTC).isoformat(timespec="seconds")
         table = table.append_column("scored_at", pa.array([now] * len(table), pa.string()))
-        return _with_non_finite_as_errors(table, present & np.isnan(score))
+        table = _with_non_finite_as_errors(table, present & np.isnan(score))
+        outcomes = Outcomes(zip(table["status"].to_pylist(), table["error_code"].to_pylist(), strict=True))
+        for (status, code), count in outcomes.items():
+            self._images.inc(count, {"status": status, "error_code": code or ""})
+        return table
 
 
 class Embed:

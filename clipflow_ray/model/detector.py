@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clipflow_ray import images
+from clipflow_ray import images, sandbox
 from clipflow_ray.errors import CalibrationError, EncoderMismatchError, ImageError, ItemError
 from clipflow_ray.images import DecodedImage, Pixels
 from clipflow_ray.model.calibration import Calibration, Verdict, verdict
@@ -118,8 +118,7 @@ class Detector:
     def _findings(self, chunk: Sequence[bytes], alpha: float, start: int) -> Iterator[Finding]:
         decoded = [self._decode(data) for data in chunk]
         good = [image for image in decoded if isinstance(image, DecodedImage)]
-        kind = self.checkpoint.encoder.view
-        scores = self.score_views(np.stack([images.view(image.rgb, kind) for image in good])) if good else None
+        scores = self.score_views(np.stack([image.rgb for image in good])) if good else None
         row = 0
         for offset, (data, image) in enumerate(zip(chunk, decoded, strict=True)):
             common: dict[str, Any] = {"index": start + offset, "sha256": hashlib.sha256(data).hexdigest()}
@@ -137,7 +136,7 @@ class Detector:
 
     def _decode(self, data: bytes) -> DecodedImage | ImageError:
         try:
-            return images.decode(data, self.checkpoint.limits)
+            return sandbox.decode(data, self.checkpoint.limits, self.checkpoint.encoder.view)
         except ImageError as error:
             return error
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from clipflow_ray import __version__, proxies
 from clipflow_ray.config import ProxyConfig, TrainConfig, stable_hash
 from clipflow_ray.data import resources
-from clipflow_ray.data.inventory import listing_hash, write_manifest
+from clipflow_ray.data.inventory import listing_hash
+from clipflow_ray.data.listing import write_manifest
 from clipflow_ray.data.pipeline import read_then_encode
 from clipflow_ray.data.resumable import MANIFEST, Run
 from clipflow_ray.data.scoring import Embed

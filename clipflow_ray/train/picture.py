@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 
-from clipflow_ray import images, proxies
+from clipflow_ray import proxies, sandbox
 from clipflow_ray.config import ImageLimits, ProxyConfig, S3Options
 from clipflow_ray.errors import InputError, ItemError
 from clipflow_ray.images import Pixels
@@ -85,7 +85,7 @@ def _views(inputs: Sequence[str], count: int) -> list[Pixels]:
         for uri in map(normalized, inputs):
             for item in list_objects(uri, s3):
                 try:
-                    yield images.view(images.decode(reader.read(item.uri, limits.max_bytes), limits).rgb, "resize")
+                    yield sandbox.decode(reader.read(item.uri, limits.max_bytes), limits, "resize").rgb
                 except ItemError:
                     continue  # a picture of proxies needs some images, not each of them
 

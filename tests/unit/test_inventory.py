@@ -1,18 +1,22 @@
 """What a manifest lists, how its rows are named and grouped, and when the hash of a listing changes."""
 
+import io
 import os
 import re
+import tarfile
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipflow_ray.config import S3Options
-from clipflow_ray.data import inventory
-from clipflow_ray.data.inventory import MANIFEST_SCHEMA, listing_hash, row_id, write_manifest
-from clipflow_ray.errors import InputError
+from clipflow_ray.config import InventoryOptions, S3Options
+from clipflow_ray.data import containers, inventory
+from clipflow_ray.data.inventory import MANIFEST_SCHEMA, check_apart, listing_hash, row_id, sources, write_source
+from clipflow_ray.errors import InputError, ReadError
+from clipflow_ray.storage import ObjectReader
 
 LOCAL = S3Options()
 FILES = ("loose.jpg", "cats/a.jpg", "cats/b.jpg", "cats/deep/c.jpg", "dogs/a.jpg")
@@ -27,12 +31,18 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def manifest(tmp_path: Path, *inputs: Path | str) -> list[dict]:
+def manifest(tmp_path: Path, *inputs: Path | str, **options: str) -> list[dict]:
+    """The rows of all sources of `inputs`, in order, through parquet."""
     folder = tmp_path / f"manifest-{len(os.listdir(tmp_path))}"
-    count = write_manifest([str(uri) for uri in inputs], str(folder), LOCAL)
-    table = pq.read_table(folder)
-    assert (len(table), table.schema) == (count, MANIFEST_SCHEMA)
-    return table.to_pylist()
+    folder.mkdir()
+    settings, rows = InventoryOptions(**options), []
+    for number, source in enumerate(sources([str(uri) for uri in inputs], LOCAL, settings.input_format)):
+        names, count = write_source(source, number, str(folder), LOCAL, settings)
+        tables = [pq.read_table(folder / name) for name in names]
+        assert all(table.schema == MANIFEST_SCHEMA for table in tables) and sum(map(len, tables)) == count
+        rows += [row for table in tables for row in table.to_pylist()]
+    assert len({row["row_id"] for row in rows}) == len(rows)
+    return rows
 
 
 def test_a_manifest_has_one_row_per_file(tmp_path: Path, photos: Path) -> None:
@@ -43,8 +53,9 @@ def test_a_manifest_has_one_row_per_file(tmp_path: Path, photos: Path) -> None:
 
 
 def test_the_schema_is_the_one_that_the_ledger_builds_on() -> None:
-    names = {"row_id": "string", "uri": "string", "member": "string", "group": "string", "bytes": "int64"}
-    assert {field.name: str(field.type) for field in MANIFEST_SCHEMA} == names | {"etag": "string"}
+    kinds = {field.name: str(field.type) for field in MANIFEST_SCHEMA}
+    names = ("row_id", "uri", "member", "container", "group", "etag", "label", "generator")
+    assert kinds == dict.fromkeys(names, "string") | {"offset": "int64", "bytes": "int64"}
 
 
 def test_the_group_is_the_first_folder_below_the_input_or_its_name(tmp_path: Path, photos: Path) -> None:
@@ -86,45 +97,29 @@ def test_a_long_listing_fills_several_files_in_order(tmp_path, photos: Path, mon
     listed = [row["uri"].removeprefix(f"{photos}/") for row in manifest(tmp_path, photos)]
     assert listed == list(FILES)
     parts = sorted(path.name for path in tmp_path.glob("manifest-*/*"))
-    assert parts == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
-
-
-def test_a_listing_made_again_after_the_input_shrank_leaves_no_old_part(
-    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(inventory, "_ROWS_PER_FILE", 2)
-    folder = tmp_path / "manifest"
-    write_manifest([str(photos)], str(folder), LOCAL)
-    (folder / "mine.txt").write_text("kept")
-    for name in FILES[:3]:
-        (photos / name).unlink()
-    assert write_manifest([str(photos)], str(folder), LOCAL) == 2
-    assert sorted(os.listdir(folder)) == ["mine.txt", "part-00000.parquet"]
+    assert parts == [f"part-00000-0000{part}.parquet" for part in range(3)]
 
 
 @pytest.mark.parametrize("output", ["photos/out", "photos/cats/out", "photos", "photos/", "photos/new/../out"])
 def test_an_output_inside_an_input_is_refused(tmp_path: Path, photos: Path, output: str) -> None:
     with pytest.raises(InputError, match=str(photos)):
-        write_manifest([str(tmp_path / "elsewhere"), str(photos)], f"{tmp_path}/{output}", LOCAL)
-    assert not list(photos.rglob("*.parquet"))
+        check_apart([str(tmp_path / "elsewhere"), str(photos)], f"{tmp_path}/{output}")
 
 
 def test_a_relative_output_inside_an_input_is_refused(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(photos)
     with pytest.raises(InputError):
-        write_manifest(["."], "out", LOCAL)
+        check_apart(["."], "out")
 
 
 def test_an_output_under_an_s3_prefix_that_is_listed_is_refused() -> None:
     """`s3://shelf/photos` lists every key that starts so, `photos-out/` too."""
     with pytest.raises(InputError, match="inside the input"):
-        write_manifest(
-            ["s3://shelf/photos"], "s3://shelf/photos-out/manifest", S3Options(endpoint_url="http://[::1]:9")
-        )
+        check_apart(["s3://shelf/photos"], "s3://shelf/photos-out/manifest")
 
 
-def test_an_output_beside_an_input_with_the_same_beginning_is_fine(tmp_path: Path, photos: Path) -> None:
-    assert write_manifest([str(photos)], f"{photos}-out", LOCAL) == len(FILES)
+def test_an_output_beside_an_input_with_the_same_beginning_is_fine(photos: Path) -> None:
+    check_apart([str(photos)], f"{photos}-out")
 
 
 @pytest.mark.parametrize("broken", ["absent", "empty", "http://host/photos"])
@@ -132,7 +127,7 @@ def test_an_input_that_holds_nothing_is_an_input_error(tmp_path: Path, photos: P
     (tmp_path / "empty").mkdir()
     uri = broken if "://" in broken else str(tmp_path / broken)
     with pytest.raises(InputError, match=re.escape(broken)):
-        write_manifest([str(photos), uri], str(tmp_path / "out"), LOCAL)
+        manifest(tmp_path, photos, uri)
 
 
 def test_a_file_name_that_is_not_utf8_gives_a_row_or_an_input_error(tmp_path: Path, photos: Path) -> None:
@@ -140,7 +135,7 @@ def test_a_file_name_that_is_not_utf8_gives_a_row_or_an_input_error(tmp_path: Pa
     with open(os.fsencode(photos) + b"/caf\xe9.jpg", "wb") as file:
         file.write(b"x")
     try:
-        assert write_manifest([str(photos)], str(tmp_path / "out"), LOCAL) == len(FILES) + 1
+        assert len(manifest(tmp_path, photos)) == len(FILES) + 1
     except InputError as error:
         assert "caf" in str(error)
 
@@ -161,3 +156,98 @@ def test_the_listing_hash_is_equal_across_calls_and_changes_with_what_is_there(p
     assert len(set(seen)) == 4
     (photos / "dogs" / "c.jpg").unlink()
     assert now() == seen[0]
+
+
+NASTY = ("a b.jpg", "plus+sign.jpg", "%2F.jpg", "quote'\".jpg", "ünïcödé-日本.jpg", "tab\there.jpg")
+
+
+def test_a_txt_list_gives_a_row_for_each_line_repeated_ones_too(tmp_path: Path) -> None:
+    lines = [f"s3://shelf/{name}" for name in NASTY] * 2 + ["local.jpg", "/abs/path.jpg"]
+    (tmp_path / "list.txt").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    rows = manifest(tmp_path, tmp_path / "list.txt")
+    assert [row["uri"] for row in rows] == [*lines[:-2], f"{tmp_path}/local.jpg", "/abs/path.jpg"]
+    assert rows == manifest(tmp_path, tmp_path / "list.txt")
+
+
+def test_csv_and_jsonl_lists_pass_group_label_and_generator_through(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text('image,site,label\ns3://b/k/1.jpg,north,"a, b"\ns3://b/k/2.jpg,,\n')
+    (tmp_path / "list.jsonl").write_text('{"image": "s3://b/k/1.jpg", "label": 3, "generator": "x"}\n')
+    first, second = manifest(tmp_path, tmp_path / "list.csv", uri_column="image", group_column="site")
+    assert (first["group"], first["label"], first["generator"]) == ("north", "a, b", None)
+    assert (second["group"], second["label"]) == ("k", None)
+    (third,) = manifest(tmp_path, tmp_path / "list.jsonl", uri_column="image")
+    assert (third["uri"], third["label"], third["generator"]) == ("s3://b/k/1.jpg", "3", "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("list.csv", "a,b\n1,2\n", "--uri-column"),
+        ("list.jsonl", "{not json\n", "Line 1"),
+        ("list.jsonl", "[1]\n", "not a JSON object"),
+        ("list.txt", "\n\n", "lists nothing"),
+    ],
+)
+def test_a_list_that_makes_no_sense_is_an_input_error(tmp_path: Path, name: str, text: str, says: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=says):
+        manifest(tmp_path, tmp_path / name)
+
+
+def test_parquet_rows_are_found_by_number_whatever_the_column_is(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    pictures = [b"one", b"two", None]
+    struct = [{"bytes": value, "path": "x.jpg"} for value in pictures]
+    pq.write_table(pa.table({"image": struct, "label": [1, 2, 3]}), tmp_path / "in/a.parquet", row_group_size=2)
+    pq.write_table(pa.table({"id": [1, 2, 3], "jpg": pictures}), tmp_path / "in/b.parquet")
+    rows = manifest(tmp_path, tmp_path / "in")
+    assert [(Path(row["uri"]).name, row["member"]) for row in rows] == [
+        (f, n) for f in ("a.parquet", "b.parquet") for n in "012"
+    ]
+    assert [row["label"] for row in rows] == ["1", "2", "3", None, None, None]
+    read = [containers.parquet_value(row["uri"], row["offset"], LOCAL, 99, None) for row in rows if row["offset"] < 2]
+    assert read == [b"one", b"two"] * 2
+    with pytest.raises(ReadError) as caught:
+        containers.parquet_value(rows[2]["uri"], 2, LOCAL, 99, None)
+    assert caught.value.item_code == "empty"
+
+
+def test_a_parquet_file_of_uris_is_a_list(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"uri": ["s3://b/1.jpg", "s3://b/1.jpg"]}), tmp_path / "list.parquet")
+    assert [row["uri"] for row in manifest(tmp_path, tmp_path / "list.parquet")] == ["s3://b/1.jpg"] * 2
+    pq.write_table(pa.table({"other": [1]}), tmp_path / "none.parquet")
+    with pytest.raises(InputError, match="--bytes-column or --uri-column"):
+        manifest(tmp_path, tmp_path / "none.parquet")
+
+
+def test_tar_members_are_found_by_offset_and_only_images_are(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "shard-0.tar", "w") as archive:
+        for name, data in (("a/1.jpg", b"first"), ("a/1.json", b"{}"), ("a/2.png", b"second!"), ("a/1.jpg", b"again")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    rows = manifest(tmp_path, tmp_path / "shard-0.tar")
+    assert [row["member"] for row in rows] == ["a/1.jpg", "a/2.png", "a/1.jpg"]
+    reader = ObjectReader(LOCAL)
+    read = [reader.read(row["uri"], 99, None, (row["offset"], row["bytes"])) for row in rows]
+    assert read == [b"first", b"second!", b"again"]
+
+
+def test_an_image_folder_takes_labels_from_its_metadata_or_its_folders(tmp_path: Path) -> None:
+    for name in ("train/cat/1.jpg", "train/dog/2.jpg"):
+        (tmp_path / "hf" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "hf" / name).write_bytes(b"x")
+    assert [row["label"] for row in manifest(tmp_path, tmp_path / "hf", input_format="hf")] == ["cat", "dog"]
+    (tmp_path / "hf/train/metadata.csv").write_text("file_name,label,generator\ncat/1.jpg,tabby,none\n")
+    rows = manifest(tmp_path, tmp_path / "hf")
+    assert [(row["label"], row["generator"], row["group"]) for row in rows] == [
+        ("tabby", "none", "train"),
+        ("dog", None, "train"),
+    ]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_group_by_prefix_counts_folders_below_the_input(tmp_path: Path, photos: Path, depth: int) -> None:
+    rows = manifest(tmp_path, photos, group_by=f"prefix:{depth}")
+    deep = next(row for row in rows if row["uri"].endswith("deep/c.jpg"))
+    assert deep["group"] == "/".join(["cats", "deep"][:depth])

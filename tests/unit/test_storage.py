@@ -134,10 +134,10 @@ def test_a_body_that_breaks_off_twice_is_read_at_the_third_attempt(liar: Threadi
     assert liar.requests == faults + 1
 
 
-def test_a_body_that_always_breaks_off_is_read_failed_after_three_attempts(liar: ThreadingHTTPServer) -> None:
+def test_a_body_that_always_breaks_off_is_read_failed_after_five_attempts(liar: ThreadingHTTPServer) -> None:
     liar.faults = 10**6
     assert refusal(reader_of(liar), "s3://shelf/key", 10**6).item_code == "read_failed"
-    assert liar.requests == 3
+    assert liar.requests == 5
 
 
 def test_a_store_that_does_not_answer_is_read_failed() -> None:
@@ -185,7 +185,7 @@ def test_an_object_that_changed_after_its_listing_is_refused(s3: S3Options, buck
     (listed,) = list_objects("s3://shelf/changing/", s3)
     bucket.put_object(Bucket="shelf", Key="changing/a.jpg", Body=b"behind")
     error = refusal(ObjectReader(s3), listed.uri, etag=listed.etag)
-    assert (error.item_code, "changed" in str(error)) == ("read_failed", True)
+    assert error.item_code == "changed"
     assert ObjectReader(s3).read(listed.uri, 1000) == b"behind"
 
 

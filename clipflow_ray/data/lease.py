@@ -1,0 +1,130 @@
+"""One run writes to an output at a time: a second one is refused.
+
+On disk it is a lock that the kernel releases when its holder dies. On S3 it is an object written under a condition and
+renewed while the run lives; one that is no longer renewed is taken over.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from clipflow_ray.config import S3Options
+from clipflow_ray.errors import RunConflictError
+from clipflow_ray.storage import is_s3, join, s3_client, split_s3
+
+log = logging.getLogger(__name__)
+
+NAME: Final = ".lease"
+RENEW_SECONDS: Final = 10.0
+_STALE_RENEWALS: Final = 3
+
+
+@contextmanager
+def exclusive(folder: str, s3: S3Options) -> Iterator[None]:
+    """Hold `folder` for the time of the block; raises RunConflictError where another run holds it."""
+    with _object_lease(folder, s3) if is_s3(folder) else _file_lock(folder):
+        yield
+
+
+@contextmanager
+def _file_lock(folder: str) -> Iterator[None]:
+    os.makedirs(folder, exist_ok=True)
+    with open(join(folder, NAME), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunConflictError(
+                f"Another run writes to {folder} now; wait for it or name another output."
+            ) from error
+        yield
+
+
+@contextmanager
+def _object_lease(folder: str, s3: S3Options) -> Iterator[None]:
+    lease = _ObjectLease(folder, s3)
+    lease.take()
+    stop = threading.Event()
+    renewing = threading.Thread(target=lease.renew_until, args=(stop,), daemon=True)
+    renewing.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        renewing.join()
+        lease.release()
+
+
+class _ObjectLease:
+    def __init__(self, folder: str, s3: S3Options) -> None:
+        self._folder, self._client = folder, s3_client(s3)
+        self._bucket, self._key = split_s3(join(folder, NAME))
+        self._renewals = 0
+        self._etag = ""
+
+    def take(self) -> None:
+        """Write the lease where there is none, or where nobody renews the one that is there."""
+        try:
+            self._put(IfNoneMatch="*")
+            return
+        except ClientError as error:
+            if not _refused(error):
+                raise
+        before = self._holder()
+        if before is not None:
+            log.info("waiting to see whether the run that holds %s is alive", self._folder)
+            threading.Event().wait(_STALE_RENEWALS * RENEW_SECONDS)
+        now = self._holder()
+        try:
+            if now is None:
+                self._put(IfNoneMatch="*")
+                return
+            if before is not None and now["etag"] == before["etag"]:
+                self._put(IfMatch=now["etag"])
+                return
+        except ClientError as error:
+            if not _refused(error):
+                raise
+        where = f" ({now['host']}, process {now['pid']})" if now else ""
+        raise RunConflictError(f"Another run{where} writes to {self._folder} now; wait for it or name another output.")
+
+    def renew_until(self, stop: threading.Event) -> None:
+        """Write the lease anew every few seconds, under the condition that it is still ours."""
+        while not stop.wait(RENEW_SECONDS):
+            try:
+                self._put(IfMatch=self._etag)
+            except (ClientError, BotoCoreError) as error:
+                log.warning("the lease on %s was not renewed: %s", self._folder, error)
+
+    def release(self) -> None:
+        """Delete the lease if it is still ours."""
+        holder = self._holder()
+        if holder is not None and holder["etag"] == self._etag:
+            self._client.delete_object(Bucket=self._bucket, Key=self._key)
+
+    def _put(self, **condition: str) -> None:
+        self._renewals += 1
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "renewals": self._renewals}
+        body = json.dumps(holder).encode()
+        self._etag = self._client.put_object(Bucket=self._bucket, Key=self._key, Body=body, **condition)["ETag"]
+
+    def _holder(self) -> dict[str, Any] | None:
+        try:
+            response = self._client.get_object(Bucket=self._bucket, Key=self._key)
+        except ClientError as error:
+            if error.response["Error"]["Code"] in {"NoSuchKey", "404"}:
+                return None
+            raise
+        found: dict[str, Any] = json.loads(response["Body"].read())
+        return found | {"etag": response["ETag"]}
+
+
+def _refused(error: ClientError) -> bool:
+    return error.response["Error"]["Code"] in {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}

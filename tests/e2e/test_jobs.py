@@ -1,0 +1,149 @@
+"""`ray job submit` on a cluster of three nodes with token authentication, and the loss of one of them."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from clipflow_ray.config import TEST_TOWER, S3Options
+from clipflow_ray.demo import s3_server
+from clipflow_ray.storage import filesystem, s3_client
+from tests.conftest import encoded, photo
+
+ROOT = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3Options]:
+    with s3_server() as options:
+        yield options
+
+
+@pytest.fixture(scope="module")
+def nodes(s3: S3Options) -> Iterator[tuple[dict[str, str], list[int]]]:
+    """`cluster/local.sh`: the environment that reaches it, and the process ids of head and workers."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment |= {"RAY": RAY, "PORT": str(free_port()), "DASHBOARD_PORT": str(free_port()), "CPUS": "3"}
+    environment |= {"CLIENT_PORT": str(free_port())}
+    script = subprocess.Popen(
+        ["bash", str(ROOT / "cluster" / "local.sh")], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        exports, pids = script.stdout.readline(), script.stdout.readline()
+        assert exports.startswith("export "), "the cluster did not start"
+        environment |= dict(word.split("=", 1) for word in exports.split()[1:])
+        deadline = time.monotonic() + 120
+        while submitted(environment, "list").returncode and time.monotonic() < deadline:
+            assert script.poll() is None, "the cluster ended"
+            time.sleep(0.5)
+        yield environment, [int(pid) for pid in pids.split()[1:]]
+    finally:
+        root = psutil.Process(script.pid)
+        for process in (*root.children(recursive=True), root):  # a graceful end would take half a minute
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        script.wait()
+
+
+def submitted(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [RAY, "job", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def store(s3: S3Options) -> list[str]:
+    """Five sources of photo-like images in a bucket, and the flags that reach it."""
+    client = s3_client(s3)
+    client.create_bucket(Bucket="jobs")
+    for source in ("a", "b", "c", "d", "e"):
+        for at in range(12):
+            client.put_object(Bucket="jobs", Key=f"in/{source}/{at}.jpg", Body=encoded(photo(ord(source) * 100 + at)))
+    return ["--endpoint-url", str(s3.endpoint_url), "--region", "us-east-1"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(nodes: tuple[dict[str, str], list[int]], store: list[str], tmp_path_factory) -> str:
+    """The checkpoint of a training that ran as a submitted job."""
+    config = tmp_path_factory.mktemp("job") / "train.yaml"
+    config.write_text(
+        f"encoder: {{model: {TEST_TOWER}, pretrained: 'seed:0'}}\nflow: {{blocks: 2, hidden: 16}}\n"
+        "fit: {epochs: 2, batch_size: 16}\n"
+    )
+    train = ["jobs/train.py", "--config", str(config), "--input", "s3://jobs/in/", "--output", "s3://jobs/train"]
+    done = submitted(nodes[0], "submit", "--working-dir", ".", "--", "python", *train, *store)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return "s3://jobs/train/checkpoint"
+
+
+def audit_job(environment: dict[str, str], checkpoint: str, store: list[str], source: str, output: str, *more: str):
+    flags = ["--input", source, "--output", output, "--alpha", "0.1", "--checkpoint", checkpoint, "--gallery", "0"]
+    command = ["submit", "--working-dir", ".", "--", "python", "jobs/audit.py", *flags, *store, *more]
+    return submitted(environment, *command)
+
+
+def ledger(output: str, s3: S3Options) -> dict[str, float | None]:
+    fs, path = filesystem(f"{output}/ledger", s3)
+    rows = pq.read_table(path, filesystem=fs).to_pylist()
+    assert len({row["row_id"] for row in rows}) == len(rows)
+    return {row["row_id"]: row["score"] for row in rows}
+
+
+def test_training_and_auditing_run_as_submitted_jobs_and_fail_with_their_exit_code(
+    nodes: tuple[dict[str, str], list[int]], checkpoint: str, store: list[str], s3: S3Options
+) -> None:
+    environment, _ = nodes
+    done = audit_job(environment, checkpoint, store, "s3://jobs/in/", "s3://jobs/audit")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "60 objects: 60 ok" in done.stdout and "60 of 60 objects" in done.stdout
+    assert "SECRET" not in (done.stdout + done.stderr).upper()
+    assert len(ledger("s3://jobs/audit", s3)) == 60
+    done = audit_job(environment, checkpoint, store, "s3://jobs/none/", "s3://jobs/x")
+    assert done.returncode == 1 and "error [invalid_input]" in done.stdout
+
+
+def test_a_client_without_the_token_is_refused(nodes: tuple[dict[str, str], list[int]]) -> None:
+    environment = {key: value for key, value in nodes[0].items() if "AUTH" not in key} | {"HOME": "/nonexistent"}
+    assert submitted(environment, "list").returncode != 0
+
+
+def test_a_node_that_dies_in_mid_audit_costs_nothing(
+    nodes: tuple[dict[str, str], list[int]], checkpoint: str, store: list[str], s3: S3Options
+) -> None:
+    environment, pids = nodes
+    client = s3_client(s3)
+    client.create_bucket(Bucket="loss")
+    for at in range(160):
+        client.put_object(Bucket="loss", Key=f"in/{at}.jpg", Body=encoded(photo(7000 + at, (224, 230))))
+    outcome: list[subprocess.CompletedProcess[str]] = []
+
+    def run() -> None:
+        outcome.append(audit_job(environment, checkpoint, store, "s3://loss/in/", "s3://loss/out"))
+
+    job = threading.Thread(target=run)
+    job.start()
+    while job.is_alive() and client.list_objects_v2(Bucket="loss", Prefix="out/scored/").get("KeyCount", 0) < 2:
+        time.sleep(0.1)
+    assert job.is_alive(), f"the audit ended before its node died: {outcome}"
+    node = psutil.Process(pids[-1])
+    for process in (*node.children(recursive=True), node):
+        process.kill()
+    job.join(300)
+    assert outcome and outcome[0].returncode == 0, outcome
+    rows = ledger("s3://loss/out", s3)
+    assert len(rows) == 160 and all(score is not None for score in rows.values())

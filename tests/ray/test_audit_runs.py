@@ -1,0 +1,219 @@
+"""What an audit of many objects needs beside scores: samples, repeats, leases, progress, a report, exit codes."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from playwright.sync_api import sync_playwright
+
+from clipflow_ray.audit import progress
+from clipflow_ray.audit.run import audit, error_rate, judge_again, plan
+from clipflow_ray.config import AuditConfig, ImageLimits, InventoryOptions, S3Options
+from clipflow_ray.data import lease
+from clipflow_ray.data.inventory import MANIFEST_SCHEMA, rows, sources
+from clipflow_ray.data.reading import read_bytes
+from clipflow_ray.errors import InputError, RunConflictError
+from clipflow_ray.storage import s3_client
+from tests.conftest import encoded, photo
+
+LOCAL = S3Options()
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def config(trained: str, tmp_path_factory: pytest.TempPathFactory) -> AuditConfig:
+    root = tmp_path_factory.mktemp("many")
+    for at in range(48):
+        folder = root / f"site-{at % 3}"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{at}.jpg").write_bytes(encoded(photo(4000 + at % 40, (230, 240 + 20 * (at % 40 % 3)))))
+    (root / "site-0" / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
+    output = str(tmp_path_factory.mktemp("run") / "run")
+    return AuditConfig(input=(str(root),), output=output, checkpoint=trained, alpha=0.1, gallery=4)
+
+
+@pytest.fixture(scope="module")
+def record(cluster: None, config: AuditConfig) -> dict:
+    return audit(config)
+
+
+def ledger(output: str) -> dict[str, dict]:
+    return {row["row_id"]: row for row in pq.read_table(f"{output}/ledger").to_pylist()}
+
+
+def test_a_sample_is_the_same_in_every_run_and_a_larger_one_holds_a_smaller_one(
+    record: dict, config: AuditConfig, tmp_path: Path
+) -> None:
+    def sampled(share: float, name: str) -> dict[str, dict]:
+        audit(config.model_copy(update={"sample": share, "output": str(tmp_path / name)}))
+        return ledger(str(tmp_path / name))
+
+    whole, small, again, large = ledger(config.output), sampled(0.3, "a"), sampled(0.3, "b"), sampled(0.6, "c")
+    chosen = [{k for k, row in rows.items() if row["status"] != "skipped_sample"} for rows in (small, again, large)]
+    assert chosen[0] == chosen[1] < chosen[2] < set(whole)
+    assert set(small) == set(whole)
+    skipped = [row for key, row in small.items() if key not in chosen[0]]
+    assert all(row["score"] is None and row["verdict"] is None and row["sha256"] is None for row in skipped)
+    for key in chosen[0]:
+        if whole[key]["score"] is not None:
+            assert small[key]["score"] == pytest.approx(whole[key]["score"], rel=1e-5)
+
+
+def test_judging_again_needs_no_encoder_and_counts_equal_files_once(record: dict, config: AuditConfig) -> None:
+    assert record["by_status"] == {"error": 1, "ok": 48}
+    code = (
+        "import sys; from clipflow_ray.model import encoder; from clipflow_ray.cli import main\n"
+        "def refuse(*_, **__): raise AssertionError('an encoder was built')\n"
+        "encoder.Encoder.__init__ = refuse\nmain(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, "finalize", "--output", config.output, "--json"]
+    command += ["--alpha", "0.2", "--dedupe", "sha256"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    wider = json.loads(done.stdout)
+    assert wider["alpha"] == 0.2 and wider["by_status"] == {"error": 1, "ok": 40, "skipped_duplicate": 8}
+    assert wider["flagged"]["of"] == 40
+    assert judge_again(config.output, 0.1, "none", LOCAL)["flagged"] == record["flagged"]
+
+
+def test_an_output_without_a_finished_audit_cannot_be_judged(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no finished audit"):
+        judge_again(str(tmp_path), 0.1, None, LOCAL)
+
+
+def test_a_second_run_on_the_same_output_is_refused_while_the_first_holds_it(tmp_path: Path) -> None:
+    with lease.exclusive(str(tmp_path / "out"), LOCAL):
+        with pytest.raises(RunConflictError, match="Another run"), lease.exclusive(str(tmp_path / "out"), LOCAL):
+            pass
+        with lease.exclusive(str(tmp_path / "other"), LOCAL):
+            pass
+    with lease.exclusive(str(tmp_path / "out"), LOCAL):
+        pass
+
+
+def test_on_s3_a_living_run_is_refused_and_a_dead_ones_lease_is_taken_over(
+    s3: S3Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.2)
+    client = s3_client(s3)
+    client.create_bucket(Bucket="leases")
+    with (
+        lease.exclusive("s3://leases/out", s3),
+        pytest.raises(RunConflictError, match="process"),
+        lease.exclusive("s3://leases/out", s3),
+    ):
+        pass
+    assert "Contents" not in client.list_objects_v2(Bucket="leases")
+    dead = lease._ObjectLease("s3://leases/out", s3)
+    dead.take()
+    with lease.exclusive("s3://leases/out", s3):
+        threading.Event().wait(0.5)
+        dead.release()  # wakes up late: the lease is no longer its own
+        assert client.list_objects_v2(Bucket="leases")["KeyCount"] == 1
+
+
+def test_an_object_that_changed_after_it_was_listed_has_its_own_code(
+    cluster: None, config: AuditConfig, s3: S3Options
+) -> None:
+    client = s3_client(s3)
+    client.create_bucket(Bucket="changing")
+    client.put_object(Bucket="changing", Key="in/a.jpg", Body=encoded(photo(1)))
+    (source,) = sources(["s3://changing/in/"], s3, "images")
+    manifest = pa.Table.from_pylist(list(rows(source, s3, InventoryOptions())), MANIFEST_SCHEMA)
+    client.put_object(Bucket="changing", Key="in/a.jpg", Body=encoded(photo(2)))
+    (outcome,) = read_bytes(manifest, s3, ImageLimits())
+    assert not isinstance(outcome, bytes) and outcome.item_code == "changed"
+
+
+def test_the_plan_counts_objects_and_bytes_and_writes_nothing(
+    cluster: None, config: AuditConfig, tmp_path: Path
+) -> None:
+    planned = plan(config.model_copy(update={"output": str(tmp_path / "run"), "sample": 0.5}))
+    assert planned["objects"] == 49 and planned["by_suffix"] == {".jpg": 49}
+    assert planned["bytes"] == sum(path.stat().st_size for path in Path(config.input[0]).rglob("*.jpg"))
+    assert planned["hours"] > 0 and not (tmp_path / "run").exists()
+
+
+def test_progress_is_written_beside_the_ledger(record: dict, config: AuditConfig) -> None:
+    state = json.loads(Path(config.output, progress.PROGRESS).read_text())
+    assert (state["done"], state["total"], state["errors"]) == (49, 49, {"truncated": 1})
+
+
+def test_the_report_is_one_file_with_the_facts_of_the_record(record: dict, config: AuditConfig) -> None:
+    page = Path(record["report"]).read_text()
+    facts = json.loads(Path(config.output, "report.json").read_text())
+    assert not re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?(?!#|data:|["'#])[^>\s]*""", page)
+    assert facts["flagged"] == record["flagged"]
+    assert sum(row["of"] for row in facts["groups"]) == 48 == sum(row["of"] for row in facts["strata"])
+    assert {row["name"] for row in facts["groups"]} == {"site-0", "site-1", "site-2"}
+    assert page.count("data:image/jpeg;base64,") == 8
+    assert facts["errors"]["truncated"]["examples"][0]["place"].endswith("broken.jpg")
+    assert sum(facts["p_values"]) == 48
+    text = Path(config.output, "report.md").read_text()
+    assert "not proof" in text and "| site-0 |" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"), [((), 0), (("--max-error-rate", "0.001"), 3), (("--fail-if-flag-rate-above", "0.0"), 4)]
+)
+def test_exit_codes_tell_errors_from_a_failed_gate(
+    record: dict, config: AuditConfig, flags: tuple[str, ...], code: int
+) -> None:
+    assert error_rate(record) == pytest.approx(1 / 49)
+    assert record["flagged"]["count"] > 0
+    command = [sys.executable, "-m", "clipflow_ray.cli", "audit", "--input", config.input[0], "--output", config.output]
+    command += ["--checkpoint", config.checkpoint, "--alpha", "0.1", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert "flagged at alpha 0.1" in done.stdout
+
+
+def test_sigterm_ends_a_run_with_a_sentence_and_the_next_one_goes_on(config: AuditConfig, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "clipflow_ray.cli", "audit", "--input", config.input[0], "--output", str(output)]
+    command += ["--checkpoint", config.checkpoint, "--alpha", "0.1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as driver:
+        deadline = time.monotonic() + 180
+        while not (output / "run.json").exists() and driver.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        driver.terminate()
+        _, errors = driver.communicate(timeout=120)
+    assert driver.returncode == 1 and "error [terminated]" in errors and "Traceback" not in errors
+    assert not (output / "_SUCCESS").exists()
+    result = audit(config.model_copy(update={"output": str(output), "gallery": 24}))
+    assert result["rows"] == 49
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium: install Debian's `chromium` to test the report's page")
+def test_the_report_fits_a_phone_sorts_its_tables_and_asks_for_nothing(record: dict) -> None:
+    problems: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 800})
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on(
+            "request", lambda request: None if request.url[:5] in ("file:", "data:") else problems.append(request.url)
+        )
+        page.goto(f"file://{record['report']}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        names = page.locator("table").first.locator("tbody tr td:first-child")
+        page.get_by_role("button", name="name").first.click()
+        assert names.all_inner_texts() == ["site-2", "site-1", "site-0"]
+        page.get_by_role("button", name="name").first.click()
+        assert names.all_inner_texts() == ["site-0", "site-1", "site-2"]
+        assert page.locator("th[aria-sort=ascending]").count() == 1
+        pictures = page.locator(".gallery img")
+        assert pictures.count() == 8
+        assert all(picture.get_attribute("alt") for picture in pictures.all())
+        assert all(figure.get_attribute("aria-label") for figure in page.locator("figure").all())
+        browser.close()
+    assert not problems

@@ -1,0 +1,163 @@
+"""The same images in every kind of input: as files, lists, parquet, tar shards and imagefolders, on disk and on S3."""
+
+import io
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from clipflow_ray.audit.run import audit
+from clipflow_ray.config import AuditConfig, InventoryOptions, S3Options
+from clipflow_ray.data import inventory
+from clipflow_ray.data.listing import write_manifest
+from clipflow_ray.errors import InputError
+from clipflow_ray.storage import s3_client
+from tests.conftest import encoded, photo
+
+LOCAL = S3Options()
+IMAGES = {f"{label}/{at} +%2F'.jpg": encoded(photo(3000 + at)) for at, label in enumerate(("cat", "dog") * 4)}
+
+
+def ledger(record: dict) -> list[dict]:
+    return pq.read_table(record["ledger"]).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("files")
+    for name, data in IMAGES.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
+
+
+@pytest.fixture(scope="module")
+def reference(cluster: None, trained: str, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Score by sha256, from an audit of plain files."""
+    output = str(tmp_path_factory.mktemp("reference") / "run")
+    record = audit(AuditConfig(input=(str(folder),), output=output, checkpoint=trained, alpha=0.1))
+    return {row["sha256"]: row["score"] for row in ledger(record)}
+
+
+def written_as(kind: str, folder: Path, root: Path) -> Path:
+    """The same images as another kind of input; returns what to name as the input."""
+    if kind in ("txt", "csv", "jsonl"):
+        path, uris = root / f"list.{kind}", [f"{folder}/{name}" for name in IMAGES]
+        lines = {
+            "txt": uris,
+            "csv": ["uri,label", *(f'"{uri}",{uri.split("/")[-2]}' for uri in uris)],
+            "jsonl": [json.dumps({"uri": uri, "label": uri.split("/")[-2]}) for uri in uris],
+        }[kind]
+        path.write_text("\n".join(lines))
+        return path
+    if kind == "parquet":
+        rows = [{"bytes": data, "path": name} for name, data in IMAGES.items()]
+        labels = [name.split("/")[0] for name in IMAGES]
+        pq.write_table(pa.table({"label": labels, "image": rows}), root / "data.parquet", row_group_size=3)
+        return root / "data.parquet"
+    with tarfile.open(root / "shard.tar", "w") as archive:
+        for name, data in IMAGES.items():
+            for member, content in ((name, data), (f"{name[:-4]}.json", b"{}")):
+                entry = tarfile.TarInfo(member)
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+    return root / "shard.tar"
+
+
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [
+        ("txt", "s3"),
+        ("csv", "disk"),
+        ("jsonl", "disk"),
+        ("parquet", "disk"),
+        ("parquet", "s3"),
+        ("tar", "disk"),
+        ("tar", "s3"),
+    ],
+)
+def test_every_kind_of_input_gives_the_scores_of_the_files(
+    reference: dict, trained: str, folder: Path, s3: S3Options, tmp_path: Path, kind: str, where: str
+) -> None:
+    source, options = str(written_as(kind, folder, tmp_path)), LOCAL
+    if where == "s3":
+        bucket, options = f"inputs-{kind}", s3
+        client = s3_client(s3)
+        client.create_bucket(Bucket=bucket)
+        name = Path(source).name
+        client.put_object(Bucket=bucket, Key=f"in/{name}", Body=Path(source).read_bytes())
+        source = f"s3://{bucket}/in/{name}"
+    config = AuditConfig(input=(source,), output=str(tmp_path / "run"), checkpoint=trained, alpha=0.1, s3=options)
+    rows = ledger(audit(config))
+    assert {row["sha256"]: row["score"] for row in rows} == pytest.approx(reference, rel=1e-5)
+    assert len({row["row_id"] for row in rows}) == len(rows) == len(IMAGES)
+    labels = Counter(row["label"] for row in rows)
+    assert labels == ({"cat": 4, "dog": 4} if kind in ("csv", "jsonl", "parquet") else {None: 8})
+
+
+def test_an_imagefolder_passes_its_labels_through(reference: dict, trained: str, folder: Path, tmp_path: Path) -> None:
+    options = InventoryOptions(input_format="hf")
+    config = AuditConfig(
+        input=(str(folder),), output=str(tmp_path / "run"), checkpoint=trained, alpha=0.1, inventory=options
+    )
+    rows = ledger(audit(config))
+    assert all(row["label"] == row["uri"].split("/")[-2] for row in rows)
+    assert {row["sha256"]: row["score"] for row in rows} == pytest.approx(reference, rel=1e-5)
+
+
+def test_a_list_with_repeats_missing_files_and_bad_uris_gives_a_row_for_each_line(
+    reference: dict, trained: str, folder: Path, tmp_path: Path
+) -> None:
+    good = [f"{folder}/{name}" for name in IMAGES]
+    lines = [good[0], good[1], good[0], "absent.jpg", "http://host/x.jpg", "../x.jpg", good[0]]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    config = AuditConfig(
+        input=(str(tmp_path / "list.txt"),), output=str(tmp_path / "run"), checkpoint=trained, alpha=0.1
+    )
+    record = audit(config.model_copy(update={"dedupe": "sha256"}))
+    rows = ledger(record)
+    assert len({row["row_id"] for row in rows}) == len(rows) == len(lines)
+    assert record["by_status"] == {"error": 3, "ok": 2, "skipped_duplicate": 2}
+    assert record["by_error_code"] == {"bad_uri": 2, "not_found": 1}
+    first = {row["row_id"] for row in rows if row["uri"] == good[0] and row["dup_of"] is None}
+    repeats = [row for row in rows if row["dup_of"]]
+    assert {row["dup_of"] for row in repeats} == first and len(repeats) == 2
+    assert all(row["verdict"] is None and row["q_value"] is None for row in repeats)
+    assert record["flagged"]["of"] == 2
+
+
+def test_prefixes_on_s3_are_listed_apart_and_nothing_is_lost(cluster: None, s3: S3Options, tmp_path: Path) -> None:
+    client = s3_client(s3)
+    client.create_bucket(Bucket="prefixes")
+    keys = [
+        f"in/{folder}/{name}" for folder in ("a", "b c", "ünï", "a//x") for name in ("1.jpg", "2+%2F.jpg", "é'.jpg")
+    ]
+    for key in [*keys, "in/.hidden/x.jpg", "other/y.jpg"]:
+        client.put_object(Bucket="prefixes", Key=key, Body=b"x")
+    assert len(inventory.sources(["s3://prefixes/in/"], s3, "images")) == 3
+    count = write_manifest(["s3://prefixes/in/"], str(tmp_path / "m"), s3)
+    rows = pq.read_table(tmp_path / "m").to_pylist()
+    assert count == len(rows) and sorted(row["uri"] for row in rows) == sorted(f"s3://prefixes/{key}" for key in keys)
+    assert {row["group"] for row in rows} == {"a", "b c", "ünï"}
+
+
+def test_a_listing_made_again_after_the_input_shrank_leaves_no_old_part(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in ("one", "two"):
+        (tmp_path / f"{part}.txt").write_text("/a.jpg\n/b.jpg\n")
+    manifest = tmp_path / "manifest"
+    assert write_manifest([f"{tmp_path}/one.txt", f"{tmp_path}/two.txt"], str(manifest), LOCAL) == 4
+    (manifest / "mine.txt").write_text("kept")
+    assert write_manifest([f"{tmp_path}/one.txt"], str(manifest), LOCAL) == 2
+    assert sorted(path.name for path in manifest.iterdir()) == ["mine.txt", "part-00000-00000.parquet"]
+
+
+def test_an_input_that_does_not_read_is_an_input_error_and_not_a_traceback(cluster: None, tmp_path: Path) -> None:
+    (tmp_path / "broken.tar").write_bytes(b"this is not a tar" * 100)
+    with pytest.raises(InputError, match="does not read as an uncompressed tar"):
+        write_manifest([f"{tmp_path}/broken.tar"], str(tmp_path / "m"), LOCAL)

@@ -1,0 +1,166 @@
+"""Decoding in a child that may die: the same pixels, the same refusals, and a verdict where the decoder never ends."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipflow_ray import images
+from clipflow_ray.config import ImageLimits
+from clipflow_ray.errors import ImageError
+from clipflow_ray.sandbox import DecodeChild
+
+LIMITS = ImageLimits()
+PIXELS = np.random.default_rng(0).integers(0, 256, (300, 420, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def child() -> Iterator[DecodeChild]:
+    made = DecodeChild()
+    yield made
+    made.close()
+
+
+def encoded(image_format: str, pixels: np.ndarray = PIXELS, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def scan_bomb() -> bytes:
+    """A progressive JPEG of 36 megapixels whose last scan comes 2,000 times: minutes of decoding in a small file."""
+    flat = encoded("JPEG", np.full((6000, 6000, 3), 90, np.uint8), quality=60, progressive=True)
+    last = flat.rindex(b"\xff\xda")
+    return flat[:last] + flat[last:-2] * 2000 + flat[-2:]
+
+
+BOMB = scan_bomb()
+NO_SCAN_LIMIT = LIMITS.model_copy(update={"max_jpeg_scans": 10_000})
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_the_child_returns_what_decoding_here_returns(child: DecodeChild, image_format: str) -> None:
+    data = encoded(image_format)
+    here, there = images.decode(data, LIMITS), child.decode(data, LIMITS)
+    np.testing.assert_array_equal(there.rgb, here.rgb)
+    assert {**asdict(there), "rgb": None} == {**asdict(here), "rgb": None}
+    for kind in ("resize", "crop"):
+        view = child.decode(data, LIMITS, kind)
+        np.testing.assert_array_equal(view.rgb, images.view(here.rgb, kind))
+        assert (view.width, view.height) == (420, 300)
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b"", "empty"),
+        (b"hello, this is text", "unsupported_format"),
+        (encoded("JPEG")[:-40], "truncated"),
+        (encoded("PNG", PIXELS[:20]), "too_small"),
+    ],
+)
+def test_a_refusal_crosses_with_its_code_and_sentence(child: DecodeChild, data: bytes, code: str) -> None:
+    with pytest.raises(ImageError) as here:
+        images.decode(data, LIMITS)
+    with pytest.raises(ImageError) as there:
+        child.decode(data, LIMITS)
+    assert (there.value.item_code, str(there.value)) == (here.value.item_code, str(here.value))
+    assert there.value.item_code == code
+
+
+def test_a_scan_bomb_is_cut_off_and_the_next_image_decodes(child: DecodeChild) -> None:
+    child.decode(encoded("PNG"), LIMITS)
+    first = child.pid
+    with pytest.raises(ImageError) as caught:
+        child.decode(BOMB, NO_SCAN_LIMIT)
+    assert caught.value.item_code == "decode_timeout"
+    np.testing.assert_array_equal(child.decode(encoded("PNG"), LIMITS).rgb, PIXELS)
+    assert child.pid != first and not alive(first)
+
+
+def test_a_decoder_that_dies_each_time_is_tried_three_times(child: DecodeChild) -> None:
+    killed: set[int] = set()
+    done = threading.Event()
+
+    def kill_each_child() -> None:
+        while not done.is_set():
+            pid = child.pid
+            if pid is not None and pid not in killed and cpu_ticks(pid) > 60:  # start-up is over, the bomb is at work
+                os.kill(pid, signal.SIGSEGV)
+                killed.add(pid)
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill_each_child)
+    killer.start()
+    try:
+        with pytest.raises(ImageError) as caught:
+            child.decode(BOMB, NO_SCAN_LIMIT.model_copy(update={"max_seconds": 60.0}))
+    finally:
+        done.set()
+        killer.join()
+    assert caught.value.item_code == "decoder_crash" and len(killed) == 3
+    np.testing.assert_array_equal(child.decode(encoded("PNG"), LIMITS).rgb, PIXELS)
+
+
+def test_a_child_killed_between_images_is_replaced_unnoticed(child: DecodeChild) -> None:
+    child.decode(encoded("PNG"), LIMITS)
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGKILL)
+    np.testing.assert_array_equal(child.decode(encoded("PNG"), LIMITS).rgb, PIXELS)
+
+
+def test_the_child_gets_no_secrets(child: DecodeChild, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-9f2b")
+    child.decode(encoded("PNG"), LIMITS)
+    assert b"canary-9f2b" not in Path(f"/proc/{child.pid}/environ").read_bytes()
+
+
+def test_the_child_can_write_no_file_and_take_no_more_than_2_gib(child: DecodeChild) -> None:
+    child.decode(encoded("PNG"), LIMITS)
+    limits = Path(f"/proc/{child.pid}/limits").read_text()
+    assert [line.split()[-3:-1] for line in limits.splitlines() if line.startswith("Max file size")] == [["0", "0"]]
+    assert [line.split()[-3] for line in limits.splitlines() if line.startswith("Max address space")] == [str(2**31)]
+
+
+def test_the_child_ends_with_its_parent() -> None:
+    code = (
+        "import sys, time; from clipflow_ray.sandbox import DecodeChild; from clipflow_ray.config import ImageLimits\n"
+        "child = DecodeChild(); child.decode(sys.stdin.buffer.read(), ImageLimits()); print(child.pid, flush=True)\n"
+        "time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdin and parent.stdout
+        parent.stdin.write(encoded("PNG"))
+        parent.stdin.close()
+        pid = int(parent.stdout.readline())
+        assert alive(pid)
+        parent.kill()
+    deadline = time.monotonic() + 30
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(pid)
+
+
+def alive(pid: int | None) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def cpu_ticks(pid: int) -> int:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().split(") ")[1].split()
+    except FileNotFoundError:
+        return 0
+    return int(fields[11]) + int(fields[12])
