@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from open_clip import image_transform
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from clipflow_ray import proxies
+from clipflow_ray import images, proxies, sandbox
 from clipflow_ray.audit.run import audit
 from clipflow_ray.config import (
     TEST_TOWER,
@@ -30,6 +31,7 @@ from clipflow_ray.config import (
     S3Options,
 )
 from clipflow_ray.data import resources
+from clipflow_ray.data.listing import write_manifest
 from clipflow_ray.demo import photographs, s3_server
 from clipflow_ray.images import VIEW_SIZE
 from clipflow_ray.model.calibration import Calibration
@@ -129,6 +131,49 @@ def pipeline_against_plain_loops(objects: int, rounds: int) -> dict[str, Any]:
         "rate_of_dataloader": parallel["rates"]["bare"],
         "max_score_difference": float(np.abs(scores["ours"] - scores["plain"]).max()),
     }
+
+
+def sandboxed_decoding(rounds: int) -> dict[str, Any]:
+    """Decoding to the encoder's view in the killable child over the same in this process."""
+    limits, contents = ImageLimits(), list(_jpegs(_FILES))
+
+    def rate(decode: Callable[[bytes], object]) -> Callable[[int], float]:
+        def measured(_: int) -> float:
+            start = time.perf_counter()
+            for data in contents:
+                decode(data)
+            return len(contents) / (time.perf_counter() - start)
+
+        return measured
+
+    child = rate(lambda data: sandbox.decode(data, limits, "resize"))
+    here = rate(lambda data: images.view(images.decode(data, limits).rgb, "resize"))
+    child(0)
+    return _interleaved("sandbox", child, here, rounds)
+
+
+def listing(keys: int, rounds: int) -> dict[str, Any]:
+    """Keys per second into a manifest, of a list file over one of an eighth of its length: 1 is linear."""
+    resources.connect()
+    with tempfile.TemporaryDirectory() as folder:
+
+        def rate(count: int) -> Callable[[int], float]:
+            path = Path(folder, f"{count}.txt")
+            path.write_text("".join(f"s3://bucket/images/{at // 1000:05d}/{at:09d}.jpg\n" for at in range(count)))
+
+            def measured(_: int) -> float:
+                start = time.perf_counter()
+                write_manifest([str(path)], tempfile.mkdtemp(dir=folder), S3Options())
+                return count / (time.perf_counter() - start)
+
+            return measured
+
+        whole, eighth = rate(keys), rate(keys // 8)
+        eighth(0)
+        result = _interleaved("listing", whole, eighth, rounds)
+    ray.shutdown()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return result | {"keys": keys, "driver_peak_mib": peak // 1024}
 
 
 def slowest_proxy_family(rounds: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`python jobs/benchmark.py audit|pipeline|proxies`: ratios measured in one run; the last line is one JSON object."""
+"""`python jobs/benchmark.py audit|pipeline|sandbox|listing|proxies`: ratios of one run, JSON on the last line."""
 
 import json
 from typing import Annotated
@@ -22,6 +22,18 @@ def audit(objects: int = 512, rounds: Rounds = 5, as_json: AsJson = False) -> No
 def pipeline(objects: int = 4096, rounds: Rounds = 5, as_json: AsJson = False) -> None:
     """Reading, decoding and scoring with the test tower over plain loops of Pillow and open_clip."""
     _print(benchmark.pipeline_against_plain_loops(objects, rounds), as_json)
+
+
+@app.command()
+def sandbox(rounds: Rounds = 9, as_json: AsJson = False) -> None:
+    """Decoding in the killable child process over decoding in place."""
+    _print(benchmark.sandboxed_decoding(rounds), as_json)
+
+
+@app.command()
+def listing(keys: int = 1_000_000, rounds: Rounds = 5, as_json: AsJson = False) -> None:
+    """Keys per second of a long list over those of an eighth of it, and the driver's peak memory."""
+    _print(benchmark.listing(keys, rounds), as_json)
 
 
 @app.command()

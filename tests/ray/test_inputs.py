@@ -2,9 +2,14 @@
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
+import threading
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -161,3 +166,56 @@ def test_an_input_that_does_not_read_is_an_input_error_and_not_a_traceback(clust
     (tmp_path / "broken.tar").write_bytes(b"this is not a tar" * 100)
     with pytest.raises(InputError, match="does not read as an uncompressed tar"):
         write_manifest([f"{tmp_path}/broken.tar"], str(tmp_path / "m"), LOCAL)
+
+
+class Endless(BaseHTTPRequestHandler):
+    """A bucket that lists a thousand pages of a thousand keys."""
+
+    PAGES, KEYS = 1000, 1000
+
+    def do_GET(self) -> None:
+        query = parse_qs(urlsplit(self.path).query)
+        at = int(query.get("continuation-token", ["0"])[0])
+        items = "".join(
+            f"<Contents><Key>in/{at:04d}/{number:04d}.jpg</Key><Size>9</Size><ETag>&quot;e&quot;</ETag></Contents>"
+            for number in range(self.KEYS)
+        )
+        last = at + 1 >= self.PAGES
+        more = (
+            "<IsTruncated>false</IsTruncated>"
+            if last
+            else (f"<IsTruncated>true</IsTruncated><NextContinuationToken>{at + 1}</NextContinuationToken>")
+        )
+        body = f"<ListBucketResult>{more}{items}</ListBucketResult>".encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("where", ["list", "s3"])
+def test_a_million_keys_become_a_manifest_in_bounded_driver_memory(tmp_path: Path, where: str) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    source, endpoint = "s3://endless/in/", f"http://127.0.0.1:{server.server_port}"
+    if where == "list":
+        source = str(tmp_path / "list.txt")
+        Path(source).write_text("".join(f"s3://b/in/{at:07d}.jpg\n" for at in range(Endless.PAGES * Endless.KEYS)))
+    code = (
+        "import sys, resource\nfrom clipflow_ray.config import S3Options\nfrom clipflow_ray.data import resources\n"
+        "from clipflow_ray.data.listing import write_manifest\nresources.connect()\n"
+        "s3 = S3Options(endpoint_url=sys.argv[3], region='us-east-1', unsigned=True)\n"
+        "print(write_manifest([sys.argv[1]], sys.argv[2], s3), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    command = [sys.executable, "-c", code, source, str(tmp_path / "manifest"), endpoint]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    server.shutdown()
+    server.server_close()
+    count, peak = map(int, done.stdout.split())
+    ids = pq.read_table(tmp_path / "manifest", columns=["row_id"])["row_id"]
+    assert count == len(ids) == len(ids.unique()) == Endless.PAGES * Endless.KEYS
+    assert peak < 1.5 * 2**20, f"the driver took {peak // 1024} MiB"
