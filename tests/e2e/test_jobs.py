@@ -54,11 +54,16 @@ def nodes(s3: S3Options) -> Iterator[tuple[dict[str, str], list[int]]]:
             time.sleep(0.5)
         yield environment, [int(pid) for pid in pids.split()[1:]]
     finally:
-        root = psutil.Process(script.pid)
-        for process in (*root.children(recursive=True), root):  # a graceful end would take half a minute
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        kill_all(script.pid)  # a graceful end would take half a minute
         script.wait()
+
+
+def kill_all(pid: int) -> None:
+    """Kill a process and all below it; one that ends by itself meanwhile is no fault."""
+    root = psutil.Process(pid)
+    for process in (*root.children(recursive=True), root):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def submitted(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -140,9 +145,7 @@ def test_a_node_that_dies_in_mid_audit_costs_nothing(
     while job.is_alive() and client.list_objects_v2(Bucket="loss", Prefix="out/scored/").get("KeyCount", 0) < 2:
         time.sleep(0.1)
     assert job.is_alive(), f"the audit ended before its node died: {outcome}"
-    node = psutil.Process(pids[-1])
-    for process in (*node.children(recursive=True), node):
-        process.kill()
+    kill_all(pids[-1])
     job.join(300)
     assert outcome and outcome[0].returncode == 0, outcome
     rows = ledger("s3://loss/out", s3)
