@@ -26,7 +26,7 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-# The long forms of the chaos and memory tests; an hour or so.
+# The long forms of the chaos and listing tests; about five minutes.
 stress: setup
 	$(BIN)/python -m pytest -m stress
 
