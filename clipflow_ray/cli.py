@@ -1,4 +1,4 @@
-"""The command line: `clipflow-ray audit | score | train | evaluate | proxies | weights | demo | doctor`.
+"""The command line: `clipflow-ray audit | finalize | score | train | evaluate | proxies | weights | demo | doctor`.
 
 stdout carries data, stderr carries progress. Exit codes: 0 done, 1 failure, 2 usage, 3 more errors than
 --max-error-rate, 4 more flagged than --fail-if-flag-rate-above. Heavy modules are imported by the

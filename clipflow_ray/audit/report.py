@@ -7,14 +7,16 @@ input again, small and few.
 import base64
 import io
 import json
-import logging
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any, Final
 
 import matplotlib
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as pads
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 from PIL import Image
@@ -22,20 +24,22 @@ from scipy import stats
 
 from clipflow_ray import sandbox
 from clipflow_ray.audit.ledger import LEDGER, flagged
-from clipflow_ray.config import DISCLAIMER, ImageLimits
+from clipflow_ray.config import DISCLAIMER, AuditConfig, ImageLimits
 from clipflow_ray.data.reading import read_bytes
 from clipflow_ray.data.resumable import MANIFEST, Run
 from clipflow_ray.errors import ItemError
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.storage import write_text
 
-log = logging.getLogger(__name__)
-
 _THUMBNAIL: Final = 192
 _EXAMPLES: Final = 3
 _MAX_GROUPS: Final = 200
 _BINS: Final = 30
 _FDR: Final = 0.05
+_FLAGS: Final = (
+    *("input_format", "group_by", "uri_column", "bytes_column", "group_column", "label_column"),
+    *("sample", "dedupe", "max_error_rate", "gallery", "endpoint_url", "region", "unsigned"),
+)
 
 
 def write_report(run: Run, record: dict[str, Any], calibration: Calibration, gallery: int, column: str | None) -> str:
@@ -155,11 +159,10 @@ def _drift(scores: NDArray[np.float32], calibration: NDArray[np.float32]) -> dic
 def _gallery(run: Run, size: int, column: str | None) -> dict[str, list[dict[str, Any]]]:
     """Thumbnails as data URIs: the `size` most suspicious images, and as many unflagged ones by row id."""
     ledger = run.table(LEDGER)
-    columns = ["row_id", "uri", "member", "p_value", "score", "verdict"]
     scored = ledger.filter(pc.field("status") == "ok")
-    suspicious = scored.to_table(columns=columns).sort_by([("score", "descending")]).slice(0, size).to_pylist()
-    rest = scored.filter(pc.field("verdict") != "likely_ai").head(50 * size, columns=columns)
-    random = rest.sort_by("row_id").slice(0, size).to_pylist()  # ids are hashes: their order is random and stable
+    suspicious = _first(scored, "score", "descending", size)
+    # ids are hashes: their order is random and stable
+    random = _first(scored.filter(pc.field("verdict") != "likely_ai"), "row_id", "ascending", size)
     limits = ImageLimits(**(run.record() or {})["identity"]["limits"])
     wanted = [row["row_id"] for row in (*suspicious, *random)]
     manifest = run.table(MANIFEST).to_table(filter=pc.field("row_id").isin(wanted))
@@ -169,6 +172,16 @@ def _gallery(run: Run, size: int, column: str | None) -> dict[str, list[dict[str
         return [row | {"image": _thumbnail(contents.get(row["row_id"]), limits)} for row in rows]
 
     return {"Most suspicious": pictured(suspicious), "Not flagged, at random": pictured(random)}
+
+
+def _first(rows: pads.Dataset, column: str, order: str, size: int) -> list[dict[str, Any]]:
+    """The first `size` rows in that order; a batch at a time, for a ledger may be long."""
+    columns = ["row_id", "uri", "member", "p_value", "score", "verdict"]
+    best = rows.schema.empty_table().select(columns)
+    for batch in rows.to_batches(columns=columns):
+        best = pa.concat_tables([best, pa.Table.from_batches([batch])]).sort_by([(column, order)]).slice(0, size)
+    result: list[dict[str, Any]] = best.to_pylist()
+    return result
 
 
 def _thumbnail(content: bytes | ItemError | None, limits: ImageLimits) -> str | None:
@@ -223,8 +236,17 @@ def _svg(figure: Any) -> str:
 
 
 def _command(config: dict[str, Any], alpha: float) -> str:
-    parts = ["clipflow-ray audit", *(f"--input {uri}" for uri in config["input"]), f"--output {config['output']}"]
-    return " ".join([*parts, f"--checkpoint {config['checkpoint']}", f"--alpha {alpha:g}"])
+    """The command line that repeats the audit, with every setting that has a flag and is not the default."""
+    parts = ["clipflow-ray", "audit"]
+    for uri in config["input"]:
+        parts += ["--input", uri]
+    parts += ["--output", config["output"], "--checkpoint", config["checkpoint"], "--alpha", f"{alpha:g}"]
+    default = AuditConfig(output="").model_dump(mode="json")
+    for here, there in ((config["inventory"], default["inventory"]), (config, default), (config["s3"], default["s3"])):
+        for name in _FLAGS:
+            if name in here and here[name] != there[name]:
+                parts += [f"--{name.replace('_', '-')}", *([] if here[name] is True else [str(here[name])])]
+    return shlex.join(parts)
 
 
 def _percent(value: float | None) -> str:

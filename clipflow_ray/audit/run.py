@@ -142,7 +142,8 @@ def judge_again(output: str, alpha: float | None, dedupe: str | None, s3: S3Opti
     record = run.record()
     if record is None or not run.finished or "config" not in record:
         raise InputError(f"{output} holds no finished audit; run or repeat `clipflow-ray audit` first.")
-    changes = {"alpha": alpha, "dedupe": dedupe, "output": output, "s3": s3.model_dump()}
+    stored = record["config"]["s3"] | s3.model_dump(exclude_defaults=True)  # the gallery reads the input again
+    changes = {"alpha": alpha, "dedupe": dedupe, "output": output, "s3": stored}
     values = record["config"] | {key: value for key, value in changes.items() if value is not None}
     return audit(validated(AuditConfig, values))
 

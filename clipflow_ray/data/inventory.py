@@ -186,7 +186,7 @@ def _hugging_face(source: Source, s3: S3Options, options: InventoryOptions) -> I
     for item in files:
         folder, _, name = item.uri.rpartition("/")
         if name in _METADATA:
-            for record in _records(item.uri, s3):
+            for record in _records(item.uri, s3, "file_name"):
                 if not record.get("file_name"):
                     raise InputError(f"{item.uri} has no column file_name; that is what an imagefolder needs.")
                 metadata[join(folder, str(record["file_name"]))] = record
@@ -213,7 +213,7 @@ def _listed(source: Source, s3: S3Options, options: InventoryOptions) -> Iterato
         raise InputError(f"{source.uri} lists nothing.")
 
 
-def _records(uri: str, s3: S3Options, column: str = "uri") -> Iterator[dict[str, Any]]:
+def _records(uri: str, s3: S3Options, column: str) -> Iterator[dict[str, Any]]:
     """The records of a txt (one column), csv or jsonl file; a name that is not UTF-8 keeps its place, escaped."""
     fs, path = filesystem(uri, s3)
     try:
@@ -223,7 +223,7 @@ def _records(uri: str, s3: S3Options, column: str = "uri") -> Iterator[dict[str,
     with stream, io.TextIOWrapper(stream, "utf-8", errors="backslashreplace", newline="") as text:
         if uri.lower().endswith(".csv"):
             reader = csv.DictReader(text)
-            if column not in (reader.fieldnames or ()) and "file_name" not in (reader.fieldnames or ()):
+            if column not in (reader.fieldnames or ()):
                 raise InputError(f"{uri} has no column {column!r}; it has {reader.fieldnames}. Set --uri-column.")
             yield from reader
         elif uri.lower().endswith(".jsonl"):

@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -80,7 +81,7 @@ class _ObjectLease:
         before = self._holder()
         if before is not None:
             log.info("waiting to see whether the run that holds %s is alive", self._folder)
-            threading.Event().wait(_STALE_RENEWALS * RENEW_SECONDS)
+            time.sleep(_STALE_RENEWALS * RENEW_SECONDS)
         now = self._holder()
         try:
             if now is None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -157,6 +158,8 @@ def test_the_report_is_one_file_with_the_facts_of_the_record(record: dict, confi
     assert page.count("data:image/jpeg;base64,") == 8
     assert facts["errors"]["truncated"]["examples"][0]["place"].endswith("broken.jpg")
     assert sum(facts["p_values"]) == 48
+    words = shlex.split(facts["command"])
+    assert words[:4] == ["clipflow-ray", "audit", "--input", config.input[0]] and words[-2:] == ["--gallery", "4"]
     text = Path(config.output, "report.md").read_text()
     assert "not proof" in text and "| site-0 |" in text
 
