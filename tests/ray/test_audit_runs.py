@@ -85,6 +85,19 @@ def test_judging_again_needs_no_encoder_and_counts_equal_files_once(record: dict
     assert judge_again(config.output, 0.1, "none", LOCAL)["flagged"] == record["flagged"]
 
 
+def test_judging_again_shows_pictures_from_the_store_that_the_audit_named(
+    cluster: None, config: AuditConfig, s3: S3Options, tmp_path: Path
+) -> None:
+    client = s3_client(s3)
+    client.create_bucket(Bucket="pictures")
+    for at in range(8):
+        client.put_object(Bucket="pictures", Key=f"in/{at}.jpg", Body=encoded(photo(4100 + at)))
+    output = str(tmp_path / "run")
+    audit(config.model_copy(update={"input": ("s3://pictures/in/",), "output": output, "s3": s3}))
+    again = judge_again(output, 0.2, None, LOCAL)
+    assert Path(again["report"]).read_text().count("data:image/jpeg;base64,") >= 4
+
+
 def test_an_output_without_a_finished_audit_cannot_be_judged(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no finished audit"):
         judge_again(str(tmp_path), 0.1, None, LOCAL)

@@ -251,3 +251,10 @@ def test_group_by_prefix_counts_folders_below_the_input(tmp_path: Path, photos: 
     rows = manifest(tmp_path, photos, group_by=f"prefix:{depth}")
     deep = next(row for row in rows if row["uri"].endswith("deep/c.jpg"))
     assert deep["group"] == "/".join(["cats", "deep"][:depth])
+
+
+def test_a_list_without_its_uri_column_is_refused_even_if_an_imagefolder_would_do(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("file_name,label\na.jpg,cat\n")
+    with pytest.raises(InputError, match="--uri-column"):
+        manifest(tmp_path, tmp_path / "list.csv")
+    assert len(manifest(tmp_path, tmp_path / "list.csv", uri_column="file_name")) == 1
