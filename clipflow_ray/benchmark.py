@@ -235,9 +235,9 @@ class _Files(Dataset[torch.Tensor]):
 
 def _untrained(encoder: EncoderConfig, path: str) -> str:
     """A checkpoint whose flow never saw an image: it costs what a trained one costs."""
-    tower = Encoder(encoder, "cpu")
-    noise = np.random.default_rng(0).integers(0, 256, (_BATCH, VIEW_SIZE, VIEW_SIZE, 3), np.uint8)
-    embeddings = torch.from_numpy(tower.embed(noise))
+    tower, limits = Encoder(encoder, "cpu"), ImageLimits()
+    views = np.stack([images.view(images.decode(data, limits).rgb, "resize") for data in _jpegs(_BATCH)])
+    embeddings = torch.from_numpy(tower.embed(views))
     flow = Flow((embeddings.shape[1],), FlowConfig())
     flow.fit_standardizer(embeddings)
     checkpoint = Checkpoint(

@@ -81,7 +81,7 @@ def decode(data: bytes, limits: ImageLimits) -> DecodedImage:
             has_exif = "exif" in image.info  # a PNG may keep it behind its pixels
             if image_format == "PNG":
                 _scale_transparency(image, data[24])
-            rgb = np.asarray(_to_rgb(_upright(image)))
+            rgb = np.array(_to_rgb(_upright(image)))  # a copy: torch warns of arrays that are read-only
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("too_large_pixels", f"More than {limits.max_pixels} pixels.") from error
     except ImageError:
@@ -112,9 +112,28 @@ def view(rgb: Pixels, kind: ViewKind) -> Pixels:
     if kind == "resize" or min(height, width) < VIEW_SIZE:
         short = min(height, width)
         width, height = int(VIEW_SIZE * width / short), int(VIEW_SIZE * height / short)
-        rgb = np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC))
+        rgb = _resized(rgb, width, height)
     top, left = round((height - VIEW_SIZE) / 2.0), round((width - VIEW_SIZE) / 2.0)
     return np.ascontiguousarray(rgb[top : top + VIEW_SIZE, left : left + VIEW_SIZE])
+
+
+def _resized(rgb: Pixels, width: int, height: int) -> Pixels:
+    """Antialiased bicubic as Pillow's; what shrinks goes through torch's vectorized kernel, in a tenth of the time.
+
+    Both round to uint8 between their two passes. Pillow starts with the vertical one where that saves work; torch
+    never does, so the image is turned for it.
+    """
+    if width > rgb.shape[1] or height > rgb.shape[0]:
+        return np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC))
+    import torch  # not above: processes that only read files would spend seconds on it
+    from torch.nn.functional import interpolate
+
+    vertical_first = rgb.shape[0] - height > max(0, 2 * (rgb.shape[1] - width))
+    if vertical_first:
+        return _resized(rgb.swapaxes(0, 1), height, width).swapaxes(0, 1)
+    batch = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)[None]
+    result: Pixels = interpolate(batch, (height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+    return result
 
 
 def stratum(image_format: str, width: int, height: int) -> str:

@@ -1,23 +1,26 @@
 """`images.decode` in a child process that may die: a decoder that hangs or crashes costs one image, not the worker.
 
-A thread that decodes cannot be stopped and a crash takes its process along, so untrusted bytes go through a pipe to a
-child with limits on time, memory and files, and pixels come back. The child knows no secrets: its environment holds
+A thread that decodes cannot be stopped and a crash takes its process along, so untrusted bytes go through a socket to a
+child with limits on time, memory and files, and pixels come back. Children are forked from one process that has
+imported all they need, so that a replacement is there at once. That process knows no secrets: its environment holds
 nothing but what Python needs to start. Nothing is pickled on either side.
 """
 
-import io
 import json
 import os
 import resource
-import select
+import signal
+import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import lru_cache
-from typing import Any, BinaryIO, Final
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 
@@ -27,6 +30,7 @@ from clipflow_ray.errors import ImageError, ItemError
 from clipflow_ray.images import DecodedImage, ViewKind
 
 _HEADER: Final = struct.Struct(">IQ")  # bytes of json, bytes of payload
+_PID: Final = struct.Struct(">I")
 _START_SECONDS: Final = 60.0
 _ATTEMPTS: Final = 3
 _MEMORY: Final = 2 * 2**30
@@ -45,28 +49,30 @@ class DecodeChild:
     """One child; started when first needed, replaced when it was killed or died. Threads take turns."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
+        self._pid: int | None = None
+        self._socket: socket.socket | None = None
         self._lock = threading.Lock()
 
     @property
     def pid(self) -> int | None:
         """Process id of the running child."""
-        return self._process.pid if self._process else None
+        return self._pid
 
     def decode(self, data: bytes, limits: ImageLimits, kind: ViewKind | None = None) -> DecodedImage:
         """See the module's `decode`."""
         request = {"limits": limits.model_dump(), "kind": kind}
         with self._lock:
             for _ in range(_ATTEMPTS):
-                process = self._process or self._start()
+                connection = self._socket or self._start()
+                connection.settimeout(limits.max_seconds)
                 try:
-                    _send(_pipe(process.stdin), request, data)
-                    answer, payload = _receive(_pipe(process.stdout), time.monotonic() + limits.max_seconds)
+                    _send(connection, request, data)
+                    answer, payload = _receive(connection, time.monotonic() + limits.max_seconds)
                 except TimeoutError as error:
                     self._stop()
                     message = f"Decoding took more than {limits.max_seconds:g} seconds."
                     raise ImageError("decode_timeout", message) from error
-                except (EOFError, BrokenPipeError):
+                except (EOFError, ConnectionError):
                     self._stop()
                     continue
                 if "error_code" in answer:
@@ -80,51 +86,103 @@ class DecodeChild:
         with self._lock:
             self._stop()
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> socket.socket:
+        self._pid, self._socket = _nursery().child()
+        return self._socket
+
+    def _stop(self) -> None:
+        if self._pid is not None and self._socket is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+            self._socket.close()
+        self._pid, self._socket = None, None
+
+
+class _Nursery:
+    """The process that children are forked from, one for all children of this process; replaced when it died."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def child(self) -> tuple[int, socket.socket]:
+        """Process id of a new child and the socket to talk to it."""
+        with self._lock:
+            for _ in range(_ATTEMPTS):
+                control = self._control if self._process and self._process.poll() is None else self._start()
+                ours, theirs = socket.socketpair()
+                try:
+                    socket.send_fds(control, [b"c"], [theirs.fileno()])
+                    (pid,) = _PID.unpack(_exactly(control, _PID.size, time.monotonic() + _START_SECONDS))
+                    return pid, ours
+                except (EOFError, OSError):  # it died; TimeoutError is an OSError
+                    ours.close()
+                    self._end()
+                finally:
+                    theirs.close()
+        raise ItemError("internal", "The decoder process does not start; its message is above.")
+
+    def _start(self) -> socket.socket:
         environment = {
             "PATH": os.environ.get("PATH", ""),
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "OMP_NUM_THREADS": "1",
+            # glibc would map and unmap memory for each image, and the page faults take as long as the resizing.
+            "MALLOC_MMAP_THRESHOLD_": "268435456",
+            "MALLOC_TRIM_THRESHOLD_": "268435456",
+            "MALLOC_TOP_PAD_": "16777216",
             "OPENBLAS_NUM_THREADS": "1",
         }
-        self._process = process = subprocess.Popen(
-            [sys.executable, "-c", "from clipflow_ray.sandbox import serve; serve()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            bufsize=0,
-        )
-        try:
-            _receive(_pipe(process.stdout), time.monotonic() + _START_SECONDS)
-        except (EOFError, TimeoutError) as error:
-            self._stop()
-            raise ItemError("internal", "The decoder process does not start; its message is above.") from error
-        return process
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", f"from clipflow_ray.sandbox import nursery; nursery({theirs.fileno()})"],
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                pass_fds=[theirs.fileno()],
+            )
+        return self._control
 
-    def _stop(self) -> None:
+    def _end(self) -> None:
         if self._process:
             self._process.kill()
-            self._process.communicate()
+            self._process.wait()
+            self._control.close()
             self._process = None
 
 
-def serve() -> None:
-    """The child's loop: requests on stdin, answers on stdout, until stdin ends."""
-    stdin, stdout = io.FileIO(0), io.FileIO(1, "w")
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+def nursery(descriptor: int) -> None:
+    """Fork a child for each socket that arrives through the control socket `descriptor`, until that one ends."""
+    images.view(np.zeros((2 * images.VIEW_SIZE, 2 * images.VIEW_SIZE, 3), np.uint8), "resize")  # imports torch
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for children: the kernel reaps them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    with socket.socket(fileno=descriptor) as control:
+        while received := socket.recv_fds(control, 1, 1)[1]:
+            pid = os.fork()
+            if pid == 0:
+                control.close()
+                try:
+                    _serve(socket.socket(fileno=received[0]))
+                finally:
+                    os._exit(0)  # not through the parent's `finally`
+            os.close(received[0])
+            control.sendall(_PID.pack(pid))
+
+
+def _serve(connection: socket.socket) -> None:
+    """A child's loop: requests in, answers out, until the socket ends."""
+    memory = _MEMORY + int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _send(stdout, {}, b"")
-    while True:
-        try:
-            request, data = _receive(stdin)
-        except EOFError:
-            return
-        limits = ImageLimits(**request["limits"])
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        cpu = int(used.ru_utime + used.ru_stime + limits.max_seconds) + _CPU_SECONDS_BEYOND
-        resource.setrlimit(resource.RLIMIT_CPU, (cpu, resource.RLIM_INFINITY))
-        answer, payload = _answer(bytes(data), limits, request["kind"])
-        _send(stdout, answer, payload)
+    with suppress(EOFError, ConnectionError):
+        while True:
+            request, data = _receive(connection)
+            limits = ImageLimits(**request["limits"])
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            cpu = int(used.ru_utime + used.ru_stime + limits.max_seconds) + _CPU_SECONDS_BEYOND
+            resource.setrlimit(resource.RLIMIT_CPU, (cpu, resource.RLIM_INFINITY))
+            _send(connection, *_answer(bytes(data), limits, request["kind"]))
 
 
 def _answer(data: bytes, limits: ImageLimits, kind: ViewKind | None) -> tuple[dict[str, Any], bytes | memoryview]:
@@ -138,38 +196,34 @@ def _answer(data: bytes, limits: ImageLimits, kind: ViewKind | None) -> tuple[di
     return facts | {"shape": rgb.shape}, rgb.data.cast("B")
 
 
-def _send(pipe: BinaryIO, message: dict[str, Any], payload: bytes | memoryview) -> None:
+def _send(connection: socket.socket, message: dict[str, Any], payload: bytes | memoryview) -> None:
     text = json.dumps(message).encode()
-    for part in (_HEADER.pack(len(text), len(payload)) + text, payload):
-        left = memoryview(part)
-        while left:
-            left = left[pipe.write(left) :]
+    connection.sendall(_HEADER.pack(len(text), len(payload)) + text)
+    connection.sendall(payload)
 
 
-def _receive(pipe: BinaryIO, deadline: float | None = None) -> tuple[dict[str, Any], bytearray]:
-    length, size = _HEADER.unpack(_exactly(pipe, _HEADER.size, deadline))
-    message = json.loads(_exactly(pipe, length, deadline))
-    return message, _exactly(pipe, size, deadline)
+def _receive(connection: socket.socket, deadline: float | None = None) -> tuple[dict[str, Any], bytearray]:
+    length, size = _HEADER.unpack(_exactly(connection, _HEADER.size, deadline))
+    message = json.loads(_exactly(connection, length, deadline))
+    return message, _exactly(connection, size, deadline)
 
 
-def _exactly(pipe: BinaryIO, count: int, deadline: float | None) -> bytearray:
+def _exactly(connection: socket.socket, count: int, deadline: float | None) -> bytearray:
     buffer = bytearray(count)
-    left, poll = memoryview(buffer), select.poll()
-    poll.register(pipe, select.POLLIN)
+    left = memoryview(buffer)
     while left:
-        if deadline is not None and not poll.poll(max(0.0, deadline - time.monotonic()) * 1000.0):
-            raise TimeoutError
-        got = os.readv(pipe.fileno(), [left])
+        if deadline is not None:
+            connection.settimeout(max(1e-3, deadline - time.monotonic()))
+        got = connection.recv_into(left)
         if got == 0:
             raise EOFError
         left = left[got:]
     return buffer
 
 
-def _pipe(pipe: Any) -> BinaryIO:
-    assert pipe is not None
-    result: BinaryIO = pipe
-    return result
+@lru_cache(maxsize=1)
+def _nursery() -> _Nursery:
+    return _Nursery()
 
 
 @lru_cache(maxsize=1)

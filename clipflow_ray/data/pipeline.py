@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 
-from clipflow_ray.data.resources import ScoringPlan
+from clipflow_ray.data.resources import DECODE_CPUS, ScoringPlan
 
 
 def read_then_encode(
@@ -20,7 +20,8 @@ def read_then_encode(
 ) -> Dataset:
     """Manifest rows -> rows with what `encoder` makes of their views, one for one.
 
-    `read` is a function Table -> Table that runs in tasks of one CPU; `encoder` is an actor class whose instances hold
+    `read` is a function Table -> Table that runs in tasks of half a CPU; `encoder` is an actor class whose
+    instances hold
     the plan's CPUs and GPUs. Both see batches of about `batch_size` rows.
     """
     stage: Any = read  # Ray Data's own annotation does not admit keyword arguments beside the batch
@@ -29,7 +30,7 @@ def read_then_encode(
         batch_format="pyarrow",
         batch_size=batch_size,
         compute=TaskPoolStrategy(size=plan.decoders),
-        num_cpus=1,
+        num_cpus=DECODE_CPUS,
         fn_kwargs=read_arguments,
     ).map_batches(
         encoder,

@@ -19,7 +19,8 @@ import ray.data
 from clipflow_ray.errors import ResourceError
 
 _FILTER_CPUS: Final = 1
-_DECODE_CPUS: Final = 1
+_READ_CPUS: Final = 1
+DECODE_CPUS: Final = 0.5  # a task waits for storage half of its time, and one must not leave a core idle
 _EMBEDDED_OBJECT_STORE: Final = 2 * 2**30
 
 
@@ -61,7 +62,7 @@ def _start() -> None:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray.init(
         address="local",
-        num_cpus=cores() + _FILTER_CPUS + _DECODE_CPUS,
+        num_cpus=cores() + _FILTER_CPUS + _READ_CPUS,
         object_store_memory=_EMBEDDED_OBJECT_STORE,
         include_dashboard=False,
         log_to_driver=False,
@@ -82,7 +83,7 @@ def plan_scoring(nodes: list[dict[str, Any]] | None = None) -> ScoringPlan:
     live = [node["Resources"] for node in (ray.nodes() if nodes is None else nodes) if node["Alive"]]
     cpus = [int(node.get("CPU", 0)) for node in live]
     gpus = sum(int(node.get("GPU", 0)) for node in live)
-    reserved = _FILTER_CPUS + _DECODE_CPUS
+    reserved = _FILTER_CPUS + _READ_CPUS
     encoders = gpus or sum(count > reserved for count in cpus)
     encoder_cpus = 1 if gpus else min((count for count in cpus if count > reserved), default=0) - reserved
     needed = max(encoders, 1) * max(encoder_cpus, 1) + reserved
@@ -93,7 +94,7 @@ def plan_scoring(nodes: list[dict[str, Any]] | None = None) -> ScoringPlan:
             f"Logical CPUs may exceed the cores: start Ray with `--num-cpus={needed + 1}`, or add a node."
         )
     spare = sum(cpus) - encoders * encoder_cpus - _FILTER_CPUS
-    return ScoringPlan(encoders, encoder_cpus, 1 if gpus else 0, max(1, spare // _DECODE_CPUS))
+    return ScoringPlan(encoders, encoder_cpus, 1 if gpus else 0, max(1, int(spare / DECODE_CPUS)))
 
 
 def check_training(workers: int, use_gpu: bool) -> dict[str, float]:

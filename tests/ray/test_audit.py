@@ -225,6 +225,6 @@ def test_a_cluster_on_which_reading_would_never_start_is_refused(nodes: list[dic
 def test_a_plan_gives_each_gpu_an_encoder_and_leaves_cpus_to_read_and_resume() -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 64.0}}]
     plan = plan_scoring(nodes)
-    assert (plan.encoders, plan.encoder_gpus, plan.encoder_cpus, plan.decoders) == (2, 1, 1, 5)
+    assert (plan.encoders, plan.encoder_gpus, plan.encoder_cpus, plan.decoders) == (2, 1, 1, 10)
     plan = plan_scoring([{"Alive": True, "Resources": {"CPU": 4.0}}])
-    assert (plan.encoders, plan.encoder_gpus, plan.encoder_cpus, plan.decoders) == (1, 0, 2, 1)
+    assert (plan.encoders, plan.encoder_gpus, plan.encoder_cpus, plan.decoders) == (1, 0, 2, 2)
