@@ -20,9 +20,8 @@ def read_then_encode(
 ) -> Dataset:
     """Manifest rows -> rows with what `encoder` makes of their views, one for one.
 
-    `read` is a function Table -> Table that runs in tasks of half a CPU; `encoder` is an actor class whose
-    instances hold
-    the plan's CPUs and GPUs. Both see batches of about `batch_size` rows.
+    `read` is a function Table -> Table that runs in tasks of half a CPU; `encoder` is an actor class whose instances
+    hold the plan's CPUs and GPUs. Both see batches of about `batch_size` rows.
     """
     stage: Any = read  # Ray Data's own annotation does not admit keyword arguments beside the batch
     return manifest.map_batches(
