@@ -213,6 +213,50 @@ class EvaluateConfig(Config):
     s3: S3Options = S3Options()
 
 
+class ServeConfig(Config):
+    """One endpoint: an ingress that decodes, and detectors that score, each with its replicas and limits.
+
+    `alpha`, `max_batch_size` and `batch_wait_seconds` can change while serving, as the detector's `user_config`.
+    """
+
+    checkpoint: str = DEFAULT_CHECKPOINT
+    s3: S3Options = S3Options()
+    alpha: float = Field(0.01, gt=0, lt=1, description="where a request names none")
+    tokens: tuple[str, ...] = Field((), description="sha256 (hex) of the bearer tokens accepted; empty: none asked")
+    max_images: int = Field(32, ge=1)
+    max_bytes: int = Field(10 * 2**20, ge=1, description="of one file")
+    max_body_bytes: int = Field(64 * 2**20, ge=1, description="of one multipart request")
+    max_json_bytes: int = Field(14 * 2**20, ge=1, description="of one JSON request")
+    timeout_seconds: float = Field(30.0, gt=0)
+    retry_after_seconds: int = Field(2, ge=1, description="what a refused client is told to wait")
+    max_batch_size: int = Field(32, ge=1)
+    batch_wait_seconds: float = Field(0.01, ge=0)
+    max_items: int = Field(256, ge=1, description="images in one ingress replica at a time; beyond it: 429")
+    max_ongoing_requests: int = Field(64, ge=1, description="requests in one ingress replica at a time")
+    max_queued_requests: int = Field(64, ge=0, description="requests that wait for a replica; beyond it: 429")
+    ingress_replicas: tuple[int, int] = Field((1, 1), description="fewest and most")
+    ingress_cpus: float = Field(1.0, ge=0)
+    detector_replicas: tuple[int, int] = Field((1, 1), description="fewest and most")
+    detector_cpus: float = Field(1.0, ge=0, description="also torch's threads")
+    detector_gpus: float = Field(0.0, ge=0)
+    drain_seconds: float = Field(20.0, ge=0, description="what a stopping replica may take to finish its requests")
+    health_check_seconds: float = Field(10.0, gt=0)
+
+    @field_validator("tokens")
+    @classmethod
+    def _hashes(cls, tokens: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(re.fullmatch(r"[0-9a-f]{64}", token) for token in tokens):
+            raise ValueError("each entry is the sha256 of a token: make one with `clipflow-ray serve token new`")
+        return tokens
+
+    @field_validator("ingress_replicas", "detector_replicas")
+    @classmethod
+    def _fewest_then_most(cls, replicas: tuple[int, int]) -> tuple[int, int]:
+        if not 1 <= replicas[0] <= replicas[1]:
+            raise ValueError("fewest and most replicas, such as (1, 4)")
+        return replicas
+
+
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
