@@ -213,27 +213,30 @@ class EvaluateConfig(Config):
     s3: S3Options = S3Options()
 
 
-class ServeConfig(Config):
-    """One endpoint: an ingress that decodes, and detectors that score, each with its replicas and limits.
+class Tuning(Config):
+    """What can change while serving, as the detector's `user_config`, without a restart."""
 
-    `alpha`, `max_batch_size` and `batch_wait_seconds` can change while serving, as the detector's `user_config`.
-    """
+    alpha: float = Field(0.01, gt=0, lt=1, description="where a request names none")
+    max_batch_size: int = Field(32, ge=1, description="images in one forward pass")
+    batch_wait_seconds: float = Field(0.002, ge=0, description="how long an idle detector waits for company")
+
+
+class ServeConfig(Tuning):
+    """One endpoint: an ingress that decodes, and detectors that score, each with its replicas and limits."""
 
     checkpoint: str = DEFAULT_CHECKPOINT
     s3: S3Options = S3Options()
-    alpha: float = Field(0.01, gt=0, lt=1, description="where a request names none")
     tokens: tuple[str, ...] = Field((), description="sha256 (hex) of the bearer tokens accepted; empty: none asked")
-    max_images: int = Field(32, ge=1)
+    max_images: int = Field(32, ge=1, description="in one request")
     max_bytes: int = Field(10 * 2**20, ge=1, description="of one file")
     max_body_bytes: int = Field(64 * 2**20, ge=1, description="of one multipart request")
     max_json_bytes: int = Field(14 * 2**20, ge=1, description="of one JSON request")
-    timeout_seconds: float = Field(30.0, gt=0)
+    timeout_seconds: float = Field(30.0, gt=0, description="of one request")
     retry_after_seconds: int = Field(2, ge=1, description="what a refused client is told to wait")
-    max_batch_size: int = Field(32, ge=1)
-    batch_wait_seconds: float = Field(0.01, ge=0)
-    max_items: int = Field(256, ge=1, description="images in one ingress replica at a time; beyond it: 429")
-    max_ongoing_requests: int = Field(64, ge=1, description="requests in one ingress replica at a time")
-    max_queued_requests: int = Field(64, ge=0, description="requests that wait for a replica; beyond it: 429")
+    max_requests: int = Field(64, ge=1, description="answered by one ingress replica at a time; beyond it: 429")
+    max_items: int = Field(128, ge=1, description="images in one ingress replica at a time; beyond it: 429")
+    max_queued_requests: int = Field(64, ge=0, description="that wait for a replica; beyond it: 429")
+    decoders: int | None = Field(None, ge=1, description="decoding processes of an ingress replica; default: the cores")
     ingress_replicas: tuple[int, int] = Field((1, 1), description="fewest and most")
     ingress_cpus: float = Field(1.0, ge=0)
     detector_replicas: tuple[int, int] = Field((1, 1), description="fewest and most")

@@ -120,6 +120,7 @@ class ModelCard(Schema):
 
     model: ModelInfo
     alpha: float
+    alpha_realised_95: tuple[float, float]
     calibration_n: int
     thresholds: list[Threshold]
     limits: ServiceLimits
