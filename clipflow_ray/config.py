@@ -243,7 +243,7 @@ class ServeConfig(Tuning):
     detector_cpus: float = Field(1.0, ge=0, description="also torch's threads")
     detector_gpus: float = Field(0.0, ge=0)
     drain_seconds: float = Field(20.0, ge=0, description="what a stopping replica may take to finish its requests")
-    health_check_seconds: float = Field(10.0, gt=0)
+    health_check_seconds: float = Field(2.0, gt=0)
 
     @field_validator("tokens")
     @classmethod

@@ -14,13 +14,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from clipflow_ray import __version__
-from clipflow_ray.config import DISCLAIMER
+from clipflow_ray.config import DISCLAIMER, ServeConfig
 from clipflow_ray.serve import body
-from clipflow_ray.serve.boundary import Boundary, refusal, refused
+from clipflow_ray.serve.boundary import INTERNAL, Boundary, refusal, refused
 from clipflow_ray.serve.failures import STATUS, RequestError
 from clipflow_ray.serve.ingress import Ingress
 from clipflow_ray.serve.metrics import exposition
-from clipflow_ray.serve.schemas import DetectRequest, DetectResponse, ErrorBody, ErrorCode, ModelCard, Schema
+from clipflow_ray.serve.schemas import DetectResponse, ErrorBody, ErrorCode, JsonImage, ModelCard, Schema
 
 _HERE: Final = Path(__file__).parent
 _CSP: Final = (
@@ -77,7 +77,7 @@ def build_api(ingress: Ingress) -> ASGIApp:
     async def metrics(request: Request) -> Response:
         return Response(await exposition(), media_type="text/plain; version=0.0.4")
 
-    _route(app, "/v1/detect", detect, "POST", DetectResponse, _DETECT_ERRORS, _DETECT_BODY)
+    _route(app, "/v1/detect", detect, "POST", DetectResponse, _DETECT_ERRORS, _detect_body(config))
     _route(app, "/v1/model", model, "GET", ModelCard, ("overloaded", "not_ready"))
     _route(app, "/healthz", healthz, "GET", Healthy, ())
     _route(app, "/readyz", readyz, "GET", Healthy, ("overloaded", "not_ready"))
@@ -160,7 +160,12 @@ def _add_refusals(app: FastAPI, ingress: Ingress) -> None:
     async def invalid(request: Request, error: Exception) -> Response:
         return refusal(request.scope, "validation_error", "The request is not what the interface allows; see /docs.")
 
+    async def internal(request: Request, error: Exception) -> Response:
+        # Starlette raises it again once this is sent; `Boundary` logs it.
+        return refusal(request.scope, "internal", INTERNAL)
+
     app.add_exception_handler(RequestError, request_error)
+    app.add_exception_handler(Exception, internal)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(RequestValidationError, invalid)
 
@@ -182,30 +187,21 @@ _DETECT_ERRORS: Final[tuple[ErrorCode, ...]] = (
     "not_ready",
     "timeout",
 )
-_DETECT_BODY: Final[dict[str, Any]] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["files"],
-                    "properties": {
-                        "files": {
-                            "type": "array",
-                            "minItems": 1,
-                            "maxItems": 32,
-                            "items": {"type": "string", "format": "binary"},
-                        },
-                        "alpha": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
-                    },
-                    "additionalProperties": False,
-                },
-            },
-            "application/json": {
-                "schema": DetectRequest.model_json_schema(ref_template="#/components/schemas/{model}"),
-                "example": {"images": [{"id": "a.jpg", "b64": "iVBORw0KGgo="}], "alpha": 0.01},
-            },
-        },
+
+
+def _detect_body(config: ServeConfig) -> dict[str, Any]:
+    """The two kinds of body, which FastAPI cannot know: the handler reads them itself, within limits."""
+    alpha = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+    several = {"type": "array", "minItems": 1, "maxItems": config.max_images}
+    files = several | {"items": {"type": "string", "format": "binary"}}
+    image = JsonImage.model_json_schema()
+    form = {
+        "type": "object",
+        "required": ["files"],
+        "properties": {"files": files, "alpha": alpha},
+        "additionalProperties": False,
     }
-}
+    plain = form | {"required": ["images"], "properties": {"images": several | {"items": image}, "alpha": alpha}}
+    example = {"images": [{"id": "a.jpg", "b64": "iVBORw0KGgo="}], "alpha": 0.01}
+    content = {"multipart/form-data": {"schema": form}, "application/json": {"schema": plain, "example": example}}
+    return {"requestBody": {"required": True, "content": content}}

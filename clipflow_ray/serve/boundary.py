@@ -24,6 +24,7 @@ from clipflow_ray.serve.tokens import accepted
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9-]{1,64}")
 _OPEN: Final = re.compile(r"/(healthz|readyz|docs|openapi\.json|v1/model|page/[a-z.]+)?")
 _CLIENT_GONE: Final = 499
+INTERNAL: Final = "This is an error in the service; report it with this request_id."
 
 
 class Boundary:
@@ -67,9 +68,7 @@ class Boundary:
         except Exception as error:
             self._log.error(json.dumps({"request_id": request_id, "error": type(error).__name__}), exc_info=True)
             if not status:
-                await refusal(scope, "internal", "This is an error in the service; report it with this request_id.")(
-                    scope, receive, answer
-                )
+                await refusal(scope, "internal", INTERNAL)(scope, receive, answer)
         finally:
             self._record(scope, status, time.monotonic() - start)
 

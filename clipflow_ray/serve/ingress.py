@@ -68,7 +68,7 @@ class Ingress:
         self.metrics = IngressMetrics()
         self.admission = Admission(config)
         self._detector = detector
-        self._decoders = DecoderPool(config.decoders or cores(), self.metrics)
+        self.decoders = DecoderPool(config.decoders or cores(), self.metrics)
         self._decoding: Decoding | None = None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -103,7 +103,7 @@ class Ingress:
         try:
             async with asyncio.timeout(_READY_SECONDS):
                 decoding = await self._learn()
-                _, image = await self._decoders.decode(probe_png(), decoding.limits, decoding.view)
+                _, image = await self.decoders.decode(probe_png(), decoding.limits, decoding.view)
                 reproduced = isinstance(image, DecodedImage) and await self._ask("reproduces", image.rgb)
         except TimeoutError as error:
             raise RequestError("not_ready", "The detector does not answer yet; try again soon.") from error
@@ -158,7 +158,7 @@ class Ingress:
     async def _decoded(self, upload: Upload, decoding: Decoding) -> tuple[str | None, DecodedImage | ItemError]:
         if upload.data is None:
             return None, ItemError("too_large_bytes", body.too_large(upload.size, self.config))
-        return await self._decoders.decode(upload.data, decoding.limits, decoding.view)
+        return await self.decoders.decode(upload.data, decoding.limits, decoding.view)
 
     async def _ask(self, method: str, *arguments: Any) -> Any:
         """Call a detector. One that died with our call is asked once more: another takes over, or its successor."""

@@ -35,15 +35,15 @@ class Schema(BaseModel):
 class JsonImage(Schema):
     """One image of a JSON request: a name to find it again by, and its bytes in standard base64."""
 
-    id: str = Field(max_length=255, examples=["a.jpg"])
-    b64: str = Field(examples=["iVBORw0KGgo="])
+    id: str = Field(max_length=255)
+    b64: str
 
 
 class DetectRequest(Schema):
     """JSON body of POST /v1/detect. Without `alpha` the server's own is used."""
 
     images: list[JsonImage] = Field(min_length=1)
-    alpha: float | None = Field(None, gt=0, lt=1, examples=[0.01])
+    alpha: float | None = Field(None, gt=0, lt=1)
 
 
 class ItemFailure(Schema):
