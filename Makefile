@@ -1,4 +1,4 @@
-# make demo | test | stress | train-default | lock     The first run installs into .venv; later runs start at once.
+# make demo | serve | test | stress | train-default | lock     The first run installs into .venv; later runs start at once.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ NATURAL ?= ../shared/data/natural
 WORK ?= runs/default
 SEEDS := 0 1 2
 
-.PHONY: setup demo test stress train-default lock
+.PHONY: setup demo serve test stress train-default lock
 
 setup: $(VENV)/.installed
 
@@ -19,6 +19,10 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 
 demo: setup
 	$(BIN)/clipflow-ray demo $(if $(INPUT),--input "$(INPUT)")
+
+# The page and the API on http://127.0.0.1:8000, until Ctrl-C.
+serve: setup
+	$(BIN)/clipflow-ray serve
 
 test: setup
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""The command line: `clipflow-ray audit | finalize | score | train | evaluate | proxies | weights | demo | doctor`.
+"""The command line: `clipflow-ray audit | finalize | score | serve | train | evaluate | demo | doctor` and more.
 
 stdout carries data, stderr carries progress. Exit codes: 0 done, 1 failure, 2 usage, 3 more errors than
 --max-error-rate, 4 more flagged than --fail-if-flag-rate-above. Heavy modules are imported by the
@@ -25,6 +25,7 @@ from clipflow_ray.config import (
     EvaluateConfig,
     ProxyConfig,
     S3Options,
+    ServeConfig,
     TrainConfig,
     load_yaml,
 )
@@ -37,6 +38,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+serve_app = typer.Typer(help="Answer over HTTP, with a page for people.", invoke_without_command=True)
+token_app = typer.Typer(help="Bearer tokens of the server.", no_args_is_help=True)
+app.add_typer(serve_app, name="serve")
+serve_app.add_typer(token_app, name="token")
 
 Inputs = Annotated[
     list[str] | None, typer.Option("--input", help="Folder, s3:// prefix, parquet, tar or list; repeatable.")
@@ -165,24 +170,56 @@ def finalize(
 def score(
     files: Annotated[list[Path], typer.Argument(help="Image files.")],
     checkpoint: Checkpoint = None,
-    alpha: Annotated[float, typer.Option("--alpha")] = 0.01,
+    alpha: Alpha = None,
+    url: Annotated[
+        str | None, typer.Option("--url", help="Ask this server instead; its token is read from CLIPFLOW_TOKEN.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Judge a few image files on this machine, without Ray."""
-    from clipflow_ray import load_detector
-
-    try:
-        data = [path.read_bytes() for path in files]
-    except OSError as error:
-        raise ConfigError(f"Cannot read {error.filename}: {error.strerror}.") from error
-    for path, finding in zip(files, load_detector(checkpoint).detect(data, alpha), strict=True):
+    """Judge a few image files on this machine without Ray, or on a server."""
+    if url and checkpoint:
+        raise ConfigError("--url asks a server, which has its own checkpoint: leave out one of --url and --checkpoint.")
+    for path, found in zip(
+        files, _asked(url, files, alpha) if url else _detected(files, checkpoint, alpha), strict=True
+    ):
         if as_json:
-            print(json.dumps({"file": str(path), **asdict(finding)}))
-        elif finding.error:
-            print(f"{path}: error {finding.error['code']}: {finding.error['message']}")
+            print(json.dumps({"file": str(path), **found}))
+        elif found["status"] == "error":
+            print(f"{path}: error {found['error']['code']}: {found['error']['message']}")
         else:
-            print(f"{path}: {finding.verdict} (p {finding.p_value:.4f}, score {finding.score:.4f})")
+            print(f"{path}: {found['verdict']} (p {found['p_value']:.4f}, score {found['score']:.4f})")
     print(DISCLAIMER, file=sys.stderr)
+
+
+@serve_app.callback()
+def serve(
+    context: typer.Context,
+    checkpoint: Checkpoint = None,
+    alpha: Alpha = None,
+    config: ConfigFile = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port; the next one is used too, on loopback.")] = 8000,
+    tokens: Annotated[str | None, typer.Option("--tokens", help="File with the hashes of accepted tokens.")] = None,
+) -> None:
+    """Answer over HTTP until stopped, and then finish what is under way; prints its URL."""
+    if context.invoked_subcommand:
+        return
+    from clipflow_ray.serve.launch import run
+    from clipflow_ray.serve.tokens import read_hashes
+
+    hashes = read_hashes(tokens) if tokens else ()
+    settings = load_yaml(ServeConfig, config, {"checkpoint": checkpoint, "alpha": alpha, "tokens": hashes})
+    run(settings, host, port)
+
+
+@token_app.command("new")
+def new_token() -> None:
+    """Make a token: its two lines on stdout are the token, shown this once, and its hash for the tokens file."""
+    from clipflow_ray.serve.tokens import new_token as make
+
+    token, digest = make()
+    print(f"{token}\n{digest}")
+    print("First line: give it to the client. Second line: append it to the file of `serve --tokens`.", file=sys.stderr)
 
 
 @app.command()
@@ -309,6 +346,28 @@ def doctor(checkpoint: Checkpoint = None) -> None:
         print(f"{'ok  ' if fine else 'FAIL'} {name}: {outcome}")
     if failed:
         sys.exit(1)
+
+
+def _detected(files: list[Path], checkpoint: str | None, alpha: float | None) -> list[dict[str, Any]]:
+    from clipflow_ray import load_detector
+
+    try:
+        data = [path.read_bytes() for path in files]
+    except OSError as error:
+        raise ConfigError(f"Cannot read {error.filename}: {error.strerror}.") from error
+    detector = load_detector(checkpoint)
+    findings = detector.detect(data) if alpha is None else detector.detect(data, alpha)
+    return [asdict(finding) for finding in findings]
+
+
+def _asked(url: str, files: list[Path], alpha: float | None) -> list[dict[str, Any]]:
+    from clipflow_ray.client import Client
+
+    with Client(url) as client:
+        most = client.model().limits.max_images
+        chunks = [files[at : at + most] for at in range(0, len(files), most)]
+        results = [result for chunk in chunks for result in client.detect(chunk, alpha).results]
+    return [result.model_dump(exclude_none=True) for result in results]
 
 
 def _terminated(*_: object) -> None:

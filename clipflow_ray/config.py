@@ -213,6 +213,53 @@ class EvaluateConfig(Config):
     s3: S3Options = S3Options()
 
 
+class Tuning(Config):
+    """What can change while serving, as the detector's `user_config`, without a restart."""
+
+    alpha: float = Field(0.01, gt=0, lt=1, description="where a request names none")
+    max_batch_size: int = Field(32, ge=1, description="images in one forward pass")
+    batch_wait_seconds: float = Field(0.002, ge=0, description="how long an idle detector waits for company")
+
+
+class ServeConfig(Tuning):
+    """One endpoint: an ingress that decodes, and detectors that score, each with its replicas and limits."""
+
+    checkpoint: str = DEFAULT_CHECKPOINT
+    s3: S3Options = S3Options()
+    tokens: tuple[str, ...] = Field((), description="sha256 (hex) of the bearer tokens accepted; empty: none asked")
+    max_images: int = Field(32, ge=1, description="in one request")
+    max_bytes: int = Field(10 * 2**20, ge=1, description="of one file")
+    max_body_bytes: int = Field(64 * 2**20, ge=1, description="of one multipart request")
+    max_json_bytes: int = Field(14 * 2**20, ge=1, description="of one JSON request")
+    timeout_seconds: float = Field(30.0, gt=0, description="of one request")
+    retry_after_seconds: int = Field(2, ge=1, description="what a refused client is told to wait")
+    max_requests: int = Field(64, ge=1, description="answered by one ingress replica at a time; beyond it: 429")
+    max_items: int = Field(128, ge=1, description="images in one ingress replica at a time; beyond it: 429")
+    max_queued_requests: int = Field(64, ge=0, description="that wait for a replica; beyond it: 429")
+    decoders: int | None = Field(None, ge=1, description="decoding processes of an ingress replica; default: the cores")
+    ingress_replicas: tuple[int, int] = Field((1, 1), description="fewest and most")
+    ingress_cpus: float = Field(1.0, ge=0)
+    detector_replicas: tuple[int, int] = Field((1, 1), description="fewest and most")
+    detector_cpus: float = Field(1.0, ge=0, description="also torch's threads")
+    detector_gpus: float = Field(0.0, ge=0)
+    drain_seconds: float = Field(20.0, ge=0, description="what a stopping replica may take to finish its requests")
+    health_check_seconds: float = Field(2.0, gt=0)
+
+    @field_validator("tokens")
+    @classmethod
+    def _hashes(cls, tokens: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(re.fullmatch(r"[0-9a-f]{64}", token) for token in tokens):
+            raise ValueError("each entry is the sha256 of a token: make one with `clipflow-ray serve token new`")
+        return tokens
+
+    @field_validator("ingress_replicas", "detector_replicas")
+    @classmethod
+    def _fewest_then_most(cls, replicas: tuple[int, int]) -> tuple[int, int]:
+        if not 1 <= replicas[0] <= replicas[1]:
+            raise ValueError("fewest and most replicas, such as (1, 4)")
+        return replicas
+
+
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 

@@ -1,6 +1,6 @@
 """One exception tree. Every error has a stable snake_case code and a sentence that says what to do next."""
 
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 ItemCode = Literal[
     "bad_uri",
@@ -27,7 +27,7 @@ ITEM_CODES: tuple[str, ...] = get_args(ItemCode)
 class ClipflowError(Exception):
     """Base of all errors that this package raises on purpose."""
 
-    code: ClassVar[str] = "internal"
+    code: str = "internal"
 
 
 class ItemError(ClipflowError):
@@ -101,3 +101,21 @@ class TrainingError(ClipflowError):
     """Training gave no usable flow."""
 
     code = "training_failed"
+
+
+class EdgeError(ClipflowError):
+    """The reverse proxy in front of the endpoint cannot run."""
+
+    code = "edge_unavailable"
+
+
+class ClientError(ClipflowError):
+    """The endpoint refused a request or could not be reached.
+
+    `code` is the endpoint's own, or `unreachable` and `unexpected_answer`; `request_id` finds the request in its log.
+    """
+
+    def __init__(self, code: str, message: str, request_id: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.request_id = request_id

@@ -247,6 +247,7 @@ _STRUCTURE: Final = {
     "WEBP": _webp_structure,
     "GIF": _gif_structure,
 }
+FORMATS: Final = tuple(_STRUCTURE)
 
 
 def _check_size(width: int, height: int, limits: ImageLimits) -> None:

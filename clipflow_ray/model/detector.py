@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, overload
+from typing import Final, Literal, overload
 
 import numpy as np
 import torch
@@ -120,19 +120,15 @@ class Detector:
         good = [image for image in decoded if isinstance(image, DecodedImage)]
         scores = self.score_views(np.stack([image.rgb for image in good])) if good else None
         row = 0
-        for offset, (data, image) in enumerate(zip(chunk, decoded, strict=True)):
-            common: dict[str, Any] = {"index": start + offset, "sha256": hashlib.sha256(data).hexdigest()}
-            error: ItemError | None = image if isinstance(image, ItemError) else None
-            if scores is not None and isinstance(image, DecodedImage):
-                score, p, total = scores.score[row], scores.p_value[row], scores.log_likelihood[row]
-                row += 1
-                if np.isfinite(score):
-                    yield _finding(common, image, float(total), float(score), float(p), alpha)
-                    continue
-                error = ItemError("non_finite", "The encoder gave no finite embedding for this image.")
-            assert error is not None
-            detail = {"code": error.item_code, "message": str(error)}
-            yield Finding(**common, status="error", error=detail)
+        for index, (data, image) in enumerate(zip(chunk, decoded, strict=True), start):
+            digest = hashlib.sha256(data).hexdigest()
+            if isinstance(image, ItemError):
+                yield refused(index, digest, image)
+                continue
+            assert scores is not None
+            score, p, total = scores.score[row], scores.p_value[row], scores.log_likelihood[row]
+            row += 1
+            yield judged(index, digest, image, float(total), float(score), float(p), alpha)
 
     def _decode(self, data: bytes) -> DecodedImage | ImageError:
         try:
@@ -141,20 +137,20 @@ class Detector:
             return error
 
 
-def _finding(
-    common: dict[str, Any],
-    image: DecodedImage,
-    log_likelihood: float,
-    score: float,
-    p_value: float,
-    alpha: float,
+def judged(
+    index: int, sha256: str, image: DecodedImage, log_likelihood: float, score: float, p_value: float, alpha: float
 ) -> Finding:
-    judged, reasons = verdict(p_value, alpha)
+    """The Finding of a decoded image from its numbers; of one without a finite score, status `error`."""
+    if not np.isfinite(score):
+        error = ItemError("non_finite", "The encoder gave no finite embedding for this image.")
+        return refused(index, sha256, error)
+    judgement, reasons = verdict(p_value, alpha)
     warnings = [] if image.has_exif else ["no_exif"]
     if min(image.width, image.height) < images.VIEW_SIZE:
         warnings.append("enlarged_to_view")
     return Finding(
-        **common,
+        index,
+        sha256,
         status="ok",
         width=image.width,
         height=image.height,
@@ -163,7 +159,12 @@ def _finding(
         score=score,
         p_value=p_value,
         stratum=images.stratum(image.format, image.width, image.height),
-        verdict=judged,
+        verdict=judgement,
         reasons=reasons,
         warnings=warnings,
     )
+
+
+def refused(index: int, sha256: str, error: ItemError) -> Finding:
+    """The Finding of an image that has no score."""
+    return Finding(index, sha256, status="error", error={"code": error.item_code, "message": str(error)})

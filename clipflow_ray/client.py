@@ -1,0 +1,288 @@
+"""Typed HTTP client of the endpoint: it knows the schemas, not the server.
+
+    with Client("http://127.0.0.1:8000") as client:
+        for result in client.detect(["a.jpg", "b.png"]).results:
+            print(result.id, result.verdict, result.p_value)
+
+What to send, what to make of an answer and when to try again is written once, as generators that yield requests and
+waits; `Client` and `AsyncClient` carry them out.
+"""
+
+import asyncio
+import json
+import os
+import random
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+import httpx
+from pydantic import ValidationError
+
+from clipflow_ray.errors import ClientError, ConfigError
+from clipflow_ray.serve.schemas import DetectResponse, ItemFailure, ItemResult, ModelCard, Schema
+
+TOKEN_VARIABLE: Final = "CLIPFLOW_TOKEN"
+MAX_IMAGES: Final = 32
+MAX_BODY_BYTES: Final = 60 * 2**20  # below the 64 MiB of the endpoint, multipart's own lines included
+_PART_BYTES: Final = 1024
+_ATTEMPTS: Final = 5
+_LONGEST_WAIT_SECONDS: Final = 30.0
+_TIMEOUT: Final = httpx.Timeout(45.0, connect=5.0)
+
+Image = bytes | str | os.PathLike[str]
+SchemaT = TypeVar("SchemaT", bound=Schema)
+
+
+@dataclass(frozen=True)
+class _Request:
+    method: str
+    path: str
+    files: list[tuple[str, tuple[str, bytes]]] | None = None
+    alpha: float | None = None
+
+
+# A conversation yields a request or seconds to wait, is sent the answer or the error of the former, and returns a T.
+_Turn = _Request | float
+_Answer = httpx.Response | httpx.RequestError | None
+T = TypeVar("T")
+_Conversation = Generator[_Turn, _Answer, T]
+
+
+class Client:
+    """Synchronous client. `token` is by default the environment's CLIPFLOW_TOKEN; it appears in no repr and no log.
+
+    An overloaded or starting endpoint (429, 503) and a failed connection are tried again, 5 times in all, after what
+    the endpoint's Retry-After asks for and at most 30 seconds; nothing else is. Every method raises ClientError.
+    """
+
+    def __init__(self, url: str, token: str | None = None) -> None:
+        self._http = httpx.Client(**_options(url, token))
+
+    def detect(self, images: Sequence[Image], alpha: float | None = None) -> DetectResponse:
+        """Judge images (bytes, or paths of files) at the false-positive rate `alpha`, by default the endpoint's.
+
+        Any number of them: they travel in requests of at most 32 images and 60 MiB. Results come in the order of
+        `images`, `index` counts over all of them, and all but `results` is the first answer's. An image that cannot
+        be scored, also one too large to send, is a result with `error`. Raises ConfigError where a file cannot be read.
+        """
+        return self._run(_detect(images, alpha))
+
+    def model(self) -> ModelCard:
+        """Which model judges, its thresholds and limits, and its card."""
+        return self._run(_model())
+
+    def ready(self) -> bool:
+        """Whether the endpoint would judge now; never waits and never raises for an endpoint that is down."""
+        return self._run(_ready())
+
+    def close(self) -> None:
+        """Close the connections; the end of a `with` block does the same."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self._http.base_url)!r})"
+
+    def _run(self, conversation: _Conversation[T]) -> T:
+        answer: _Answer = None
+        while True:
+            try:
+                turn = conversation.send(answer)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            if isinstance(turn, _Request):
+                try:
+                    answer = self._http.request(turn.method, turn.path, files=turn.files, data=_fields(turn))
+                except httpx.RequestError as error:
+                    answer = error
+            else:
+                time.sleep(turn)
+                answer = None
+
+
+class AsyncClient:
+    """`Client` for asyncio: the same methods, awaited."""
+
+    def __init__(self, url: str, token: str | None = None) -> None:
+        self._http = httpx.AsyncClient(**_options(url, token))
+
+    async def detect(self, images: Sequence[Image], alpha: float | None = None) -> DetectResponse:
+        """See `Client.detect`."""
+        return await self._run(_detect(images, alpha))
+
+    async def model(self) -> ModelCard:
+        """See `Client.model`."""
+        return await self._run(_model())
+
+    async def ready(self) -> bool:
+        """See `Client.ready`."""
+        return await self._run(_ready())
+
+    async def close(self) -> None:
+        """See `Client.close`."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self._http.base_url)!r})"
+
+    async def _run(self, conversation: _Conversation[T]) -> T:
+        answer: _Answer = None
+        while True:
+            try:
+                turn = conversation.send(answer)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            if isinstance(turn, _Request):
+                try:
+                    answer = await self._http.request(turn.method, turn.path, files=turn.files, data=_fields(turn))
+                except httpx.RequestError as error:
+                    answer = error
+            else:
+                await asyncio.sleep(turn)
+                answer = None
+
+
+def _detect(images: Sequence[Image], alpha: float | None) -> _Conversation[DetectResponse]:
+    if not images:
+        raise ConfigError("Name at least one image.")
+    first: DetectResponse | None = None
+    refused: ClientError | None = None
+    results: list[ItemResult] = []
+    for chunk in _chunks(images):
+        try:
+            if len(chunk[0][1][1]) > MAX_BODY_BYTES:
+                raise ClientError("file_too_large", f"The file is above {MAX_BODY_BYTES} bytes and was not sent.")
+            answer = yield from _asked(DetectResponse, _Request("POST", "/v1/detect", chunk, alpha))
+        except ClientError as error:
+            # A request of many holds a file that is too large as one bad result; so does a request of that file alone.
+            if len(chunk) > 1 or error.code not in ("file_too_large", "batch_too_large"):
+                raise
+            refused = error
+            failure = ItemFailure(code="too_large_bytes", message=str(error))
+            results.append(ItemResult(id=chunk[0][1][0], index=len(results), status="error", error=failure))
+            continue
+        first = first or answer
+        results += [r.model_copy(update={"index": at}) for at, r in enumerate(answer.results, len(results))]
+    if first is None:
+        assert refused is not None
+        raise refused
+    return first.model_copy(update={"results": results})
+
+
+def _model() -> _Conversation[ModelCard]:
+    return (yield from _asked(ModelCard, _Request("GET", "/v1/model")))
+
+
+def _ready() -> _Conversation[bool]:
+    answer = yield _Request("GET", "/readyz")
+    return isinstance(answer, httpx.Response) and answer.is_success
+
+
+def _asked(kind: type[SchemaT], request: _Request) -> _Conversation[SchemaT]:
+    for attempt in range(1, _ATTEMPTS + 1):
+        answer = yield request
+        if isinstance(answer, httpx.Response) and answer.status_code not in (429, 503):
+            return _understood(kind, answer)
+        if isinstance(answer, httpx.TimeoutException) and not isinstance(answer, httpx.ConnectTimeout):
+            raise ClientError("timeout", "The endpoint took too long; send fewer images, or see what it is busy with.")
+        if attempt < _ATTEMPTS:
+            yield _wait(answer, attempt)
+    if isinstance(answer, httpx.Response):
+        raise _refusal(answer)
+    raise ClientError(
+        "unreachable",
+        f"No answer after {_ATTEMPTS} attempts ({type(answer).__name__}); is the URL right, and is it up?",
+    )
+
+
+def _wait(answer: _Answer, attempt: int) -> float:
+    """Seconds: what the endpoint asks for, else longer each time; spread, so that clients do not come back at once."""
+    asked = answer.headers.get("Retry-After", "") if isinstance(answer, httpx.Response) else ""
+    seconds = float(asked) if asked.isascii() and asked.isdigit() else 0.25 * 2**attempt
+    return min(seconds * random.uniform(1.0, 1.25), _LONGEST_WAIT_SECONDS)
+
+
+def _understood(kind: type[SchemaT], answer: httpx.Response) -> SchemaT:
+    if not answer.is_success:
+        raise _refusal(answer)
+    try:
+        return kind.model_validate_json(answer.content, extra="ignore")  # a newer endpoint may say more
+    except ValidationError as error:
+        raise _unexpected(answer) from error
+
+
+def _refusal(answer: httpx.Response) -> ClientError:
+    try:
+        detail = json.loads(answer.content)["error"]
+        return ClientError(str(detail["code"]), str(detail["message"]), str(detail["request_id"]))
+    except (ValueError, KeyError, TypeError):
+        return _unexpected(answer)
+
+
+def _unexpected(answer: httpx.Response) -> ClientError:
+    return ClientError(
+        "unexpected_answer",
+        f"HTTP {answer.status_code} in another form than this client knows: is this URL a clipflow-ray endpoint?",
+        answer.headers.get("X-Request-Id"),
+    )
+
+
+def _chunks(images: Sequence[Image]) -> Iterator[list[tuple[str, tuple[str, bytes]]]]:
+    """Multipart parts of one request each; files are read when their turn comes."""
+    chunk: list[tuple[str, tuple[str, bytes]]] = []
+    size = 0
+    for number, image in enumerate(images):
+        name, data = _named(number, image)
+        if chunk and (len(chunk) == MAX_IMAGES or size + len(data) + _PART_BYTES > MAX_BODY_BYTES):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(("files", (name, data)))
+        size += len(data) + _PART_BYTES
+    yield chunk
+
+
+def _named(number: int, image: Image) -> tuple[str, bytes]:
+    if isinstance(image, bytes):
+        return f"image-{number}", image
+    try:
+        # A name that is no text (Linux allows any bytes) still has to travel as some.
+        return Path(image).name.encode("utf-8", "replace").decode(), Path(image).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"Cannot read {error.filename}: {error.strerror}.") from error
+
+
+def _fields(request: _Request) -> dict[str, str] | None:
+    return None if request.alpha is None else {"alpha": repr(request.alpha)}
+
+
+def _options(url: str, token: str | None) -> dict[str, Any]:
+    token = token or os.environ.get(TOKEN_VARIABLE)
+    try:
+        base = httpx.URL(url)
+    except httpx.InvalidURL:
+        base = httpx.URL("")
+    if base.scheme not in ("http", "https") or not base.host:
+        raise ConfigError("The endpoint's URL is like http://127.0.0.1:8000.")
+    if token and not (token.isascii() and token.isprintable()):
+        raise ConfigError(f"The token holds characters that no token has; see {TOKEN_VARIABLE}.")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    return {"base_url": base, "headers": headers, "timeout": _TIMEOUT}

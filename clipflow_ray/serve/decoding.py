@@ -1,0 +1,53 @@
+"""Killable decoders for a server: a fixed number of children, each driven by a thread, none on the event loop."""
+
+import asyncio
+import hashlib
+import queue
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from clipflow_ray.config import ImageLimits
+from clipflow_ray.errors import ItemError
+from clipflow_ray.images import DecodedImage, ViewKind
+from clipflow_ray.sandbox import DecodeChild
+from clipflow_ray.serve.metrics import IngressMetrics
+from clipflow_ray.serve.probe import probe_png
+
+
+class DecoderPool:
+    """`size` children, started at once."""
+
+    def __init__(self, size: int, metrics: IngressMetrics) -> None:
+        self._metrics = metrics
+        self._threads = ThreadPoolExecutor(size, thread_name_prefix="decode")
+        self._idle: queue.SimpleQueue[DecodeChild] = queue.SimpleQueue()
+        children = [DecodeChild() for _ in range(size)]
+        list(self._threads.map(lambda child: child.decode(probe_png(), ImageLimits()), children))
+        for child in children:
+            self._idle.put(child)
+
+    async def decode(self, data: bytes, limits: ImageLimits, kind: ViewKind) -> tuple[str, DecodedImage | ItemError]:
+        """sha256 of `data`, and its view in `rgb` or why there is none."""
+        arrived = time.monotonic()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._decode, data, limits, kind, arrived)
+
+    def close(self) -> None:
+        """Stop the children. What is still waiting to be decoded is given up."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        while not self._idle.empty():
+            self._idle.get().close()
+
+    def _decode(
+        self, data: bytes, limits: ImageLimits, kind: ViewKind, arrived: float
+    ) -> tuple[str, DecodedImage | ItemError]:
+        start = time.monotonic()
+        self._metrics.decode_wait.observe(max(start - arrived, 1e-6))
+        child = self._idle.get()
+        try:
+            return hashlib.sha256(data).hexdigest(), child.decode(data, limits, kind)
+        except ItemError as error:
+            return hashlib.sha256(data).hexdigest(), error
+        finally:
+            self._idle.put(child)
+            self._metrics.decode.observe(time.monotonic() - start)

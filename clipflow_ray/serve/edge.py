@@ -1,0 +1,100 @@
+"""The reverse proxy in front of Serve: nginx with `nginx.conf`, as a child of this process.
+
+Serve's proxy buffers bodies without limit, lets clients switch its timeouts off and fails on headers that are not
+UTF-8; the edge is what the public may reach. `serve_configs/edge/nginx.conf` is a link to the file beside this one.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from clipflow_ray.errors import EdgeError
+
+CONFIG: Final = Path(__file__).parent / "nginx.conf"
+_LISTEN: Final = "127.0.0.1:8000"
+_UPSTREAM: Final = "127.0.0.1:8001"
+_TRANSLATION: Final = "127.0.0.1:8002"
+_START_SECONDS: Final = 10.0
+_DRAIN_SECONDS: Final = 20.0
+
+
+def nginx_path() -> str | None:
+    """Where nginx is, or None; Debian keeps it in a folder that is not on every user's PATH."""
+    return shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
+
+
+@contextmanager
+def edge(listen: str, upstream: str, folder: str) -> Iterator[str]:
+    """Run the edge on `listen` (host:port) in front of Serve on `upstream`; yields its base URL.
+
+    `folder` is made where missing; it takes the rendered configuration, buffered bodies, `access.log` (json) and
+    `error.log`. On exit nginx finishes the requests it has, for 20 seconds at most. Raises EdgeError when nginx is
+    missing or does not start.
+    """
+    program = nginx_path()
+    if program is None:
+        raise EdgeError("nginx is not installed: `apt-get install nginx`, or talk to Serve itself on loopback.")
+    home = Path(folder)
+    home.mkdir(parents=True, exist_ok=True)
+    if os.geteuid() == 0:
+        # Workers give up root. They reach their files from here, whatever the folders above allow.
+        home.chmod(home.stat().st_mode | 0o011)
+    (home / "nginx.conf").write_text(rendered(listen, upstream, f"127.0.0.1:{_free_port()}"), encoding="utf-8")
+    command = [program, "-p", "./", "-c", "nginx.conf", "-e", "stderr", "-g", "daemon off;"]
+    with (home / "access.log").open("ab") as access, (home / "error.log").open("ab") as errors:
+        process = subprocess.Popen(command, cwd=home, stdin=subprocess.DEVNULL, stdout=access, stderr=errors)
+    try:
+        _wait_for(process, listen, home)
+        yield f"http://{listen}"
+    finally:
+        _stop(process)
+
+
+def rendered(listen: str, upstream: str, translation: str) -> str:
+    """The packaged configuration with other addresses, each host:port."""
+    text = CONFIG.read_text(encoding="utf-8")
+    addresses = {_LISTEN: listen, _UPSTREAM: upstream, _TRANSLATION: translation}
+    return "\n".join(_replaced(line, addresses) for line in text.splitlines()) + "\n"
+
+
+def _replaced(line: str, addresses: dict[str, str]) -> str:
+    for old, new in addresses.items():
+        if old in line:
+            return line.replace(old, new)
+    return line
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wait_for(process: "subprocess.Popen[bytes]", listen: str, home: Path) -> None:
+    """nginx writes its pid once it listens."""
+    deadline = time.monotonic() + _START_SECONDS
+    pid = home / "nginx.pid"
+    while time.monotonic() < deadline and process.poll() is None:
+        if pid.exists() and pid.read_text().strip() == str(process.pid):
+            return
+        time.sleep(0.02)
+    said = (home / "error.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    raise EdgeError(f"nginx does not start on {listen}: {said[-1] if said else 'it says nothing'}")
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGQUIT)
+        try:
+            process.wait(_DRAIN_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()

@@ -1,0 +1,99 @@
+"""`clipflow-ray serve`: an embedded Ray, the application on loopback, the edge in front, until a signal ends it."""
+
+import ipaddress
+import signal
+import sys
+import tempfile
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import ray
+from ray import serve
+
+from clipflow_ray.config import ServeConfig
+from clipflow_ray.data import resources
+from clipflow_ray.errors import ConfigError
+from clipflow_ray.serve.app import build_app
+from clipflow_ray.serve.edge import edge, nginx_path
+
+_LOOPBACK: Final = "127.0.0.1"
+# The service ends a request in its own words after `timeout_seconds`; Serve, which answers in plain text, comes later.
+_SERVE_TIMEOUT_BEYOND: Final = 10.0
+
+
+def check_address(host: str, tokens: tuple[str, ...]) -> None:
+    """Raises ConfigError where anyone on a network could use the server without a token, or Serve's bare proxy."""
+    if _is_loopback(host):
+        return
+    if not tokens:
+        raise ConfigError(
+            f"--host {host} lets others in: make a token with `clipflow-ray serve token new` and name its file with "
+            "--tokens, or stay on 127.0.0.1."
+        )
+    if nginx_path() is None:
+        raise ConfigError(
+            f"--host {host} needs nginx in front, which is not installed: Serve's own proxy takes bodies of any size "
+            "and lets clients switch its timeouts off. `apt-get install nginx`, or stay on 127.0.0.1."
+        )
+
+
+def run(config: ServeConfig, host: str, port: int) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what is under way and return.
+
+    Clients reach `host`:`port`; with nginx, Serve itself listens on loopback one port above.
+    """
+    check_address(host, config.tokens)
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    with ExitStack() as stack:
+        resources.connect()
+        stack.callback(ray.shutdown)
+        url = _start(config, host, port, stack)
+        print(url, flush=True)
+        _say(f"Page, API and /docs at {url}. Logs in {_logs()}. Ctrl-C ends.")
+        if not config.tokens:
+            _say("No token is asked for: only this machine can reach the server.")
+        stopping.wait()
+        _say("Finishing the requests under way.")
+
+
+def _start(config: ServeConfig, host: str, port: int, stack: ExitStack) -> str:
+    behind = nginx_path() is not None
+    upstream = (_LOOPBACK, port + 1) if behind else (host, port)
+    options: dict[str, Any] = {
+        "host": upstream[0],
+        "port": upstream[1],
+        "request_timeout_s": config.timeout_seconds + _SERVE_TIMEOUT_BEYOND,
+    }
+    serve.start(http_options=options)
+    stack.callback(serve.shutdown)
+    serve.run(build_app(_sized(config)), name="clipflow", route_prefix="/")
+    if not behind:
+        _say("nginx is not installed: you talk to Serve itself, without the edge's limits.")
+        return f"http://{host}:{port}"
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="clipflow-edge-"))
+    return stack.enter_context(edge(f"{host}:{port}", f"{upstream[0]}:{upstream[1]}", folder))
+
+
+def _sized(config: ServeConfig) -> ServeConfig:
+    """The detector gets this machine's GPU where there is one, else a thread on every core."""
+    gpu = 1.0 if ray.cluster_resources().get("GPU", 0.0) >= 1.0 else 0.0
+    return config.model_copy(update={"detector_gpus": gpu, "detector_cpus": 1.0 if gpu else float(resources.cores())})
+
+
+def _logs() -> Path:
+    return Path(tempfile.gettempdir()) / "ray" / ray.get_runtime_context().get_session_name() / "logs"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,64 @@
+"""Series named clipflow_serve_*, kept by Ray, and the text that GET /metrics answers."""
+
+import asyncio
+from collections.abc import Iterable
+from typing import Final
+
+import httpx
+import ray
+from ray.util.metrics import Counter, Histogram
+
+_SECONDS: Final = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
+_SIZES: Final = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0]
+_OURS: Final = "clipflow_serve_"
+_SCRAPE_SECONDS: Final = 3.0
+
+
+class IngressMetrics:
+    """What the ingress counts: requests, items by verdict, errors by code, and its own waiting and decoding."""
+
+    def __init__(self) -> None:
+        self.requests = Counter("clipflow_serve_requests", "Requests answered.", ("path", "status"))
+        self.request_seconds = Histogram("clipflow_serve_request_seconds", "Seconds of a request.", _SECONDS, ("path",))
+        self.items = Counter("clipflow_serve_items", "Images by verdict; `error` where there is none.", ("verdict",))
+        self.errors = Counter("clipflow_serve_errors", "Errors of requests and images by code.", ("scope", "code"))
+        self.decode_wait = Histogram("clipflow_serve_decode_wait_seconds", "Wait for a decoder.", _SECONDS)
+        self.decode = Histogram("clipflow_serve_decode_seconds", "Seconds to decode an image.", _SECONDS)
+
+
+class DetectorMetrics:
+    """What a detector counts: sizes of its batches, how long images wait for theirs, seconds of a forward pass."""
+
+    def __init__(self) -> None:
+        self.batch_size = Histogram("clipflow_serve_batch_size", "Images in one forward pass.", _SIZES)
+        self.queue = Histogram("clipflow_serve_queue_seconds", "Wait of an image for its batch.", _SECONDS)
+        self.inference = Histogram("clipflow_serve_inference_seconds", "Seconds of one forward pass.", _SECONDS)
+
+
+async def exposition() -> str:
+    """Our series of all nodes in Prometheus text; a node that does not answer in 3 seconds is left out."""
+    nodes = await asyncio.to_thread(ray.nodes)
+    addresses = [f"{n['NodeManagerAddress']}:{n['MetricsExportPort']}" for n in nodes if n["Alive"]]
+    async with httpx.AsyncClient(timeout=_SCRAPE_SECONDS, trust_env=False) as client:
+        texts = await asyncio.gather(*(_scraped(client, address) for address in addresses))
+    return "\n".join(_merged(line for text in texts for line in text.splitlines() if _OURS in line)) + "\n"
+
+
+async def _scraped(client: httpx.AsyncClient, address: str) -> str:
+    try:
+        return (await client.get(f"http://{address}/metrics")).text
+    except httpx.HTTPError:
+        return ""
+
+
+def _merged(lines: Iterable[str]) -> list[str]:
+    """A series is described once, and all its samples follow, whichever nodes they come from."""
+    families: dict[str, list[str]] = {}
+    for line in lines:
+        name = line.split()[2] if line.startswith("#") else line.partition("{")[0].split()[0]
+        for suffix in ("_bucket", "_count", "_sum", "_created"):
+            name = name.removesuffix(suffix)
+        family = families.setdefault(name, [])
+        if not line.startswith("#") or line not in family:
+            family.append(line)
+    return [line for family in families.values() for line in sorted(family, key=lambda text: not text.startswith("#"))]

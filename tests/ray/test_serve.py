@@ -1,0 +1,279 @@
+"""The endpoint over real HTTP: the detector's own numbers, and no failed request whatever happens behind it."""
+
+import io
+import os
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import ray
+from PIL import Image
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+
+from clipflow_ray.model.checkpoint import load_checkpoint, save_checkpoint
+from clipflow_ray.model.detector import Detector
+from clipflow_ray.serve.tokens import new_token
+from tests.conftest import encoded, photo
+
+ALPHA = 0.05
+CANARY = "canary-5f0c"
+TOKEN, DIGEST = new_token()
+
+
+@dataclass
+class Endpoint:
+    url: str
+    checkpoint: str
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
+
+    def deploy(self, checkpoint: str, detector: dict[str, Any] | None = None) -> None:
+        arguments = {
+            "checkpoint": checkpoint,
+            "alpha": ALPHA,
+            "tokens": [DIGEST],
+            "ingress_cpus": 0.2,
+            "detector_cpus": 0.2,
+            "max_requests": 8,
+            "max_queued_requests": 16,
+            "health_check_seconds": 0.5,
+            "decoders": 2,
+        }
+        application = {
+            "name": "clipflow",
+            "route_prefix": "/",
+            "import_path": "clipflow_ray.serve.app:build_app",
+            "args": arguments,
+            "deployments": [{"name": "Detector", **detector}] if detector else [],
+        }
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
+
+    def detect(self, client: httpx.Client, *contents: bytes) -> httpx.Response:
+        return client.post("/v1/detect", files=[("files", (f"{at}", c)) for at, c in enumerate(contents)])
+
+
+@pytest.fixture(scope="module")
+def endpoint(trained: str) -> Iterator[Endpoint]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 40})
+    made = Endpoint(f"http://127.0.0.1:{port}", trained)
+    made.deploy(trained)
+    with made.client() as client:
+        until(lambda: client.get("/readyz").status_code == 200)
+    yield made
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def other(trained: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint that differs from the trained one."""
+    checkpoint = load_checkpoint(trained)
+    state = {
+        name: tensor * 1.01 if tensor.is_floating_point() else tensor for name, tensor in checkpoint.flow_state.items()
+    }
+    path = str(tmp_path_factory.mktemp("other") / "checkpoint")
+    save_checkpoint(replace(checkpoint, flow_state=state), path)
+    return path
+
+
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "not within a minute"
+        time.sleep(0.1)
+
+
+def replicas(deployment: str) -> set[str]:
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return {actor["name"] for actor in named if f"#{deployment}#" in actor["name"]}
+
+
+def contents(naturals: Path) -> list[bytes]:
+    """Files of all formats and sizes, and broken ones among them."""
+    jpegs = [path.read_bytes() for path in sorted(naturals.glob("*/*.jpg"))[::4]]
+    made = [encoded(photo(900 + at, (60 + 40 * at, 300)), kind) for at, kind in enumerate(("PNG", "WEBP", "GIF"))]
+    grey = io.BytesIO()
+    Image.fromarray(photo(7)).convert("L").save(grey, "PNG")
+    broken = [b"", b"text", jpegs[0][:900], made[0][:500], encoded(photo(8, (16, 16)), "PNG"), b"GIF89a" + bytes(40)]
+    mixed: list[bytes] = []
+    for at, data in enumerate([*jpegs, *made, grey.getvalue()]):
+        mixed += [data, broken[at % len(broken)]] if at % 4 == 0 else [data]
+    return mixed
+
+
+@contextmanager
+def load(endpoint: Endpoint, data: Sequence[bytes]) -> Iterator[list[httpx.Response]]:
+    """Three clients that never stop asking; yields their answers."""
+    answers: list[httpx.Response] = []
+    done = threading.Event()
+
+    def ask() -> None:
+        with endpoint.client() as client:
+            while not done.is_set():
+                answers.append(endpoint.detect(client, *data))
+
+    with ThreadPoolExecutor(3) as pool:
+        asking = [pool.submit(ask) for _ in range(3)]
+        try:
+            yield answers
+        finally:
+            done.set()
+        for future in asking:
+            future.result()
+
+
+def test_http_gives_the_detector_s_own_findings_in_request_order(endpoint: Endpoint, naturals: Path) -> None:
+    data = contents(naturals)
+    expected = Detector.from_checkpoint(endpoint.checkpoint).detect(data, ALPHA)
+    with endpoint.client() as client:
+        results = [
+            r for at in range(0, len(data), 32) for r in endpoint.detect(client, *data[at : at + 32]).json()["results"]
+        ]
+    assert len(results) == len(data) > 32
+    assert {"ok", "error"} == {result["status"] for result in results}
+    for at, (finding, result) in enumerate(zip(expected, results, strict=True)):
+        wanted = {key: value for key, value in asdict(finding).items() if value is not None}
+        if finding.status == "error":
+            assert (result["error"], result["sha256"]) == (wanted["error"], wanted["sha256"])
+            continue
+        for name in ("score", "log_likelihood"):
+            assert result.pop(name) == pytest.approx(wanted.pop(name), rel=1e-4, abs=1e-4)
+        latency = result.pop("latency_ms")
+        assert latency > 0
+        assert result == wanted | {"id": str(at % 32), "index": at % 32}
+
+
+def test_a_score_does_not_depend_on_who_else_asks(endpoint: Endpoint, naturals: Path) -> None:
+    data = [path.read_bytes() for path in sorted(naturals.glob("harbour/*.jpg"))]
+    with endpoint.client() as client:
+        alone = [endpoint.detect(client, one).json()["results"][0]["score"] for one in data]
+        with ThreadPoolExecutor(6) as pool:
+            together = list(pool.map(lambda one: endpoint.detect(client, one).json()["results"][0]["score"], data))
+    assert together == pytest.approx(alone, abs=1e-4)
+
+
+def test_more_than_32_images_and_a_wrong_token_are_refused(endpoint: Endpoint) -> None:
+    with endpoint.client() as client:
+        answer = endpoint.detect(client, *[b"x"] * 33)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "batch_too_large")
+        answer = client.post("/v1/detect", headers={"Authorization": "Bearer no"}, files=[("files", ("a", b"x"))])
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "unauthorized")
+        assert client.post("/v1/detect", content=b"x").json()["error"]["code"] == "unsupported_media_type"
+
+
+def test_an_alpha_beyond_the_calibration_is_refused_in_words(endpoint: Endpoint) -> None:
+    with endpoint.client() as client:
+        answer = client.post("/v1/detect", files=[("files", ("a", b"x"))], data={"alpha": "0.0001"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "validation_error")
+    assert "calibration images" in answer.json()["error"]["message"]
+
+
+def test_the_request_id_is_one_header_and_the_same_in_the_body(endpoint: Endpoint) -> None:
+    with endpoint.client() as client:
+        for given in (None, "abc-123"):
+            answer = client.get("/nothing", headers={"X-Request-Id": given} if given else {})
+            ids = answer.headers.get_list("X-Request-Id")
+            assert ids == [answer.json()["error"]["request_id"]]
+            assert given in (None, ids[0])
+
+
+def test_alpha_and_batching_change_without_a_restart(endpoint: Endpoint) -> None:
+    before = replicas("Detector"), replicas("Ingress")
+    changed = {"user_config": {"alpha": 0.2, "max_batch_size": 4, "batch_wait_seconds": 0.0}}
+    with endpoint.client() as client, load(endpoint, [encoded(photo(3))] * 6) as answers:
+        endpoint.deploy(endpoint.checkpoint, changed)
+        until(lambda: client.get("/v1/model").json()["alpha"] == 0.2)
+        until(lambda: bool(answers) and answers[-1].json()["alpha"] == 0.2)
+    assert {answer.status_code for answer in answers} == {200}
+    assert (replicas("Detector"), replicas("Ingress")) == before
+    endpoint.deploy(endpoint.checkpoint)
+    with endpoint.client() as client:
+        until(lambda: client.get("/v1/model").json()["alpha"] == ALPHA)
+
+
+def test_a_new_checkpoint_is_taken_up_without_a_failed_request(endpoint: Endpoint, other: str) -> None:
+    old, new = (load_checkpoint(path).model_id for path in (endpoint.checkpoint, other))
+    first = replicas("Detector")
+    with load(endpoint, [encoded(photo(3)), b"text"]) as answers:
+        endpoint.deploy(other)
+        until(lambda: bool(answers) and answers[-1].json()["model"]["model_id"] == new)
+        until(lambda: not first & replicas("Detector"))
+        time.sleep(1.0)
+    assert Counter(answer.status_code for answer in answers) == {200: len(answers)}
+    assert {answer.json()["model"]["model_id"] for answer in answers} == {old, new}
+    endpoint.checkpoint = other
+
+
+def test_a_detector_that_is_killed_under_load_gives_no_500(endpoint: Endpoint) -> None:
+    with load(endpoint, [encoded(photo(4))]) as answers, endpoint.client() as client:
+        for _ in range(2):
+            until(lambda: len(replicas("Detector")) == 1 and client.get("/readyz").status_code == 200)
+            (name,) = replicas("Detector")
+            ray.kill(ray.get_actor(name, namespace="serve"))
+            until(lambda name=name: name not in replicas("Detector"))
+        until(lambda: client.get("/readyz").status_code == 200)
+        seen = len(answers)
+        until(lambda: len(answers) > seen + 5)
+    statuses = Counter(answer.status_code for answer in answers)
+    assert set(statuses) <= {200, 503}, statuses
+    assert all("Retry-After" in answer.headers for answer in answers if answer.status_code == 503)
+    assert [answer.status_code for answer in answers[-3:]] == [200] * 3
+
+
+def test_overload_is_429_with_retry_after_and_the_admitted_succeed(endpoint: Endpoint) -> None:
+    data = [encoded(photo(at)) for at in range(16)]
+    with endpoint.client() as client, ThreadPoolExecutor(40) as pool:
+        answers = list(pool.map(lambda _: endpoint.detect(client, *data), range(40)))
+        statuses = Counter(answer.status_code for answer in answers)
+        assert set(statuses) == {200, 429}, statuses
+        assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers if answer.status_code == 429)
+        assert endpoint.detect(client, data[0]).status_code == 200
+
+
+def test_the_metrics_tell_requests_verdicts_errors_and_batches(endpoint: Endpoint) -> None:
+    names = ("requests", "items", "errors", "batch_size", "queue_seconds", "decode_seconds", "inference_seconds")
+    with endpoint.client() as client:
+        until(lambda: all(f"clipflow_serve_{name}" in client.get("/metrics").text for name in names))
+        text = client.get("/metrics").text
+    assert 'code="unsupported_format"' in text and 'verdict="' in text and 'path="/v1/detect"' in text
+    assert all(
+        line.startswith(("ray_clipflow_serve_", "# HELP ray_clipflow", "# TYPE ray_clipflow"))
+        for line in text.splitlines()
+    )
+
+
+def test_nothing_that_clients_send_is_logged_or_given_away(endpoint: Endpoint) -> None:
+    picture = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x010E] = CANARY
+    Image.fromarray(photo(2)).save(picture, "JPEG", exif=exif)
+    with endpoint.client() as client:
+        answer = client.post(f"/v1/detect?q={CANARY}", files=[("files", (f"{CANARY}.jpg", picture.getvalue()))])
+        assert answer.json()["results"][0]["status"] == "ok"
+        assert answer.text.count(CANARY) == 1  # the id of the item
+        assert TOKEN not in answer.text and DIGEST not in answer.text
+        request_id = answer.json()["request_id"]
+        logs = (
+            Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / ray.get_runtime_context().get_session_name() / "logs"
+        )
+        until(lambda: request_id in all_text(logs))
+    everything = all_text(logs)
+    assert CANARY not in everything and TOKEN not in everything
+
+
+def all_text(folder: Path) -> str:
+    return "\n".join(path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,234 @@
+"""The client against a small real HTTP server that answers what a test tells it to."""
+
+import asyncio
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from email.parser import BytesParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clipflow_ray import client as module
+from clipflow_ray.client import AsyncClient, Client
+from clipflow_ray.errors import ClientError, ConfigError
+from clipflow_ray.serve.schemas import DetectResponse
+
+TOKEN = "canary-token-81"
+
+
+@dataclass
+class Asked:
+    path: str
+    authorization: str | None
+    files: list[tuple[str, bytes]]
+    alpha: str | None
+    size: int
+    at: float
+
+
+@dataclass
+class Endpoint:
+    """`planned` answers come first, as (status, headers, body); then each image is found to be fine."""
+
+    url: str = ""
+    planned: list[tuple[int, dict[str, str], bytes]] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
+
+
+def refusal(code: str) -> bytes:
+    return json.dumps({"error": {"code": code, "message": "Do this next.", "request_id": "r-1", "new": 1}}).encode()
+
+
+def found(names: Sequence[str]) -> bytes:
+    results = [{"id": n, "index": at, "status": "ok", "score": 1.5, "new": True} for at, n in enumerate(names)]
+    model = {"model_id": "m", "calibration_id": "c", "tool_version": "1"}
+    common = {"request_id": "r-2", "model": model, "alpha": 0.01, "alpha_realised_95": [0.008, 0.012]}
+    return json.dumps({**common, "results": results, "disclaimer": "No proof.", "a_later_field": {}}).encode()
+
+
+def parts(content_type: str, body: bytes) -> dict[str, list[tuple[str | None, bytes]]]:
+    message = BytesParser().parsebytes(b"Content-Type: " + content_type.encode() + b"\r\n\r\n" + body)
+    known: dict[str, list[tuple[str | None, bytes]]] = {}
+    for part in message.get_payload():
+        name = part.get_param("name", header="content-disposition")
+        known.setdefault(name, []).append((part.get_filename(), part.get_payload(decode=True)))
+    return known
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    state = Endpoint()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            form = parts(self.headers["Content-Type"], body) if body else {}
+            files = [(str(name), data) for name, data in form.get("files", [])]
+            alpha = form["alpha"][0][1].decode() if "alpha" in form else None
+            authorization = self.headers.get("Authorization")
+            state.asked.append(Asked(self.path, authorization, files, alpha, len(body), time.monotonic()))
+            answer = (200, {}, found([name for name, _ in files]))
+            status, headers, content = state.planned.pop(0) if state.planned else answer
+            if status == 0:
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
+                return
+            self.send_response(status)
+            for key, value in {"Content-Length": str(len(content)), **headers}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    state.url = f"http://127.0.0.1:{server.server_address[1]}"
+    yield state
+    server.shutdown()
+    server.server_close()
+
+
+Detect = Callable[..., DetectResponse]
+
+
+@pytest.fixture(params=["sync", "async"])
+def detect(request: pytest.FixtureRequest, endpoint: Endpoint) -> Detect:
+    """`detect` of either client, with a token."""
+
+    def synchronous(images: Any, alpha: float | None = None) -> DetectResponse:
+        with Client(endpoint.url, TOKEN) as client:
+            return client.detect(images, alpha)
+
+    async def awaited(images: Any, alpha: float | None = None) -> DetectResponse:
+        async with AsyncClient(endpoint.url, TOKEN) as client:
+            return await client.detect(images, alpha)
+
+    return synchronous if request.param == "sync" else lambda *a: asyncio.run(awaited(*a))
+
+
+def test_paths_and_bytes_come_back_in_order_whatever_the_number(
+    detect: Detect, endpoint: Endpoint, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"first")
+    answer = detect([tmp_path / "a.jpg", *(b"%d" % n for n in range(1, 70))], 0.05)
+    assert [r.index for r in answer.results] == list(range(70))
+    assert [r.id for r in answer.results] == ["a.jpg", *(f"image-{n}" for n in range(1, 70))]
+    assert [len(asked.files) for asked in endpoint.asked] == [32, 32, 6]
+    assert {asked.alpha for asked in endpoint.asked} == {"0.05"}
+    assert endpoint.asked[0].files[0] == ("a.jpg", b"first")
+
+
+def test_no_request_is_above_the_limit_of_a_body(
+    detect: Detect, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_BODY_BYTES", 300_000)
+    answer = detect([bytes(100_000)] * 5)
+    assert [len(asked.files) for asked in endpoint.asked] == [2, 2, 1]
+    assert max(asked.size for asked in endpoint.asked) <= 300_000
+    assert len(answer.results) == 5
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_endpoint_is_asked_again_after_the_time_it_names(
+    detect: Detect, endpoint: Endpoint, status: int
+) -> None:
+    endpoint.planned = [(status, {"Retry-After": "1"}, refusal("overloaded"))]
+    assert detect([b"x"]).results[0].status == "ok"
+    first, second = endpoint.asked
+    assert second.at - first.at >= 1.0
+
+
+def test_a_wait_is_capped_and_attempts_end(detect: Detect, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LONGEST_WAIT_SECONDS", 0.05)
+    endpoint.planned = [(429, {"Retry-After": "86400"}, refusal("overloaded"))] * 9
+    with pytest.raises(ClientError, match="Do this next") as caught:
+        detect([b"x"])
+    assert (caught.value.code, caught.value.request_id) == ("overloaded", "r-1")
+    assert len(endpoint.asked) == 5
+
+
+def test_a_dropped_connection_is_tried_again(detect: Detect, endpoint: Endpoint) -> None:
+    endpoint.planned = [(0, {}, b"")]
+    assert detect([b"x"]).results[0].status == "ok"
+    assert len(endpoint.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(400, "invalid_request"), (401, "unauthorized"), (422, "validation_error"), (500, "internal"), (504, "timeout")],
+)
+def test_other_refusals_are_errors_at_once(detect: Detect, endpoint: Endpoint, status: int, code: str) -> None:
+    endpoint.planned = [(status, {}, refusal(code))]
+    with pytest.raises(ClientError) as caught:
+        detect([b"x"])
+    assert caught.value.code == code
+    assert len(endpoint.asked) == 1
+
+
+def test_a_file_too_large_for_a_request_of_its_own_is_one_bad_result(
+    detect: Detect, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_BODY_BYTES", 10_000)
+    endpoint.planned = [(413, {}, refusal("file_too_large"))]
+    answer = detect([bytes(9_000), bytes(20_000), b"fine"])
+    assert [r.error.code if r.error else r.status for r in answer.results] == ["too_large_bytes"] * 2 + ["ok"]
+    assert [r.index for r in answer.results] == [0, 1, 2]
+    endpoint.planned = [(413, {}, refusal("file_too_large"))]
+    with pytest.raises(ClientError, match="Do this next"):
+        detect([bytes(9_000)])
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"{}", b"[1]", b'{"error":"no"}', b"\xff", b"null"])
+@pytest.mark.parametrize("status", [200, 404])
+def test_an_answer_of_something_else_says_so(detect: Detect, endpoint: Endpoint, status: int, body: bytes) -> None:
+    endpoint.planned = [(status, {"X-Request-Id": "r-3"}, body)]
+    with pytest.raises(ClientError, match="clipflow-ray endpoint") as caught:
+        detect([b"x"])
+    assert (caught.value.code, caught.value.request_id) == ("unexpected_answer", "r-3")
+
+
+def test_an_endpoint_that_is_down_is_unreachable_and_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LONGEST_WAIT_SECONDS", 0.01)
+    with Client("http://127.0.0.1:1") as client:
+        assert client.ready() is False
+        with pytest.raises(ClientError) as caught:
+            client.model()
+    assert caught.value.code == "unreachable"
+
+
+def test_the_token_is_sent_and_shown_nowhere(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CLIPFLOW_TOKEN", TOKEN)
+    caplog.set_level(logging.DEBUG)
+    endpoint.planned = [(401, {}, refusal("unauthorized"))]
+    with Client(endpoint.url) as client, pytest.raises(ClientError) as caught:
+        client.detect([b"x"])
+    assert endpoint.asked[0].authorization == f"Bearer {TOKEN}"
+    assert TOKEN not in caplog.text + repr(client) + repr(vars(client)) + repr(caught.value) + str(caught.value)
+
+
+def test_what_the_caller_gets_wrong_is_a_config_error(endpoint: Endpoint, tmp_path: Path) -> None:
+    for url in ("127.0.0.1:8000", "ftp://x", "http://", "", "http://a:b:c"):
+        with pytest.raises(ConfigError, match="http://127"):
+            Client(url)
+    with pytest.raises(ConfigError, match="token"):
+        Client(endpoint.url, "a\nb")
+    with Client(endpoint.url) as client:
+        with pytest.raises(ConfigError, match="at least one"):
+            client.detect([])
+        with pytest.raises(ConfigError, match="Cannot read"):
+            client.detect([tmp_path / "none.jpg"])
