@@ -218,7 +218,7 @@ class Tuning(Config):
 
     alpha: float = Field(0.01, gt=0, lt=1, description="where a request names none")
     max_batch_size: int = Field(32, ge=1, description="images in one forward pass")
-    batch_wait_seconds: float = Field(0.002, ge=0, description="how long an idle detector waits for company")
+    batch_wait_seconds: float = Field(0.0, ge=0, description="how long an idle detector waits for company")
 
 
 class ServeConfig(Tuning):

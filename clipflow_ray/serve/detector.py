@@ -145,12 +145,13 @@ class DetectorReplica:
 
     async def _scored(self, view: Pixels) -> Numbers:
         arrived = time.monotonic()
-        # Serve closes the next batch while this one still runs. Waiting here instead fills the next one.
+        # Serve closes the next batch while this one still runs. Waiting here instead fills the next one, and an
+        # idle detector need not wait for company.
         await self._free.wait()
         numbers: Numbers = await self._batch((view, arrived))
         return numbers
 
-    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.002)
+    @serve.batch()  # `reconfigure` sets its sizes
     async def _batch(self, waiting: list[tuple[Pixels, float]]) -> list[Numbers]:
         self._free.clear()
         start = time.monotonic()

@@ -1,6 +1,8 @@
 """The deployment that clients reach: it admits, decodes, asks a detector, and puts the answer together."""
 
 import asyncio
+import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ from clipflow_ray.serve.schemas import DetectResponse, ItemFailure, ItemResult, 
 _BODIES: Final = 8
 _READY_SECONDS: Final = 10.0
 _RETRY_SECONDS: Final = 0.1
+_log = logging.getLogger("clipflow_ray.serve")
 
 
 class Admission:
@@ -168,6 +171,7 @@ class Ingress:
             except BackPressureError as error:
                 raise overloaded() from error
             except (RayError, DeploymentUnavailableError) as error:
+                _log.warning(json.dumps({"detector": method, "error": type(error).__name__, "last": last}))
                 if last:
                     raise RequestError("not_ready", "No detector answers; try again after Retry-After.") from error
                 await asyncio.sleep(_RETRY_SECONDS)

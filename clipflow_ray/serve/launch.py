@@ -1,6 +1,7 @@
 """`clipflow-ray serve`: an embedded Ray, the application on loopback, the edge in front, until a signal ends it."""
 
 import ipaddress
+import os
 import signal
 import sys
 import tempfile
@@ -19,6 +20,13 @@ from clipflow_ray.serve.app import build_app
 from clipflow_ray.serve.edge import edge, nginx_path
 
 _LOOPBACK: Final = "127.0.0.1"
+# Ray's own switches for a short way between replicas: 150 kB of pixels by gRPC (with Ray's token) rather than through
+# the object store, and no hop between threads. Measured on two cores: a third of the latency that Serve adds.
+_SHORT_WAY: Final = {
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
 # The service ends a request in its own words after `timeout_seconds`; Serve, which answers in plain text, comes later.
 _SERVE_TIMEOUT_BEYOND: Final = 10.0
 
@@ -48,6 +56,8 @@ def run(config: ServeConfig, host: str, port: int) -> None:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
+    for name, value in _SHORT_WAY.items():
+        os.environ.setdefault(name, value)
     with ExitStack() as stack:
         resources.connect()
         stack.callback(ray.shutdown)

@@ -1,0 +1,92 @@
+"""The application with the tiny checkpoint, and the edge in front of it, as a client meets them."""
+
+import json
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+from clipflow_ray.serve.app import build_app
+from clipflow_ray.serve.edge import edge
+
+ALPHA = 0.1  # the tiny calibration supports it
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def error(self) -> dict[str, str]:
+        """The error of the interface; anything else than its form fails here."""
+        assert self.headers["content-type"] == "application/json"
+        (error,) = json.loads(self.body).values()
+        assert set(error) == {"code", "message", "request_id"}
+        assert error["request_id"] == self.headers["x-request-id"]
+        return error
+
+
+@dataclass
+class Site:
+    url: str
+    port: int
+    folder: Path
+
+    def connect(self, source: str = "127.0.0.1") -> socket.socket:
+        """`source`, any address of the loopback network, is whom the edge takes us for."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10, source_address=(source, 0))
+
+    def raw(self, request: bytes) -> Answer:
+        """Send these bytes and read until the edge closes."""
+        with self.connect() as connection:
+            connection.sendall(request)
+            return received(connection)
+
+
+def received(connection: socket.socket) -> Answer:
+    data = b""
+    with suppress(ConnectionResetError):
+        while part := connection.recv(65536):
+            data += part
+    head, _, body = data.partition(b"\r\n\r\n")
+    status, *lines = head.decode("latin-1").split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return Answer(int(status.split()[1]), headers, body)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def edge_before(upstream: int) -> Iterator[Site]:
+    """The edge in front of a port of this machine."""
+    port = free_port()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        edge(f"127.0.0.1:{port}", f"127.0.0.1:{upstream}", folder) as url,
+    ):
+        yield Site(url, port, Path(folder))
+
+
+@contextmanager
+def whole_site(checkpoint: str) -> Iterator[Site]:
+    """Serve with one small replica of each kind, behind the edge."""
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 40})
+    settings: dict[str, Any] = {"ingress_cpus": 0.2, "detector_cpus": 0.2, "decoders": 2}
+    serve.run(build_app({"checkpoint": checkpoint, "alpha": ALPHA, **settings}), name="clipflow", route_prefix="/")
+    try:
+        with edge_before(port) as site:
+            yield site
+    finally:
+        serve.shutdown()
