@@ -113,7 +113,7 @@ async function loadModel() {
   $("limits").textContent = `${formats.join(", ")}; up to ${max_images} images at a time, ${megabytes} MB each. They are sent to this server only, which does not keep them.`;
   $("disclaimer").textContent = model.disclaimer;
   $("card-text").replaceChildren(...cardBlocks(model.card));
-  $("card").hidden = false;
+  $("card").hidden = !model.card;
 }
 
 // The few Markdown forms that a model card uses, as elements: headings, tables, lists, paragraphs.
