@@ -29,6 +29,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+pytestmark = pytest.mark.stress  # three nodes take minutes to start, train and audit
+
+
 @pytest.fixture(scope="module")
 def s3() -> Iterator[S3Options]:
     with s3_server() as options:

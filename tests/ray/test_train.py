@@ -83,6 +83,7 @@ def test_the_same_seed_and_worker_count_gives_the_same_weights(trained: str, tin
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
+@pytest.mark.stress
 def test_two_workers_reach_the_figures_of_one_within_the_spread_of_seeds(
     trained: str, tiny: TrainConfig, tmp_path: Path
 ) -> None:
