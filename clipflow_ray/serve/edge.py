@@ -49,7 +49,9 @@ def edge(listen: str, upstream: str, folder: str) -> Iterator[str]:
     (home / "nginx.conf").write_text(rendered(listen, upstream, f"127.0.0.1:{_free_port()}"), encoding="utf-8")
     command = [program, "-p", "./", "-c", "nginx.conf", "-e", "stderr", "-g", "daemon off;"]
     with (home / "access.log").open("ab") as access, (home / "error.log").open("ab") as errors:
-        process = subprocess.Popen(command, cwd=home, stdin=subprocess.DEVNULL, stdout=access, stderr=errors)
+        process = subprocess.Popen(
+            command, cwd=home, stdin=subprocess.DEVNULL, stdout=access, stderr=errors, start_new_session=True
+        )
     try:
         _wait_for(process, listen, home)
         yield f"http://{listen}"

@@ -19,7 +19,10 @@ def resource(name: str) -> dict[str, Any]:
 
 
 def cluster_spec(document: dict[str, Any]) -> dict[str, Any]:
-    return document["spec"] if document["kind"] == "RayCluster" else document["spec"]["rayClusterSpec"]
+    spec = document["spec"]
+    return {"RayCluster": spec, "RayJob": spec.get("rayClusterSpec"), "RayService": spec.get("rayClusterConfig")}[
+        document["kind"]
+    ]
 
 
 KUBERAY = sorted(path.name for path in CLUSTER.glob("ray*.yaml"))
