@@ -6,6 +6,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from clipflow_ray import images, proxies, sandbox
 from clipflow_ray.audit.run import audit
+from clipflow_ray.client import Client
 from clipflow_ray.config import (
     TEST_TOWER,
     AuditConfig,
@@ -29,6 +31,7 @@ from clipflow_ray.config import (
     ObjectiveConfig,
     ProxyConfig,
     S3Options,
+    ServeConfig,
 )
 from clipflow_ray.data import resources
 from clipflow_ray.data.listing import write_manifest
@@ -36,15 +39,20 @@ from clipflow_ray.demo import photographs, s3_server
 from clipflow_ray.images import VIEW_SIZE
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from clipflow_ray.model.detector import Detector
 from clipflow_ray.model.encoder import Encoder
 from clipflow_ray.model.flow import Flow
 from clipflow_ray.model.weights import build_tower, load_weights
+from clipflow_ray.serve.edge import nginx_path
+from clipflow_ray.serve.launch import endpoint
 from clipflow_ray.storage import s3_client
 
 _BUCKET: Final = "clipflow-benchmark"
 _BATCH: Final = 32
 _FILES: Final = 256
 _BARE_BATCHES: Final = 2
+_CLIENTS: Final = 4
+_PORT: Final = 8100
 PROXIES_PER_SECOND: Final = 150.0
 
 
@@ -150,6 +158,65 @@ def sandboxed_decoding(rounds: int) -> dict[str, Any]:
     here = rate(lambda data: images.view(images.decode(data, limits).rgb, "resize"))
     child(0)
     return _interleaved("sandbox", child, here, rounds)
+
+
+def serving(images: int, rounds: int) -> dict[str, Any]:
+    """Images per second of a saturated endpoint with real weights over a bare encoder loop on the same cores.
+
+    `added_ms` is what the way through Serve, and through the edge and Serve, adds to the median time of one image over
+    `Detector.detect`, with the test tower.
+    """
+    contents = list(_jpegs(images))
+    encoder = Encoder(load_checkpoint(ServeConfig().checkpoint).encoder)
+    views = np.random.default_rng(0).integers(0, 256, (_BATCH, VIEW_SIZE, VIEW_SIZE, 3), np.uint8)
+    torch.set_num_threads(resources.cores())
+
+    def bare(_: int) -> float:
+        start = time.perf_counter()
+        for _ in range(_BARE_BATCHES):
+            encoder.embed(views)
+        return _BATCH * _BARE_BATCHES / (time.perf_counter() - start)
+
+    with endpoint(ServeConfig(), "127.0.0.1", _PORT) as url, ThreadPoolExecutor(_CLIENTS) as clients:
+
+        def served(_: int) -> float:
+            start = time.perf_counter()
+            requests = [contents[at : at + _BATCH] for at in range(0, images, _BATCH)]
+            for answer in clients.map(lambda request: Client(url).detect(request), requests):
+                assert all(result.status == "ok" for result in answer.results)
+            return images / (time.perf_counter() - start)
+
+        served(0)
+        bare(0)
+        result = _interleaved("serve", served, bare, rounds)
+    return result | {"images": images, "added_ms": _added_latency(contents[:_BATCH], rounds)}
+
+
+def _added_latency(contents: list[bytes], rounds: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = _untrained(
+            EncoderConfig(model=TEST_TOWER, pretrained="seed:0"), os.path.join(folder, "checkpoint")
+        )
+        detector = Detector.from_checkpoint(checkpoint)
+        config = ServeConfig(checkpoint=checkpoint, alpha=0.1)
+        with endpoint(config, "127.0.0.1", _PORT) as url, Client(url) as edge:
+            ways: dict[str, Callable[[bytes], object]] = {
+                "direct": lambda data: detector.detect(data, 0.1),
+                "edge": lambda data: edge.detect([data]),
+            }
+            if nginx_path():
+                through_serve = Client(f"http://127.0.0.1:{_PORT + 1}")
+                ways["serve"] = lambda data: through_serve.detect([data])
+            seconds: dict[str, list[float]] = {name: [] for name in ways}
+            for at in range(rounds + 1):  # the first is to warm up
+                for name, way in ways.items():
+                    for data in contents:
+                        start = time.perf_counter()
+                        way(data)
+                        if at:
+                            seconds[name].append(time.perf_counter() - start)
+    direct = float(np.median(seconds.pop("direct")))
+    return {name: 1000.0 * (float(np.median(each)) - direct) for name, each in seconds.items()}
 
 
 def listing(keys: int, rounds: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`python jobs/benchmark.py audit|pipeline|sandbox|listing|proxies`: ratios of one run, JSON on the last line."""
+"""`python jobs/benchmark.py audit|pipeline|sandbox|serve|listing|proxies`: ratios of one run, JSON on the last line."""
 
 import json
 from typing import Annotated
@@ -28,6 +28,12 @@ def pipeline(objects: int = 4096, rounds: Rounds = 5, as_json: AsJson = False) -
 def sandbox(rounds: Rounds = 9, as_json: AsJson = False) -> None:
     """Decoding in the killable child process over decoding in place."""
     _print(benchmark.sandboxed_decoding(rounds), as_json)
+
+
+@app.command()
+def serve(images: int = 128, rounds: Rounds = 5, as_json: AsJson = False) -> None:
+    """The endpoint at saturation over a bare encoder loop, and what HTTP adds to the time of one image."""
+    _print(benchmark.serving(images, rounds), as_json)
 
 
 @app.command()

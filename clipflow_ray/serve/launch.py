@@ -6,7 +6,8 @@ import signal
 import sys
 import tempfile
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,18 +57,24 @@ def run(config: ServeConfig, host: str, port: int) -> None:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    for name, value in _SHORT_WAY.items():
-        os.environ.setdefault(name, value)
-    with ExitStack() as stack:
-        resources.connect()
-        stack.callback(ray.shutdown)
-        url = _start(config, host, port, stack)
+    with endpoint(config, host, port) as url:
         print(url, flush=True)
         _say(f"Page, API and /docs at {url}. Logs in {_logs()}. Ctrl-C ends.")
         if not config.tokens:
             _say("No token is asked for: only this machine can reach the server.")
         stopping.wait()
         _say("Finishing the requests under way.")
+
+
+@contextmanager
+def endpoint(config: ServeConfig, host: str, port: int) -> Iterator[str]:
+    """The URL of an endpoint that answers, with a Ray of its own; on leaving, what is under way is finished."""
+    for name, value in _SHORT_WAY.items():
+        os.environ.setdefault(name, value)
+    with ExitStack() as stack:
+        resources.connect()
+        stack.callback(ray.shutdown)
+        yield _start(config, host, port, stack)
 
 
 def _start(config: ServeConfig, host: str, port: int, stack: ExitStack) -> str:
