@@ -20,6 +20,7 @@ from tests.conftest import encoded, photo
 
 IMAGES = 120
 POISON = 2
+KILLS = 10
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +94,10 @@ def killed_workers(stop: threading.Event, kills: int, output: Path) -> int:
     return done
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.stress)])
-def test_killed_workers_lose_and_duplicate_nothing(
-    calm: dict[str, dict], config: AuditConfig, tmp_path: Path, kills: int
-) -> None:
+@pytest.mark.stress
+def test_killed_workers_lose_and_duplicate_nothing(calm: dict[str, dict], config: AuditConfig, tmp_path: Path) -> None:
     output, stop, counted = tmp_path / "run", threading.Event(), []
-    killer = threading.Thread(target=lambda: counted.append(killed_workers(stop, kills, output)))
+    killer = threading.Thread(target=lambda: counted.append(killed_workers(stop, KILLS, output)))
     killer.start()
     record = audit(config.model_copy(update={"output": str(output)}))
     stop.set()

@@ -1,6 +1,7 @@
 """The files under `cluster/`, against the schemas of what consumes them."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import ray.autoscaler
 import yaml
 from jsonschema import Draft7Validator
+
+from clipflow_ray.serve import edge, metrics
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
 KUBERNETES = "1.30"
@@ -20,8 +23,8 @@ def resource(name: str) -> dict[str, Any]:
 
 def cluster_spec(document: dict[str, Any]) -> dict[str, Any]:
     spec = document["spec"]
-    return {"RayCluster": spec, "RayJob": spec.get("rayClusterSpec"), "RayService": spec.get("rayClusterConfig")}[
-        document["kind"]
+    return {"RayCluster": spec, "RayService": spec.get("rayClusterConfig")}.get(document["kind"]) or spec[
+        "rayClusterSpec"
     ]
 
 
@@ -57,3 +60,32 @@ def test_gpu_pods_alone_ask_for_a_gpu_and_no_pod_runs_as_root(name: str) -> None
 def test_the_vm_launcher_file_fits_rays_own_schema() -> None:
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
     assert not list(Draft7Validator(schema).iter_errors(resource("vm.yaml")))
+
+
+def test_the_ray_service_runs_the_cluster_config_behind_the_edge() -> None:
+    ours = yaml.safe_load((CLUSTER.parent / "serve_configs" / "cluster.yaml").read_text())
+    assert yaml.safe_load(resource("rayservice.yaml")["spec"]["serveConfigV2"]) == ours
+    assert ours["http_options"]["port"] == 8000
+
+
+def test_the_edges_manifests_are_valid_and_replace_what_the_configuration_holds() -> None:
+    documents = list(yaml.safe_load_all((CLUSTER / "edge.yaml").read_text()))
+    assert [document["kind"] for document in documents] == ["Deployment", "Service", "NetworkPolicy"]
+    for document in documents:
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+    (container,) = documents[0]["spec"]["template"]["spec"]["containers"]
+    replaced = re.findall(r"s/(.+?)/(.+?)/", container["command"][2])
+    assert [old for old, _ in replaced] == ["listen 127.0.0.1:8000;", "server 127.0.0.1:8001;"]
+    assert all(edge.CONFIG.read_text().count(old) == 1 for old, _ in replaced)
+
+
+def test_every_series_of_the_dashboard_is_one_that_the_service_keeps_and_none_is_missing() -> None:
+    dashboard = json.loads((CLUSTER / "grafana-dashboard.json").read_text())
+    shown = {
+        re.sub(r"_(total|bucket|sum|count)$", "", name)
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"ray_(clipflow_serve_\w+)", target["expr"])
+    }
+    assert shown == set(re.findall(r'"(clipflow_serve_\w+[a-z])"', Path(metrics.__file__).read_text()))
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])

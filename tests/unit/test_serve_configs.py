@@ -1,7 +1,6 @@
-"""The files under `serve_configs/`, the endpoint on KubeRay, and its dashboard, against what consumes them."""
+"""The files under `serve_configs/`, against Ray's own schema, our settings and each other."""
 
-import json
-import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,44 +8,54 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from clipflow_ray.serve.app import build_app
+from clipflow_ray.config import ServeConfig
+from clipflow_ray.serve import edge
 
-ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "serve_configs").glob("*.yaml"))
-
-
-def service() -> dict[str, Any]:
-    """What the RayService manifest deploys."""
-    manifest = yaml.safe_load((ROOT / "cluster" / "rayservice.yaml").read_text())
-    deployed: dict[str, Any] = yaml.safe_load(manifest["spec"]["serveConfigV2"])
-    return deployed
+FOLDER = Path(__file__).parents[2] / "serve_configs"
+NAMES = ("local.yaml", "cluster.yaml")
+EDGE_READ_SECONDS = 35
 
 
-CONFIGS = {path.name: yaml.safe_load(path.read_text()) for path in FILES} | {"rayservice.yaml": service()}
+def config(name: str) -> dict[str, Any]:
+    return yaml.safe_load((FOLDER / name).read_text())
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_a_file_fits_rays_schema_and_its_arguments_build_the_application(name: str) -> None:
-    schema = ServeDeploySchema.model_validate(CONFIGS[name])
+@pytest.mark.parametrize("name", NAMES)
+def test_each_file_fits_rays_schema_and_builds_the_application_from_valid_settings(name: str) -> None:
+    schema = ServeDeploySchema.model_validate(config(name))
     (application,) = schema.applications
-    assert application.import_path == "clipflow_ray.serve.app:build_app"
-    assert {"cluster.yaml", "local.yaml"} <= set(CONFIGS)
-    build_app(application.args)
+    module, _, builder = application.import_path.partition(":")
+    built = getattr(import_module(module), builder)(application.args)
+    assert type(built).__name__ == "Application"
+    assert application.route_prefix == "/"
+    assert {deployment.name for deployment in application.deployments} <= {"Detector", "Ingress"}
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_an_endpoint_that_others_can_reach_asks_for_a_token(name: str) -> None:
-    (application,) = CONFIGS[name]["applications"]
-    assert CONFIGS[name]["http_options"]["host"] == "127.0.0.1" or application["args"]["tokens"]
+@pytest.mark.parametrize("name", NAMES)
+def test_each_file_says_where_it_listens_and_open_ones_ask_for_a_token(name: str) -> None:
+    options, args = config(name)["http_options"], config(name)["applications"][0]["args"]
+    assert options["host"] == "127.0.0.1" or ServeConfig(**args).tokens
 
 
-def test_the_endpoint_on_kuberay_is_that_of_the_cluster_file() -> None:
-    assert CONFIGS["rayservice.yaml"] == CONFIGS["cluster.yaml"]
+@pytest.mark.parametrize("name", NAMES)
+def test_the_service_ends_a_request_before_the_edge_does_and_that_before_serve(name: str) -> None:
+    args = config(name)["applications"][0]["args"]
+    assert f"proxy_read_timeout {EDGE_READ_SECONDS}s;" in edge.CONFIG.read_text()
+    serves = config(name)["http_options"]["request_timeout_s"]
+    assert ServeConfig(**args).timeout_seconds < EDGE_READ_SECONDS < serves
 
 
-def test_the_dashboard_shows_series_that_the_endpoint_keeps_and_all_of_them() -> None:
-    dashboard = json.loads((ROOT / "cluster" / "grafana-dashboard.json").read_text())
-    queries = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
-    shown = {name.removesuffix("_total").removesuffix("_bucket") for name in re.findall(r"ray_(clipflow_\w+)", queries)}
-    kept = set(re.findall(r'"(clipflow_serve_\w+[a-z])"', (ROOT / "clipflow_ray/serve/metrics.py").read_text()))
-    assert shown == kept
+def test_the_local_file_listens_where_the_edge_looks() -> None:
+    options = config("local.yaml")["http_options"]
+    assert f"server {options['host']}:{options['port']};" in edge.CONFIG.read_text()
+
+
+def test_the_edges_file_is_the_packaged_one() -> None:
+    assert (FOLDER / "edge" / "nginx.conf").resolve() == edge.CONFIG.resolve()
+
+
+def test_rendering_changes_the_addresses_and_nothing_else() -> None:
+    before = edge.CONFIG.read_text().splitlines()
+    after = edge.rendered("127.0.0.1:8001", "127.0.0.1:9", "127.0.0.1:7").splitlines()
+    changed = [new.strip() for old, new in zip(before, after, strict=True) if old != new and not old.startswith("#")]
+    assert changed == ["server 127.0.0.1:7;", "server 127.0.0.1:9;", "listen 127.0.0.1:8001;", "listen 127.0.0.1:7;"]
