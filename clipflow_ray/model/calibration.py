@@ -89,12 +89,13 @@ class Calibration:
         if k < 1:
             raise CalibrationError(
                 f"alpha {alpha:g} is below 1 / (n + 1) = {1 / (n + 1):.2g} for {n} calibration images: "
-                f"ask for a larger alpha, or calibrate on at least {int(np.ceil(1 / alpha)) - 1} natural images."
+                f"ask for a larger alpha, or calibrate on at least {np.ceil(1 / alpha) - 1:.0f} natural images."
             )
         return k
 
     def _expected(self, alpha: float) -> int:
-        return int(np.floor(alpha * (len(self.scores) + 1) * (1.0 + _ROUNDING)))
+        expected = np.floor(alpha * (len(self.scores) + 1) * (1.0 + _ROUNDING))
+        return min(len(self.scores), int(expected))  # an alpha next to 1 rounds up to n + 1
 
 
 def verdict(p_value: float, alpha: float) -> tuple[Verdict, list[str]]:

@@ -165,3 +165,11 @@ def test_the_calibration_id_follows_scores_and_strata_and_not_their_order() -> N
     others = [dataclasses.replace(fit, scores=nudged), dataclasses.replace(fit, strata=("a", "b", "a")), fitted([1.0])]
     assert fit.calibration_id == shuffled.calibration_id
     assert len({fit.calibration_id, *(other.calibration_id for other in others)}) == 4
+
+
+def test_an_alpha_next_to_zero_is_refused_in_words_and_one_next_to_one_has_a_threshold() -> None:
+    calibration = Calibration.fit(np.linspace(0.0, 1.0, 200, dtype=np.float32), ["jpeg|0-256"] * 200)
+    with pytest.raises(CalibrationError, match="ask for a larger alpha"):
+        calibration.threshold(5e-324)
+    low, high = calibration.false_positive_interval(1.0 - 2**-53)
+    assert calibration.threshold(1.0 - 2**-53) == 0.0 and 0.9 < low < high <= 1.0
