@@ -30,7 +30,7 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-# The long forms of the chaos and listing tests; about five minutes.
+# The long forms: chaos, listing, jobs on three nodes, two training workers, hostile input through the edge.
 stress: setup
 	$(BIN)/python -m pytest -m stress
 

@@ -69,6 +69,7 @@ class DecodeChild:
                     _send(connection, request, data)
                     answer, payload = _receive(connection, time.monotonic() + limits.max_seconds)
                 except TimeoutError as error:
+                    self._kill()
                     self._stop()
                     message = f"Decoding took more than {limits.max_seconds:g} seconds."
                     raise ImageError("decode_timeout", message) from error
@@ -90,10 +91,15 @@ class DecodeChild:
         self._pid, self._socket = _nursery().child()
         return self._socket
 
-    def _stop(self) -> None:
-        if self._pid is not None and self._socket is not None:
+    def _kill(self) -> None:
+        """Only of a child that still holds its end: the id of one that has ended may be another process's by now."""
+        if self._pid is not None:
             with suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
+
+    def _stop(self) -> None:
+        """A child that waits for work ends with its socket."""
+        if self._socket is not None:
             self._socket.close()
         self._pid, self._socket = None, None
 

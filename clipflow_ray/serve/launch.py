@@ -22,7 +22,7 @@ from clipflow_ray.serve.edge import edge, nginx_path
 
 _LOOPBACK: Final = "127.0.0.1"
 # Ray's own switches for a short way between replicas: 150 kB of pixels by gRPC (with Ray's token) rather than through
-# the object store, and no hop between threads. Measured on two cores: a third of the latency that Serve adds.
+# the object store, and no hop between threads.
 _SHORT_WAY: Final = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
