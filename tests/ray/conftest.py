@@ -11,12 +11,15 @@ from clipflow_ray.config import (
     EncoderConfig,
     FitConfig,
     FlowConfig,
+    ProxyConfig,
     S3Options,
     SplitConfig,
     TrainConfig,
 )
 from clipflow_ray.data import resources
 from clipflow_ray.demo import s3_server
+
+FAMILIES = ("low_pass", "radial_gain_down", "resample", "tone")
 
 
 @pytest.fixture(scope="session")
@@ -37,10 +40,13 @@ def s3() -> Iterator[S3Options]:
 @pytest.fixture(scope="session")
 def tiny(naturals: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """A whole training that takes seconds: the test tower, a small flow, six sources."""
+    families = ProxyConfig().families
     return TrainConfig(
         input=(str(naturals),),
         output=str(tmp_path_factory.mktemp("train")),
         encoder=EncoderConfig(model=TEST_TOWER, pretrained="seed:0"),
+        # Few families: which ones an image draws depends on its path, and "alpine" must draw the held-out one.
+        proxies=ProxyConfig(families={name: families[name] for name in FAMILIES}),
         flow=FlowConfig(blocks=3, hidden=32),
         fit=FitConfig(epochs=3, batch_size=32, learning_rate=2e-3),
         split=SplitConfig(validation=("alpine",), calibration=("harbour", "studio"), held_out_family="low_pass"),
