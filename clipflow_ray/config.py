@@ -108,10 +108,20 @@ def _default_families() -> dict[str, dict[str, tuple[float, ...]]]:
         "replicas": {"factors": (2, 4), "mix": (0.2, 1.0)},
         "log_amplitude_field": {"sigma": (0.25, 0.6), "start": (0.02, 0.2)},
         "phase_jitter": {"start": (0.15, 0.5), "sigma": (0.4, 1.4)},
+        "rotated_amplitude": {"start": (0.05, 0.3), "mix": (0.2, 0.7)},
         "resample": {"factor": (1.3, 3.0)},
         "self_blend": {"shift": (1.0, 4.0), "mix": (0.4, 1.0)},
         "texture_loss": {"radius": (2.0, 5.0), "level": (8.0, 32.0), "mix": (0.7, 1.0)},
         "tone": {"contrast": (-0.5, 0.5), "saturation": (-0.9, 0.9), "min_change": (0.25,)},
+        "warp": {"cells": (6, 14), "shift": (1.0, 3.0)},
+        "defocus": {"sigma": (0.8, 2.5), "area": (0.2, 0.6)},
+        "halo": {"sigma": (1.0, 16.0), "amount": (0.25, 1.0)},
+        "glow": {"sigma": (3.0, 12.0), "mix": (0.3, 0.8)},
+        "chroma_bleed": {"sigma": (1.5, 6.0), "shift": (0.0, 2.0)},
+        "median": {"radius": (1, 2), "mix": (0.5, 1.0)},
+        "palette": {"colours": (24.0, 96.0), "mix": (0.4, 0.9)},
+        "patch_bottleneck": {"sides": (4, 8), "kept": (0.05, 0.3)},
+        "patch_resynthesis": {"sides": (4, 8), "mix": (0.4, 0.9)},
     }
 
 
@@ -119,7 +129,7 @@ class ProxyConfig(Config):
     """Which proxy families there are, how strong they are, and how many views and proxies an image gives."""
 
     natural_views: int = Field(2, ge=1)
-    proxies_per_view: int = Field(2, ge=1)
+    proxies_per_view: int = Field(1, ge=1)
     seed: int = 0
     families: dict[str, dict[str, tuple[float, ...]]] = Field(default_factory=_default_families)
 
