@@ -220,6 +220,10 @@ class EvaluateConfig(Config):
     output: str
     checkpoint: str = DEFAULT_CHECKPOINT
     seeds: tuple[str, ...] = ()
+    robustness: int = Field(
+        0, ge=0, description="images of each class to distort for the robustness curves; each costs 17 encodings"
+    )
+    gallery: int = Field(24, ge=0, le=500, description="images in each gallery of the page; 0 leaves them out")
     s3: S3Options = S3Options()
 
 

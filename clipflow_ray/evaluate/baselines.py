@@ -18,6 +18,7 @@ from clipflow_ray.model.objective import Objective
 F32 = NDArray[np.float32]
 Scorer = Callable[[F32], NDArray[Any]]
 
+BASELINES: Final = ("mahalanobis", "knn", "natural_only_flow", "logistic_probe", "mlp_probe")
 _NEIGHBOURS: Final = 5
 _EPOCHS, _BATCH, _RATE = 10, 256, 2e-4
 
