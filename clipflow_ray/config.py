@@ -192,6 +192,37 @@ class TrainConfig(Config):
     split: SplitConfig = SplitConfig()
 
 
+class Candidate(Config):
+    """One idea of an experiment: what it changes in the training that the experiment names."""
+
+    name: str = Field(min_length=1)
+    feature: tuple[str, ...] = Field((), description="encoder features, among those that the training caches")
+    flow: FlowConfig | None = None
+    objective: ObjectiveConfig | None = None
+    fit: FitConfig | None = None
+    without: tuple[str, ...] = Field((), description="proxy families that it does not train on")
+
+
+class ExperimentConfig(Config):
+    """Candidates, each fitted once a seed for every proxy family that is held out in turn."""
+
+    train: TrainConfig
+    candidates: tuple[Candidate, ...] = Field(min_length=1)
+    held_out: tuple[str, ...] = Field((), description="families to hold out in turn; all of them where none is named")
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    looks: dict[str, float] = Field(
+        {}, description="AUROC on AI-generated images of candidates that were looked at: plotted, chooses nothing"
+    )
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> "ExperimentConfig":
+        names = [candidate.name for candidate in self.candidates]
+        wrong = sorted({name for name in names if names.count(name) > 1} | (set(self.looks) - set(names)))
+        if wrong:
+            raise ValueError(f"candidates must have names of their own, and `looks` must name candidates: {wrong}")
+        return self
+
+
 class AuditConfig(Config):
     """One audit: images in, a ledger out."""
 
