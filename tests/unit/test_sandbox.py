@@ -20,6 +20,7 @@ from clipflow_ray import images
 from clipflow_ray.config import ImageLimits
 from clipflow_ray.errors import ImageError
 from clipflow_ray.sandbox import DecodeChild
+from tests.conftest import scan_bomb
 
 LIMITS = ImageLimits()
 PIXELS = np.random.default_rng(0).integers(0, 256, (300, 420, 3), dtype=np.uint8)
@@ -36,13 +37,6 @@ def encoded(image_format: str, pixels: np.ndarray = PIXELS, **options: object) -
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, image_format, **options)
     return buffer.getvalue()
-
-
-def scan_bomb() -> bytes:
-    """A progressive JPEG of 36 megapixels whose last scan comes 2,000 times: minutes of decoding in a small file."""
-    flat = encoded("JPEG", np.full((6000, 6000, 3), 90, np.uint8), quality=60, progressive=True)
-    last = flat.rindex(b"\xff\xda")
-    return flat[:last] + flat[last:-2] * 2000 + flat[-2:]
 
 
 BOMB = scan_bomb()
