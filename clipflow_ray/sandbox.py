@@ -1,9 +1,9 @@
 """`images.decode` in a child process that may die: a decoder that hangs or crashes costs one image, not the worker.
 
 A thread that decodes cannot be stopped and a crash takes its process along, so untrusted bytes go through a socket to a
-child with limits on time, memory and files, and pixels come back. Children are forked from one process that has
-imported all they need, so that a replacement is there at once. That process knows no secrets: its environment holds
-nothing but what Python needs to start. Nothing is pickled on either side.
+child with limits on time and memory that can open no file and no connection, and pixels come back. Children are forked
+from one process that has imported all they need, so that a replacement is there at once. That process knows no secrets:
+its environment holds nothing but what Python needs to start. Nothing is pickled on either side.
 """
 
 import json
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from PIL import Image
 
 from clipflow_ray import images
 from clipflow_ray.config import ImageLimits
@@ -159,7 +160,9 @@ class _Nursery:
 
 def nursery(descriptor: int) -> None:
     """Fork a child for each socket that arrives through the control socket `descriptor`, until that one ends."""
-    images.view(np.zeros((2 * images.VIEW_SIZE, 2 * images.VIEW_SIZE, 3), np.uint8), "resize")  # imports torch
+    # All that children will need is imported here: they can open no file.
+    images.view(np.zeros((2 * images.VIEW_SIZE, 2 * images.VIEW_SIZE, 3), np.uint8), "resize")
+    Image.init()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for children: the kernel reaps them
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     with socket.socket(fileno=descriptor) as control:
@@ -181,6 +184,7 @@ def _serve(connection: socket.socket) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))  # no file, no socket, no pipe beyond what is open
     with suppress(EOFError, ConnectionError):
         while True:
             request, data = _receive(connection)

@@ -30,6 +30,13 @@ def encoded(rgb: np.ndarray, kind: str = "JPEG", **options: object) -> bytes:
     return out.getvalue()
 
 
+def scan_bomb() -> bytes:
+    """A progressive JPEG of 36 megapixels whose last scan comes 2,000 times: minutes of decoding in a small file."""
+    flat = encoded(np.full((6000, 6000, 3), 90, np.uint8), quality=60, progressive=True)
+    last = flat.rindex(b"\xff\xda")
+    return flat[:last] + flat[last:-2] * 2000 + flat[-2:]
+
+
 @pytest.fixture(scope="session")
 def naturals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 6 sources with 16 photo-like images each, JPEG of several sizes and qualities."""

@@ -5,14 +5,16 @@ Scores are stored once; verdicts, q-values and rates are recomputed from them at
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from scipy import stats
 
+from clipflow_ray.audit.repeats import numbered
 from clipflow_ray.data.resumable import Run
 from clipflow_ray.model.calibration import Calibration, verdict
 from clipflow_ray.storage import filesystem, join
@@ -63,54 +65,29 @@ SCHEMA: Final = pa.schema(
 def finalize(run: Run, alpha: float, constants: dict[str, str], dedupe: bool = False) -> dict[str, Any]:
     """Write `ledger/` from `scored/` at `alpha` and return the summary's counts.
 
-    `constants` fills model_id, calibration_id and tool_version. `dup_of` names the first row with the same bytes;
-    with `dedupe` the later ones are skipped_duplicate, keep their scores and count nowhere else. One file of the
-    ledger belongs to one file of scores, so a repeated call replaces it.
+    `constants` fills model_id, calibration_id and tool_version. `dup_of` names the first row, by id, with the
+    same bytes; with `dedupe` the others are skipped_duplicate, keep their scores and count nowhere else. One file of
+    the ledger belongs to one file of scores, so a repeated call replaces it.
     """
     scored = run.table(SCORED)
-    whole = scored.to_table(columns=["p_value", "sha256"])
-    first = first_with_same_bytes(whole["sha256"])
-    repeated = first != np.arange(len(first))
-    q_values = q_values_of(np.where(repeated & dedupe, np.nan, whole["p_value"].to_numpy()))
-    del whole
-    named = _row_ids(scored, first[repeated])
     fs, path = filesystem(run.path(LEDGER), run.s3)
     fs.create_dir(path, recursive=True)
     counts: dict[str, Counter[str]] = {"status": Counter(), "error_code": Counter(), "verdict": Counter()}
     start = 0
-    for fragment in scored.get_fragments():
-        table = fragment.to_table(schema=scored.schema)
-        rows = slice(start, start + len(table))
-        dup_of = [named[int(at)] if again else None for at, again in zip(first[rows], repeated[rows], strict=True)]
-        table = _judged(table, q_values[rows], dup_of, dedupe, alpha, constants)
-        start += len(table)
-        pq.write_table(table, join(path, fragment.path.rsplit("/", 1)[-1]), filesystem=fs)
-        for name, counter in counts.items():
-            counter.update(value for value in table[name].to_pylist() if value is not None)
+    with numbered(scored) as rows:
+        q_values = rows.q_values(dedupe)
+        for fragment in scored.get_fragments():
+            table = fragment.to_table(schema=scored.schema)
+            table = _judged(table, q_values, rows.repeated(start, len(table)), dedupe, alpha, constants)
+            start += len(table)
+            pq.write_table(table, join(path, fragment.path.rsplit("/", 1)[-1]), filesystem=fs)
+            for name, counter in counts.items():
+                counter.update(value for value in table[name].to_pylist() if value is not None)
     return {
         "rows": start,
         **{f"by_{name}": dict(sorted(counter.items())) for name, counter in counts.items()},
         "flagged": flagged(counts["verdict"]["likely_ai"], counts["status"]["ok"], alpha),
     }
-
-
-def q_values_of(p_values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Benjamini-Hochberg q-values, NaN where p is NaN."""
-    result = np.full(len(p_values), np.nan, np.float32)
-    known = ~np.isnan(p_values)
-    if known.any():
-        result[known] = stats.false_discovery_control(p_values[known])
-    return result
-
-
-def first_with_same_bytes(sha256: pa.ChunkedArray) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """For each of N rows, the number of the first row with its digest; a row without a digest is its own."""
-    known = np.flatnonzero(sha256.is_valid().to_numpy())
-    result = np.arange(len(sha256))
-    digests = np.array([bytes.fromhex(digest) for digest in sha256.take(known).to_pylist()], "S32")
-    _, places, inverse = np.unique(digests, return_index=True, return_inverse=True)
-    result[known] = known[places[inverse]] if len(known) else known
-    return result
 
 
 def flagged(count: int, scored: int, alpha: float) -> dict[str, Any]:
@@ -139,15 +116,9 @@ def calibration_card(calibration: Calibration, alpha: float) -> dict[str, Any]:
     }
 
 
-def _row_ids(scored: pads.Dataset, rows: np.ndarray[Any, np.dtype[np.int64]]) -> dict[int, str]:
-    """Row number -> row id, for the given rows alone."""
-    wanted = np.unique(rows)
-    return dict(zip(wanted.tolist(), scored.take(wanted, columns=["row_id"])["row_id"].to_pylist(), strict=True))
-
-
 def _judged(
     table: pa.Table,
-    q_values: np.ndarray[Any, Any],
+    q_values: Callable[[NDArray[np.float32]], NDArray[np.float32]],
     dup_of: list[str | None],
     dedupe: bool,
     alpha: float,
@@ -161,7 +132,8 @@ def _judged(
     status = zip(table["status"].to_pylist(), skipped, strict=True)
     columns["status"] = pa.array(["skipped_duplicate" if skip else value for value, skip in status], pa.string())
     columns["dup_of"] = pa.array(dup_of, pa.string())
-    columns["q_value"] = pa.array(q_values, pa.float32(), from_pandas=True)
+    p_value = np.where(skipped, np.nan, table["p_value"].to_numpy()).astype(np.float32)
+    columns["q_value"] = pa.array(q_values(p_value), pa.float32(), from_pandas=True)
     columns["verdict"] = pa.array([name for name, _ in judged], pa.string())
     columns["verdict_reasons"] = pa.array([reasons for _, reasons in judged], pa.list_(pa.string()))
     for name, value in constants.items():

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
-from numpy.typing import NDArray
 from scipy import stats
 
 from clipflow_ray import pages
+from clipflow_ray.audit.distribution import Distribution, median
 from clipflow_ray.audit.ledger import LEDGER, flagged
 from clipflow_ray.config import DISCLAIMER, AuditConfig, ImageLimits
 from clipflow_ray.data.resumable import Run
@@ -25,8 +25,8 @@ from clipflow_ray.storage import write_text
 
 _EXAMPLES: Final = 3
 _MAX_GROUPS: Final = 200
-_BINS: Final = 30
 _FDR: Final = 0.05
+_OK: Final = pc.field("status") == "ok"
 _FLAGS: Final = (
     *("input_format", "group_by", "uri_column", "bytes_column", "group_column", "label_column"),
     *("sample", "dedupe", "max_error_rate", "gallery", "endpoint_url", "region", "unsigned"),
@@ -61,8 +61,9 @@ def facts_of(run: Run, record: dict[str, Any], calibration: Calibration) -> dict
             if code and len(examples[code]) < _EXAMPLES:
                 place = rows["uri"][at] + (f" : {rows['member'][at]}" if rows["member"][at] else "")
                 examples[code].append({"place": place, "message": rows["error_message"][at]})
-    scores = ledger.to_table(columns=["score"], filter=pc.field("status") == "ok")["score"].to_numpy()
-    p_values = ledger.to_table(columns=["p_value"], filter=pc.field("status") == "ok")["p_value"].to_numpy()
+    scores = Distribution(calibration.scores)
+    for batch in ledger.to_batches(columns=["score", "p_value"], filter=_OK):
+        scores.add(batch["score"].to_numpy(), batch["p_value"].to_numpy())
     config = record["config"]
     return {
         "disclaimer": DISCLAIMER,
@@ -88,9 +89,9 @@ def facts_of(run: Run, record: dict[str, Any], calibration: Calibration) -> dict
         "errors": {
             code: {"count": record["by_error_code"][code], "examples": examples[code]} for code in sorted(examples)
         },
-        "scores": _score_histogram(scores, calibration.scores),
-        "p_values": np.histogram(p_values, bins=20, range=(0.0, 1.0))[0].tolist(),
-        "drift": _drift(scores, calibration.scores),
+        "scores": scores.histogram(),
+        "p_values": scores.p_values(),
+        "drift": _drift(ledger, scores, calibration),
     }
 
 
@@ -114,36 +115,24 @@ def _rates(counts: Counter[tuple[str, str, str, str]], place: int, alpha: float)
     return sorted(table, key=lambda row: (-row["share"], row["name"]))
 
 
-def _score_histogram(scores: NDArray[np.float32], calibration: NDArray[np.float32]) -> dict[str, Any]:
-    """Densities over shared bins around the bulk of the calibration; what lies beyond is in the end bins."""
-    low, high = np.quantile(calibration, [0.02, 0.9])
-    width = max(float(high - low), 1e-6)
-    edges = np.linspace(float(low) - 0.5 * width, float(high) + 1.5 * width, _BINS + 1)
-
-    def density(values: NDArray[np.float32]) -> list[float]:
-        counted = np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)[0]
-        return [float(v) for v in counted / max(1, len(values))]
-
-    return {"edges": edges.tolist(), "audit": density(scores), "calibration": density(calibration)}
-
-
-def _drift(scores: NDArray[np.float32], calibration: NDArray[np.float32]) -> dict[str, Any] | None:
+def _drift(ledger: pads.Dataset, scores: Distribution, calibration: Calibration) -> dict[str, Any] | None:
     """Kolmogorov-Smirnov distance of the audit's scores from the calibration's, and both medians."""
-    if len(scores) == 0:
+    middle = median(ledger, "score", _OK)
+    if middle is None:
         return None
-    result = stats.ks_2samp(scores, calibration, method="asymp")
+    distance, p_value = scores.distance()
     return {
-        "ks_distance": float(result.statistic),
-        "p_value": float(result.pvalue),
-        "median": float(np.median(scores)),
-        "calibration_median": float(np.median(calibration)),
+        "ks_distance": distance,
+        "p_value": p_value,
+        "median": middle,
+        "calibration_median": float(np.median(calibration.scores)),
     }
 
 
 def _gallery(run: Run, size: int, column: str | None) -> dict[str, list[dict[str, Any]]]:
     """Thumbnails as data URIs: the `size` most suspicious images, and as many unflagged ones by row id."""
     ledger = run.table(LEDGER)
-    scored = ledger.filter(pc.field("status") == "ok")
+    scored = ledger.filter(_OK)
     suspicious = _first(scored, "score", "descending", size)
     # ids are hashes: their order is random and stable
     random = _first(scored.filter(pc.field("verdict") != "likely_ai"), "row_id", "ascending", size)

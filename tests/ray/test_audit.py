@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,17 +10,22 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import httpx
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import yaml
 
 from clipflow_ray.audit.ledger import SCHEMA
 from clipflow_ray.audit.run import audit
 from clipflow_ray.config import AuditConfig, S3Options
 from clipflow_ray.data.resources import plan_scoring
+from clipflow_ray.data.scoring import Score
 from clipflow_ray.errors import CalibrationError, CheckpointError, InputError, ResourceError, RunConflictError
 from clipflow_ray.model.calibration import verdict
+from clipflow_ray.model.checkpoint import load_checkpoint
 from clipflow_ray.model.detector import Detector
 from clipflow_ray.storage import s3_client
 from tests.conftest import encoded, photo
@@ -207,6 +213,33 @@ def test_an_audit_whose_driver_was_killed_goes_on_without_loss_or_duplicate(
         if row["score"] is not None:
             assert abs(row["score"] - reference[row["row_id"]]["score"]) <= 1e-4
     assert result["timing"]["objects"] == 44 - done
+
+
+def test_the_scoring_actors_metrics_are_on_rays_prometheus_endpoint(cluster: None, trained: str) -> None:
+    view = np.zeros((224, 224, 3), np.uint8).tobytes()
+    table = pa.table(
+        {
+            "view": pa.array([view, view, None], pa.large_binary()),
+            "stratum": pa.array(["jpeg|0-256"] * 2 + [None], pa.string()),
+            "status": ["ok", "ok", "error"],
+            "error_code": pa.array([None, None, "truncated"], pa.string()),
+            "error_message": pa.nulls(3, pa.string()),
+        }
+    )
+    actor = ray.remote(num_cpus=0)(Score).remote(load_checkpoint(trained), 1)
+    ray.get(actor.__call__.remote(table))
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    expected = [
+        r'ray_clipflow_images_total{.*error_code="",.*status="ok".*} 2\.0',
+        r'ray_clipflow_images_total{.*error_code="truncated",.*status="error".*} 1\.0',
+        r"ray_clipflow_encode_seconds_count{.*} 1\.0",
+    ]
+    deadline = time.monotonic() + 60  # Ray collects every ten seconds
+    while not all(re.search(line, text := httpx.get(url).text) for line in expected):
+        assert time.monotonic() < deadline, [line for line in text.splitlines() if "clipflow" in line]
+        time.sleep(0.5)
+    ray.kill(actor)
 
 
 @pytest.mark.parametrize(

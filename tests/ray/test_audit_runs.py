@@ -1,6 +1,7 @@
 """What an audit of many objects needs beside scores: samples, repeats, leases, progress, a report, exit codes."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -132,6 +133,51 @@ def test_on_s3_a_living_run_is_refused_and_a_dead_ones_lease_is_taken_over(
         threading.Event().wait(0.5)
         dead.release()  # wakes up late: the lease is no longer its own
         assert client.list_objects_v2(Bucket="leases")["KeyCount"] == 1
+
+
+def test_a_run_whose_lease_was_taken_over_stops_and_leaves_the_output_to_the_other(
+    cluster: None, config: AuditConfig, s3: S3Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.2)
+    client = s3_client(s3)
+    client.create_bucket(Bucket="taken")
+    other = lease._ObjectLease("s3://taken/out", s3)
+
+    def take_over() -> None:
+        """As a run does that found the lease unrenewed; when the first rows are there."""
+        while not client.list_objects_v2(Bucket="taken", Prefix="out/scored/").get("KeyCount"):
+            time.sleep(0.05)
+        other._put()
+
+    taking = threading.Thread(target=take_over)
+    taking.start()
+    settings = config.model_copy(update={"output": "s3://taken/out", "s3": s3, "gallery": 0})
+    with pytest.raises(RunConflictError, match=f"process {os.getpid()}.*took s3://taken/out over.*stopped"):
+        audit(settings.model_copy(update={"rows_per_task": 2, "batch_size": 2}))
+    taking.join()
+    keys = {item["Key"] for item in client.list_objects_v2(Bucket="taken")["Contents"]}
+    assert "out/.lease" in keys and "out/_SUCCESS" not in keys
+    other.release()
+    assert audit(settings)["rows"] == 49
+
+
+def test_a_renewal_whose_answer_was_lost_is_no_takeover(s3: S3Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
+    s3_client(s3).create_bucket(Bucket="answers")
+    held = lease._ObjectLease("s3://answers/out", s3)
+    held.take()
+    before = held._etag
+    held._put(IfMatch=before)
+    held._etag = before  # as if the store had not answered
+    stop = threading.Event()
+    renewing = threading.Thread(target=held.renew_until, args=(stop, stop.set))
+    renewing.start()
+    time.sleep(0.5)
+    assert not stop.is_set() and not held.lost
+    stop.set()
+    renewing.join()
+    held.release()
+    assert "Contents" not in s3_client(s3).list_objects_v2(Bucket="answers")
 
 
 def test_an_object_that_changed_after_it_was_listed_has_its_own_code(

@@ -1,4 +1,8 @@
-"""The files under `cluster/`, against the schemas of what consumes them."""
+"""The files under `cluster/`, against the schemas of what consumes them.
+
+No package that pip installs carries KubeRay's own CRDs. So what lies within them is checked by what reads it: pods by
+Kubernetes' OpenAPI, groups by Ray's autoscaler, the Serve config by Ray Serve, entrypoints by the command line.
+"""
 
 import json
 import re
@@ -8,9 +12,12 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import ray.autoscaler
+import typer
 import yaml
 from jsonschema import Draft7Validator
+from ray.autoscaler._private.kuberay import autoscaling_config
 
+from clipflow_ray.cli import app
 from clipflow_ray.serve import edge, metrics
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
@@ -89,3 +96,28 @@ def test_every_series_of_the_dashboard_is_one_that_the_service_keeps_and_none_is
     }
     assert shown == set(re.findall(r'"(clipflow_serve_\w+[a-z])"', Path(metrics.__file__).read_text()))
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_rays_autoscaler_reads_each_cluster_as_it_would_from_kuberay(name: str) -> None:
+    document = resource(name)
+    metadata = {"name": document["metadata"]["name"], "namespace": "default"}
+    config = autoscaling_config._derive_autoscaling_config_from_ray_cr(
+        {"metadata": metadata, "spec": cluster_spec(document)}
+    )
+    nodes = config["available_node_types"]
+    assert set(nodes) == {"headgroup", "cpu", "gpu"}
+    assert nodes["headgroup"]["resources"]["CPU"] == 0
+    for group in cluster_spec(document)["workerGroupSpecs"]:
+        node = nodes[group["groupName"]]
+        assert (node["min_workers"], node["max_workers"]) == (group["minReplicas"], group["maxReplicas"])
+        assert node["resources"].get("GPU", 0) == (group["groupName"] == "gpu")
+
+
+@pytest.mark.parametrize("name", [name for name in KUBERAY if resource(name)["kind"] == "RayJob"])
+def test_the_entrypoint_of_a_job_is_a_command_line_that_its_script_accepts(name: str) -> None:
+    python, script, *words = resource(name)["spec"]["entrypoint"].split()
+    assert python == "python" and (CLUSTER.parent / script).is_file()
+    command = typer.main.get_command(app).commands[Path(script).stem]
+    given = command.make_context(script, words).params
+    assert given["inputs"][0].startswith("s3://") and given["output"].startswith("s3://")

@@ -1,9 +1,11 @@
 """Decoding in a child that may die: the same pixels, the same refusals, and a verdict where the decoder never ends."""
 
+import errno
 import io
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,10 +18,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipflow_ray import images
+from clipflow_ray import images, sandbox
 from clipflow_ray.config import ImageLimits
 from clipflow_ray.errors import ImageError
 from clipflow_ray.sandbox import DecodeChild
+from tests.conftest import scan_bomb
 
 LIMITS = ImageLimits()
 PIXELS = np.random.default_rng(0).integers(0, 256, (300, 420, 3), dtype=np.uint8)
@@ -36,13 +39,6 @@ def encoded(image_format: str, pixels: np.ndarray = PIXELS, **options: object) -
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, image_format, **options)
     return buffer.getvalue()
-
-
-def scan_bomb() -> bytes:
-    """A progressive JPEG of 36 megapixels whose last scan comes 2,000 times: minutes of decoding in a small file."""
-    flat = encoded("JPEG", np.full((6000, 6000, 3), 90, np.uint8), quality=60, progressive=True)
-    last = flat.rindex(b"\xff\xda")
-    return flat[:last] + flat[last:-2] * 2000 + flat[-2:]
 
 
 BOMB = scan_bomb()
@@ -135,6 +131,78 @@ def test_the_child_gets_no_secrets(child: DecodeChild, monkeypatch: pytest.Monke
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-9f2b")
     child.decode(encoded("PNG"), LIMITS)
     assert b"canary-9f2b" not in Path(f"/proc/{child.pid}/environ").read_bytes()
+
+
+def unusual() -> dict[str, bytes]:
+    """Images whose decoding goes through seldom used parts of Pillow."""
+    image = Image.fromarray(PIXELS)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a description"
+    wide = (np.arange(300 * 420, dtype=np.uint32).reshape(300, 420) % 65536).astype(np.uint16)
+    transparent = image.quantize(16)
+    frames = [image.rotate(90 * turn) for turn in range(4)]
+    saved = {
+        "exif.jpg": (image, {"exif": exif, "format": "JPEG", "xmp": b"<x:xmpmeta xmlns:x='adobe:ns:meta/'/>"}),
+        "exif.png": (image, {"exif": exif, "format": "PNG"}),
+        "exif.webp": (image, {"exif": exif, "format": "WEBP"}),
+        "mpo.jpg": (image, {"format": "MPO", "save_all": True, "append_images": frames[1:]}),
+        "cmyk.jpg": (image.convert("CMYK"), {"format": "JPEG"}),
+        "progressive.jpg": (image.convert("L"), {"format": "JPEG", "progressive": True}),
+        "palette.png": (transparent, {"format": "PNG", "transparency": 3}),
+        "wide.png": (Image.fromarray(wide), {"format": "PNG"}),
+        "bits.png": (image.convert("1"), {"format": "PNG"}),
+        "alpha.png": (image.convert("LA"), {"format": "PNG"}),
+        "animated.webp": (frames[0], {"format": "WEBP", "save_all": True, "append_images": frames[1:]}),
+        "animated.png": (frames[0], {"format": "PNG", "save_all": True, "append_images": frames[1:]}),
+        "animated.gif": (frames[0], {"format": "GIF", "save_all": True, "append_images": frames[1:]}),
+        "transparent.gif": (transparent, {"format": "GIF", "transparency": 3}),
+    }
+    result = {}
+    for name, (picture, options) in saved.items():
+        buffer = io.BytesIO()
+        picture.save(buffer, **options)
+        result[name] = buffer.getvalue()
+    return result
+
+
+@pytest.mark.parametrize(("name", "data"), unusual().items())
+def test_a_child_that_can_open_no_file_decodes_all_that_is_decoded_here(
+    child: DecodeChild, name: str, data: bytes
+) -> None:
+    here, there = images.decode(data, LIMITS), child.decode(data, LIMITS)
+    np.testing.assert_array_equal(there.rgb, here.rgb)
+    assert {**asdict(there), "rgb": None} == {**asdict(here), "rgb": None}
+
+
+def test_the_child_can_open_no_file_and_no_socket() -> None:
+    code = (
+        "import os, socket, sys\nfrom clipflow_ray import images, sandbox\n"
+        "def tried(data, limits):\n"
+        "    for attempt in (lambda: open(os.devnull), socket.socket, lambda: socket.create_server(('127.0.0.1', 0)),\n"
+        "                    os.pipe):\n"
+        "        try: attempt()\n"
+        "        except OSError as error: print(error.errno)\n"
+        "        else: print('opened')\n"
+        "    sys.stdout.flush()\n"
+        "    raise sandbox.ImageError('empty', 'tried')\n"
+        "images.decode = tried\nsandbox.nursery(int(sys.argv[1]))"
+    )
+    control, theirs = socket.socketpair()
+    ours, childs = socket.socketpair()
+    with control, ours:
+        command = [sys.executable, "-c", code, str(theirs.fileno())]
+        with subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, text=True) as nursery:
+            theirs.close()
+            socket.send_fds(control, [b"c"], [childs.fileno()])
+            childs.close()
+            sandbox._send(ours, {"limits": LIMITS.model_dump(), "kind": None}, b"")
+            answer, _ = sandbox._receive(ours)
+            control.recv(4)
+            control.close()
+            ours.close()
+            assert nursery.stdout is not None
+            assert nursery.stdout.read().split() == [str(errno.EMFILE)] * 4
+    assert answer["error_code"] == "empty"
 
 
 def test_the_child_can_write_no_file_and_take_no_more_than_2_gib_more(child: DecodeChild) -> None:

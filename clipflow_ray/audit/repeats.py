@@ -1,0 +1,86 @@
+"""What needs all rows of an audit at once, equal files and q-values, in bounded memory: the rows wait on disk."""
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import numpy as np
+import pyarrow.dataset as pads
+from numpy.typing import NDArray
+
+from clipflow_ray.errors import ClipflowError
+
+_CACHE_KIB: Final = 32 * 1024
+_REPEATS: Final = """
+INSERT INTO repeats SELECT number, first FROM (
+  SELECT number, FIRST_VALUE(id) OVER same AS first, ROW_NUMBER() OVER same AS place FROM rows
+  WHERE digest IS NOT NULL WINDOW same AS (PARTITION BY digest ORDER BY id)
+) WHERE place > 1 ORDER BY number
+"""
+
+
+class Rows:
+    """Row numbers of scored rows with their ids, digests and p-values; see `numbered`."""
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+
+    def repeated(self, start: int, count: int) -> list[str | None]:
+        """For `count` rows from number `start`: the id of the first row with the same bytes, None for that one.
+
+        First by id: the order of rows differs between a run that was cut off and one that was not.
+        """
+        where = "SELECT number, first FROM repeats WHERE number BETWEEN ? AND ?"
+        found = dict(self._database.execute(where, (start, start + count - 1)).fetchall())
+        return [found.get(number) for number in range(start, start + count)]
+
+    def q_values(self, dedupe: bool) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+        """p-values [N] -> Benjamini-Hochberg q-values [N] among all rows, NaN where p is; `dedupe` leaves out repeats.
+
+        Exact: conformal p-values take as many values as there are calibration scores and one, so counting them does.
+        """
+        others = "AND number NOT IN (SELECT number FROM repeats)" if dedupe else ""
+        counted = f"SELECT p, COUNT(*) FROM rows WHERE p IS NOT NULL {others} GROUP BY p ORDER BY p"
+        table = np.array(self._database.execute(counted).fetchall(), float).reshape(-1, 2)
+        p, ranks = table[:, 0], np.cumsum(table[:, 1])
+        q = np.minimum(1.0, np.minimum.accumulate((p * ranks[-1:] / ranks)[::-1])[::-1]) if len(p) else p
+
+        def looked_up(values: NDArray[np.float32]) -> NDArray[np.float32]:
+            result = np.full(len(values), np.nan, np.float32)
+            known = np.isin(values, p)
+            result[known] = q[np.searchsorted(p, values[known])]
+            return result
+
+        return looked_up
+
+
+@contextmanager
+def numbered(scored: pads.Dataset) -> Iterator[Rows]:
+    """The rows of `scored`, numbered from 0 in the order of its fragments.
+
+    They take about 250 bytes each in the temporary directory while the block runs. Raises ClipflowError where that is
+    full.
+    """
+    database = sqlite3.connect("")  # a temporary file, gone with the connection
+    try:
+        database.execute("PRAGMA journal_mode = OFF")
+        database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+        database.execute("CREATE TABLE rows (number INTEGER PRIMARY KEY, id TEXT, digest BLOB, p REAL)")
+        database.execute("CREATE TABLE repeats (number INTEGER PRIMARY KEY, first TEXT)")
+        database.executemany("INSERT INTO rows VALUES (?, ?, ?, ?)", _values(scored))
+        database.execute(_REPEATS)
+        yield Rows(database)
+    except sqlite3.OperationalError as error:
+        raise ClipflowError(f"Looking for equal files failed: {error}. Set TMPDIR to a larger disk.") from error
+    finally:
+        database.close()
+
+
+def _values(scored: pads.Dataset) -> Iterator[tuple[Any, ...]]:
+    number = 0
+    for fragment in scored.get_fragments():
+        table = fragment.to_table(columns=["row_id", "sha256", "p_value"], schema=scored.schema)
+        for identity, digest, p in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
+            yield number, identity, digest and bytes.fromhex(digest), p
+            number += 1
