@@ -7,8 +7,6 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 
 from clipflow_ray import __version__
@@ -20,14 +18,12 @@ from clipflow_ray.model.checkpoint import Checkpoint, save_checkpoint
 from clipflow_ray.model.flow import Flow
 from clipflow_ray.storage import join, normalized, resolved
 from clipflow_ray.train import features, fit
-from clipflow_ray.train.features import Features
+from clipflow_ray.train.probes import fit_probes
 from clipflow_ray.train.split import Split, split
 
 log = logging.getLogger(__name__)
 
 _MAX_REFERENCE: Final = 4096
-_PROBE_STRENGTH: Final = 0.01
-_MLP_WIDTHS: Final = (128,)
 
 
 @dataclass(frozen=True)
@@ -108,18 +104,4 @@ def _reference(flow: Flow, data: Split) -> dict[str, Tensor]:
     bank = data.natural.embedding
     if len(bank) > _MAX_REFERENCE:
         bank = bank[np.sort(rng.choice(len(bank), _MAX_REFERENCE, replace=False))]
-    return {"natural": torch.from_numpy(bank).half(), **_probes(flow, data.natural, data.proxy)}
-
-
-def _probes(flow: Flow, natural: Features, proxy: Features) -> dict[str, Tensor]:
-    """Logistic regression and an MLP natural-vs-proxy on standardised features; higher is more suspicious."""
-    stacked = torch.from_numpy(np.concatenate([natural.embedding, proxy.embedding]))
-    labels = np.r_[np.zeros(len(natural)), np.ones(len(proxy))]
-    with torch.inference_mode():
-        features = flow.standardize(stacked).numpy()
-    logistic = LogisticRegression(C=_PROBE_STRENGTH, class_weight="balanced", max_iter=2000).fit(features, labels)
-    probes = {"probe": np.r_[logistic.coef_[0], logistic.intercept_]}
-    mlp = MLPClassifier(_MLP_WIDTHS, early_stopping=True, n_iter_no_change=5, random_state=0).fit(features, labels)
-    for at, (weight, bias) in enumerate(zip(mlp.coefs_, mlp.intercepts_, strict=True)):
-        probes |= {f"mlp.{at}.weight": weight, f"mlp.{at}.bias": bias}
-    return {name: torch.from_numpy(np.asarray(values, np.float32)) for name, values in probes.items()}
+    return {"natural": torch.from_numpy(bank).half(), **fit_probes(flow, data.natural.embedding, data.proxy.embedding)}
