@@ -18,10 +18,15 @@ from clipflow_ray.evaluate.views import DISTORTIONS, VARIANTS
 from clipflow_ray.storage import join, write_text
 
 _BINS: Final = 30
-_LINES: Final = (
-    *(("#4c8fd6", "--"), ("#2fa36b", "-."), ("#c08a1e", ":"), ("#8f6fd1", (0, (5, 1))), ("#3aa6a6", (0, (1, 1)))),
-    (pages.GREY, (0, (3, 3))),
-)
+_LINES: Final[dict[str, tuple[str, Any]]] = {
+    "flow": (pages.SUSPICIOUS_COLOUR, "-"),
+    "mahalanobis": ("#4c8fd6", "--"),
+    "knn": ("#2fa36b", "-."),
+    "natural_only_flow": ("#c08a1e", ":"),
+    "logistic_probe": ("#8f6fd1", (0, (5, 1))),
+    "mlp_probe": ("#3aa6a6", (0, (1, 1))),
+    METADATA_ONLY: (pages.GREY, (0, (3, 3))),
+}
 _AXES: Final = {
     "jpeg": "JPEG quality",
     "webp": "WebP quality",
@@ -42,7 +47,7 @@ def write_page(config: EvaluateConfig, run: Run, scores: pa.Table, result: dict[
         found=result["variants"][VARIANTS[0]],
         aligned=result["variants"][VARIANTS[1]],
         alpha=alpha,
-        charts=[chart for name, rows in variants.items() for chart in _charts(name, rows, result["variants"][name])],
+        charts=[_charts(name, rows, result["variants"][name]) for name, rows in variants.items()],
         p_value_chart=pages.p_value_chart(result["variants"][VARIANTS[0]]["p_values_of_naturals"]),
         curves=_curves(result["robustness"], alpha) if result["robustness"] else [],
         axes=_AXES,
@@ -72,7 +77,8 @@ def _charts(variant: str, rows: Columns, figures: dict[str, Any]) -> list[dict[s
 def _roc(title: str, rows: Columns, names: list[str]) -> str:
     def draw(axes: Any) -> None:
         axes.plot([0, 1], [0, 1], color=pages.GREY, linewidth=0.6)
-        for name, (colour, line) in zip(names, ((pages.SUSPICIOUS_COLOUR, "-"), *_LINES), strict=False):
+        for name in names:
+            colour, line = _LINES[name]
             false, true, _ = roc_curve(rows["generated"], rows["score" if name == "flow" else name])
             width = 2.2 if name == "flow" else 1.2
             axes.plot(false, true, color=colour, linestyle=line, linewidth=width, label=name.replace("_", " "))
