@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from clipflow_ray.config import FitConfig, TrainConfig
 from clipflow_ray.errors import TrainingError
 from clipflow_ray.model.flow import Flow
-from clipflow_ray.model.objective import BOUNDARY_QUANTILE, Objective
+from clipflow_ray.model.objective import Objective, boundary_of
 from clipflow_ray.train.features import Features
 from clipflow_ray.train.split import Split
 
@@ -38,7 +38,7 @@ class Loop:
         self.flow = Flow(segments, config.flow)
         self.flow.fit_standardizer(torch.from_numpy(data.natural.embedding))
         self.model: nn.Module = wrap(self.flow)
-        self.objective = Objective(config.objective).to(self.device)
+        self.objective = Objective(config.objective, len(segments)).to(self.device)
         self.optimizer = torch.optim.Adam(
             self.flow.parameters(), lr=config.fit.learning_rate, weight_decay=config.fit.weight_decay
         )
@@ -47,7 +47,7 @@ class Loop:
         self.steps = max(1, len(data.natural) // config.fit.batch_size)
         self.history: list[dict[str, float]] = []
         with torch.no_grad():
-            self.objective.anchor(self._per_dim(data.natural))
+            self.objective.anchor(self._per_segment(data.natural))
 
     def epoch(self, number: int) -> dict[str, float]:
         """Train for one epoch and return its figures: the loss, and what `validate` finds.
@@ -70,7 +70,7 @@ class Loop:
         for step in range(self.steps):
             rows = slice(step * share, (step + 1) * share)
             batch = torch.cat([self.natural[natural[rows]], self.proxy[proxy[rows]]]).to(self.device)
-            likely, unlikely = self.model(batch).per_dim.split([share, share])
+            likely, unlikely = self.model(batch).per_segment.split([share, share])
             loss = self.objective(likely, unlikely)
             if not torch.isfinite(loss):
                 raise TrainingError(f"The loss is {loss.item()} in epoch {epoch}: lower the learning rate.")
@@ -81,7 +81,7 @@ class Loop:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
-            self.objective.follow(self._mean_over_workers(torch.quantile(likely.detach(), BOUNDARY_QUANTILE)))
+            self.objective.follow(self._mean_over_workers(boundary_of(likely)))
             total += loss.item()
         return total / self.steps
 
@@ -90,8 +90,8 @@ class Loop:
         rows = part.embedding[self.rank :: self.world]
         return torch.from_numpy(np.ascontiguousarray(rows if len(rows) else part.embedding))
 
-    def _per_dim(self, part: Features) -> Tensor:
-        result: Tensor = self.flow(torch.from_numpy(part.embedding).to(self.device)).per_dim
+    def _per_segment(self, part: Features) -> Tensor:
+        result: Tensor = self.flow(torch.from_numpy(part.embedding).to(self.device)).per_segment
         return result
 
     def _mean_over_workers(self, value: Tensor) -> Tensor:
