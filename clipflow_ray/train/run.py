@@ -23,7 +23,7 @@ from clipflow_ray.train.split import Split, split
 
 log = logging.getLogger(__name__)
 
-_MAX_REFERENCE: Final = 4096
+_MAX_BANK_BYTES: Final = 4_000_000  # a checkpoint should stay below 10 MB
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ def _reference(flow: Flow, data: Split) -> dict[str, Tensor]:
     """What `evaluate` needs to fit the baselines on the same embeddings."""
     rng = np.random.default_rng(0)
     bank = data.natural.embedding
-    if len(bank) > _MAX_REFERENCE:
-        bank = bank[np.sort(rng.choice(len(bank), _MAX_REFERENCE, replace=False))]
+    most = _MAX_BANK_BYTES // (2 * bank.shape[1])
+    if len(bank) > most:
+        bank = bank[np.sort(rng.choice(len(bank), most, replace=False))]
     return {"natural": torch.from_numpy(bank).half(), **fit_probes(flow, data.natural.embedding, data.proxy.embedding)}
