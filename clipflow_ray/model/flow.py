@@ -2,8 +2,8 @@
 
 One-sided affine coupling (RealNVP, Dinh et al. 2017, arXiv 1605.08803) over standardised CLIP features,
 with hard seeded permutations, soft-clamped log-scales (as FrEIA's coupling blocks) and a learnable scale and
-offset per dimension after each block. Features of several kinds have a flow each, and their likelihoods multiply:
-one flow over all of them listens to the kind that tells proxies apart most easily, and to no other.
+offset per dimension after each block. Features of several kinds have a flow each, and their likelihoods multiply, so
+that each kind has to tell proxies apart and none is left to the easiest.
 """
 
 import math

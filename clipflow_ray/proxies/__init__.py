@@ -9,7 +9,6 @@ strengths are our own. Frequencies are radii over Nyquist: 1.0 is half a cycle p
 """
 
 import hashlib
-import io
 from collections.abc import Callable
 from inspect import signature
 from typing import Final
@@ -87,28 +86,17 @@ def natural(view: Pixels) -> Pixels:
 
 
 def augmented(rgb: Pixels, rng: Rng) -> Pixels:
-    """A second natural view of an image, uint8 [224, 224, 3]: a random square, half the time mirrored or re-saved.
+    """A second natural view of an image, uint8 [224, 224, 3]: a random square, mirrored half the time.
 
-    The square has 80 to 100 % of the short side and is never enlarged where the image has 224 pixels: an enlarged
-    natural would teach that softness is natural, which is what proxies and generators share. Re-saved means as the web
-    does it: shrunk to at most 448 pixels and stored as JPEG. The proxies of this view carry the same traces, so that
-    these tell nothing.
+    The square has 80 to 100 % of the short side and is never enlarged where the image has 224 pixels: an enlarged or
+    recompressed natural would teach that softness is natural, which is what proxies and generators share.
     """
     height, width = rgb.shape[:2]
     short = min(height, width)
     side = max(round(short * rng.uniform(0.8, 1.0)), min(short, VIEW_SIZE))
     top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
     image = Image.fromarray(rgb[top : top + side, left : left + side])
-    if rng.random() < 0.5:
-        image = _resaved(image, rng)
     image = image.resize((VIEW_SIZE, VIEW_SIZE), Image.Resampling.BICUBIC)
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(image)
-
-
-def _resaved(image: Image.Image, rng: Rng) -> Image.Image:
-    side = min(image.width, int(rng.integers(VIEW_SIZE, 2 * VIEW_SIZE + 1)))
-    stored = io.BytesIO()
-    image.resize((side, side), Image.Resampling.BICUBIC).save(stored, "JPEG", quality=int(rng.integers(60, 96)))
-    return Image.open(stored).convert("RGB")

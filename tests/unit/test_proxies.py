@@ -384,7 +384,7 @@ def test_tiny_and_very_elongated_images_keep_their_colour_when_augmented(shape: 
     for seed in range(8):
         view = proxies.augmented(rgb, np.random.default_rng(seed)).astype(int)
         assert view.shape == (SIZE, SIZE, 3)
-        assert np.abs(view - (200, 120, 40)).max() <= 3  # what JPEG may change
+        assert np.abs(view - (200, 120, 40)).max() == 0
 
 
 def test_augmented_views_differ_by_seed_and_are_mirrored_half_the_time() -> None:
@@ -398,15 +398,11 @@ def test_augmented_views_differ_by_seed_and_are_mirrored_half_the_time() -> None
     assert len({round(float(span), 3) for span in spans}) > 50
 
 
-def test_an_augmented_view_of_an_image_of_224_pixels_is_not_enlarged_and_re_saved_half_the_time() -> None:
+def test_an_augmented_view_of_an_image_of_224_pixels_is_not_enlarged() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (SIZE, 300, 3), dtype=np.uint8)
-    crops = [crop for k in range(77) for crop in _both_ways(noise[:, k : k + SIZE])]
-    kept = 0
-    for seed in range(40):
+    for seed in range(8):
         view = proxies.augmented(noise, np.random.default_rng(seed))
-        kept += any((crop == view).all() for crop in crops)
-        assert view.std() > 0.5 * noise.std()
-    assert 10 < kept < 30
+        assert any((crop == view).all() for k in range(77) for crop in _both_ways(noise[:, k : k + SIZE]))
 
 
 def _both_ways(view: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
