@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import ray
 import torch
@@ -163,7 +164,7 @@ def _fit(candidate: Candidate, base: TrainConfig, run: Run, family: str, seed: i
 def _done(root: str, fits: list[Fit], base: TrainConfig) -> list[Row]:
     fs, path = filesystem(join(root, "fits"), base.s3)
     fs.create_dir(path, recursive=True)
-    there = {info.base_name for info in fs.get_file_info(pa.fs.FileSelector(path))}
+    there = {info.base_name for info in fs.get_file_info(pafs.FileSelector(path))}
     return [
         json.loads(read_text(join(root, "fits", f"{each.key}.json"), base.s3)) | {"candidate": each.candidate}
         for each in fits

@@ -53,7 +53,10 @@ class _Progress:
         self._before, self._start = self._done, time.monotonic()
 
     def report(self) -> None:
-        """Write `progress.json` and log one line. A store that fails for a moment costs one report, not the run."""
+        """Write `progress.json` and log one line.
+
+        A store that fails for a moment, or a file that is still being written, costs one report, not the run.
+        """
         try:
             self._count()
             seconds = time.monotonic() - self._start
@@ -68,7 +71,7 @@ class _Progress:
                 "at": datetime.now(UTC).isoformat(timespec="seconds"),
             }
             write_text(self._run.path(PROGRESS), json.dumps(state) + "\n", self._run.s3)
-        except OSError as error:
+        except (OSError, pa.ArrowInvalid) as error:
             log.warning("progress was not written: %s", error)
             return
         eta = "" if left is None else f", {left / 60.0:.0f} min left"
@@ -79,10 +82,7 @@ class _Progress:
         fs, _ = filesystem(self._run.folder, self._run.s3)
         for path in self._run.table(SCORED).files:
             if path not in self._seen:
-                try:
-                    codes = pq.read_table(path, columns=["error_code"], filesystem=fs)["error_code"].to_pylist()
-                except pa.ArrowInvalid:
-                    continue  # still being written; a later report counts it
+                codes = pq.read_table(path, columns=["error_code"], filesystem=fs)["error_code"].to_pylist()
                 self._seen.add(path)
                 self._done += len(codes)
                 self._codes.update(code for code in codes if code)

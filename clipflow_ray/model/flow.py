@@ -100,11 +100,13 @@ class Flow(nn.Module):
 
     mean: Tensor
     std: Tensor
+    widths: Tensor
 
     def __init__(self, segments: tuple[int, ...], config: FlowConfig) -> None:
         super().__init__()
         self.segments = segments
         self.dim = sum(segments)
+        self.register_buffer("widths", torch.tensor(segments), persistent=False)
         self.register_buffer("mean", torch.zeros(self.dim))
         self.register_buffer("std", torch.ones(self.dim))
         self.blocks = nn.ModuleList(
@@ -126,7 +128,7 @@ class Flow(nn.Module):
         z, log_det = self.transform(self.standardize(embedding))
         parts = z.split(list(self.segments), dim=1)
         log_base = torch.stack([-0.5 * part.square().sum(dim=1) - part.shape[1] * _HALF_LOG_2PI for part in parts], 1)
-        per_segment = (log_base + log_det) / log_base.new_tensor(self.segments)
+        per_segment = (log_base + log_det) / self.widths
         return LogLikelihood(log_base.sum(dim=1), log_det.sum(dim=1), per_segment, self.dim)
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ come from `ProxyConfig.families`. All of them act on the view that the encoder s
 and end in the same clip and 8-bit rounding that natural views pass through, so the pipeline is not the cue.
 The operators follow the observations collected in Durall et al. 2020 (arXiv 2003.01826), Zhang et al. 2019
 (1907.06515), Corvi et al. 2023 (2304.06408) and Shiohara & Yamasaki 2022 (self-blended images); their
-strengths are our own. Frequencies are radii over Nyquist: 1.0 is half a cycle per pixel.
+strengths are our own, and so are the families from `warp` on.
 """
 
 import hashlib

@@ -14,14 +14,17 @@ Rng = np.random.Generator
 
 
 def channels_first(view: Pixels) -> F32:
+    """uint8 [H, W, 3] -> float32 [3, H, W]."""
     return np.ascontiguousarray(view.transpose(2, 0, 1), dtype=np.float32)
 
 
 def quantized(view: F32) -> Pixels:
+    """float32 [3, H, W] -> uint8 of the same shape, clipped to 0..255 and rounded."""
     return np.rint(np.clip(view, 0.0, 255.0)).astype(np.uint8)
 
 
 def f32(values: NDArray[np.floating]) -> F32:
+    """The same values as float32."""
     return np.asarray(values, dtype=np.float32)
 
 
@@ -31,11 +34,13 @@ def box(planes: F32, size: int) -> F32:
 
 
 def rfft(view: F32) -> C64:
+    """Planes [3, H, W] -> their half-plane spectra, complex64 [3, H, W // 2 + 1], unshifted."""
     spectrum: C64 = fft.rfft2(view, axes=(1, 2))
     return spectrum
 
 
 def irfft(spectrum: C64, size: int) -> F32:
+    """The inverse of `rfft` for square planes of `size` pixels a side."""
     return f32(fft.irfft2(spectrum, s=(size, size), axes=(1, 2)))
 
 

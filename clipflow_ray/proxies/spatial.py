@@ -9,7 +9,7 @@ from scipy import ndimage
 from clipflow_ray.config import Range
 from clipflow_ray.proxies.planes import F32, Rng, box, channels_first, f32, quantized
 
-KERNELS: Final = (
+_KERNELS: Final = (
     Image.Resampling.NEAREST,
     Image.Resampling.BOX,
     Image.Resampling.BILINEAR,
@@ -22,7 +22,7 @@ def resample(view: F32, rng: Rng, factor: Range) -> F32:
     """Shrink by `factor` and enlarge again, with kernels drawn independently."""
     size = view.shape[1]
     small = max(2, round(size / rng.uniform(*factor)))
-    down, up = (KERNELS[i] for i in rng.integers(len(KERNELS), size=2))
+    down, up = (_KERNELS[i] for i in rng.integers(len(_KERNELS), size=2))
     image = Image.fromarray(quantized(view).transpose(1, 2, 0))
     return channels_first(np.asarray(image.resize((small, small), down).resize((size, size), up)))
 
@@ -138,7 +138,7 @@ def patch_resynthesis(view: F32, rng: Rng, sides: tuple[float, ...], mix: Range)
     dy, dx = rng.integers(1, side, size=2)
     patches, others = _patches(view, side), _patches(np.roll(view, (-dy, -dx), axis=(1, 2)), side)
     mean = others.mean(axis=1, keepdims=True)
-    shape, level = others - mean, patches.mean(axis=1, keepdims=True)  # the own brightness stays
+    shape, level = others - mean, patches.mean(axis=1, keepdims=True)  # the patch keeps its own brightness
     own = patches - level
     distance = np.square(shape).sum(axis=1)[None, :] - 2.0 * own @ shape.T
     rebuilt = shape[distance.argmin(axis=1)] + level

@@ -58,6 +58,14 @@ def test_every_candidate_is_fitted_once_for_each_family_and_seed(first: Experime
             assert row["error"] is None and 0.0 <= row["tpr_5"] <= 1.0 and 0.3 < row["auroc"] <= 1.0
 
 
+def test_what_a_candidate_changes_and_the_seed_change_the_figures(first: Experimented) -> None:
+    rows = {(r["candidate"], r["held_out"], r["seed"]): r for r in pq.read_table(first.results).to_pylist()}
+    for family in ("low_pass", "tone"):
+        one, other_seed = rows["as it is", family, 0], rows["as it is", family, 1]
+        without = rows["without resample", family, 0]
+        assert len({row["nll_median"] for row in (one, other_seed, without)}) == 3
+
+
 def test_the_summary_is_the_mean_of_its_rows_and_puts_failures_last(first: Experimented) -> None:
     rows = pq.read_table(first.results).to_pylist()
     assert [line["candidate"] for line in first.summary][-1] == "too fast"

@@ -82,6 +82,25 @@ def test_the_same_seed_and_worker_count_gives_the_same_weights(trained: str, tin
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_the_figures_of_an_epoch_can_be_computed_from_the_flow_again(trained: str, tiny: TrainConfig) -> None:
+    data = split(features.load(features.extract(tiny), ("projected",), tiny.proxies), tiny.split)
+    loop = Loop(tiny, data, (32,))
+    figures = loop.epoch(0)
+    with torch.inference_mode():
+        natural, held_out = (
+            -loop.flow.eval()(torch.from_numpy(part.embedding)).per_dim.numpy()
+            for part in (data.validation_natural, data.held_out)
+        )
+    assert figures["nll_natural_median"] == pytest.approx(np.median(natural), abs=1e-6)
+    assert len(natural) == 32  # 5 % of them are 1.6: the threshold lies between the second and the third highest
+    third, second = np.sort(natural)[[-3, -2]]
+    assert np.mean(held_out > second) <= figures["tpr_5"] <= np.mean(held_out > third)
+    pairs = held_out[:, None] - natural[None, :]
+    assert (
+        figures["auroc_low_pass"] == figures["selection"] == pytest.approx(np.mean(pairs > 0) + np.mean(pairs == 0) / 2)
+    )
+
+
 def test_another_seed_gives_other_weights(trained: str, tiny: TrainConfig) -> None:
     data = split(features.load(features.extract(tiny), ("projected",), tiny.proxies), tiny.split)
     loops = [Loop(_changed(tiny, seed=seed), data, (32,)) for seed in (0, 0, 1)]
