@@ -41,6 +41,7 @@ def write_page(config: EvaluateConfig, run: Run, scores: pa.Table, result: dict[
     """Write `report.html` below the output; returns its URI. `run` lists the images, `result` are the figures."""
     variants = {name: columns_of(scores, variant=name) for name in VARIANTS}
     alpha = max(result["variants"][VARIANTS[0]]["thresholds"], key=float)
+    threshold = result["variants"][VARIANTS[0]]["thresholds"][alpha]["threshold"]
     template = pages.environment("clipflow_ray.evaluate").get_template("report.html.j2")
     text = template.render(
         result=result,
@@ -51,7 +52,7 @@ def write_page(config: EvaluateConfig, run: Run, scores: pa.Table, result: dict[
         p_value_chart=pages.p_value_chart(result["variants"][VARIANTS[0]]["p_values_of_naturals"]),
         curves=_curves(result["robustness"], alpha) if result["robustness"] else [],
         axes=_AXES,
-        gallery=_gallery(config.gallery, run, variants[VARIANTS[0]], float(alpha), limits) if config.gallery else {},
+        gallery=_gallery(config.gallery, run, variants[VARIANTS[0]], threshold, limits) if config.gallery else {},
         tables=["scores", "calibration", *(["robustness"] if result["robustness"] else [])],
     )
     write_text(join(config.output, "report.html"), text, config.s3)
@@ -145,9 +146,11 @@ def level_of(point: dict[str, Any]) -> str:
     return ORIGINAL if point["distortion"] == ORIGINAL else f"{point['level']:g}"
 
 
-def _gallery(size: int, run: Run, rows: Columns, alpha: float, limits: ImageLimits) -> dict[str, list[dict[str, Any]]]:
-    """Up to `size` errors of each kind at `alpha`, worst first."""
-    flagged = rows["p_value"] <= np.float32(alpha) * (1 + 1e-6)
+def _gallery(
+    size: int, run: Run, rows: Columns, threshold: float, limits: ImageLimits
+) -> dict[str, list[dict[str, Any]]]:
+    """Up to `size` errors of each kind at `threshold`, worst first."""
+    flagged = rows["score"] > threshold
     order = np.argsort(rows["score"], kind="stable")
     kinds = {
         "Natural images that were flagged, highest score first": order[::-1][
