@@ -108,10 +108,20 @@ def _default_families() -> dict[str, dict[str, tuple[float, ...]]]:
         "replicas": {"factors": (2, 4), "mix": (0.2, 1.0)},
         "log_amplitude_field": {"sigma": (0.25, 0.6), "start": (0.02, 0.2)},
         "phase_jitter": {"start": (0.15, 0.5), "sigma": (0.4, 1.4)},
+        "rotated_amplitude": {"start": (0.05, 0.3), "mix": (0.2, 0.7)},
         "resample": {"factor": (1.3, 3.0)},
         "self_blend": {"shift": (1.0, 4.0), "mix": (0.4, 1.0)},
         "texture_loss": {"radius": (2.0, 5.0), "level": (8.0, 32.0), "mix": (0.7, 1.0)},
         "tone": {"contrast": (-0.5, 0.5), "saturation": (-0.9, 0.9), "min_change": (0.25,)},
+        "warp": {"cells": (6, 14), "shift": (1.0, 3.0)},
+        "defocus": {"sigma": (0.8, 2.5), "area": (0.2, 0.6)},
+        "halo": {"sigma": (1.0, 16.0), "amount": (0.25, 1.0)},
+        "glow": {"sigma": (3.0, 12.0), "mix": (0.3, 0.8)},
+        "chroma_bleed": {"sigma": (1.5, 6.0), "shift": (0.0, 2.0)},
+        "median": {"radius": (1, 2), "mix": (0.5, 1.0)},
+        "palette": {"colours": (24.0, 96.0), "mix": (0.4, 0.9)},
+        "patch_bottleneck": {"sides": (4, 8), "kept": (0.05, 0.3)},
+        "patch_resynthesis": {"sides": (4, 8), "mix": (0.4, 0.9)},
     }
 
 
@@ -119,7 +129,7 @@ class ProxyConfig(Config):
     """Which proxy families there are, how strong they are, and how many views and proxies an image gives."""
 
     natural_views: int = Field(2, ge=1)
-    proxies_per_view: int = Field(2, ge=1)
+    proxies_per_view: int = Field(1, ge=1)
     seed: int = 0
     families: dict[str, dict[str, tuple[float, ...]]] = Field(default_factory=_default_families)
 
@@ -182,6 +192,37 @@ class TrainConfig(Config):
     split: SplitConfig = SplitConfig()
 
 
+class Candidate(Config):
+    """One idea of an experiment: what it changes in the training that the experiment names."""
+
+    name: str = Field(min_length=1)
+    feature: tuple[str, ...] = Field((), description="encoder features, among those that the training caches")
+    flow: FlowConfig | None = None
+    objective: ObjectiveConfig | None = None
+    fit: FitConfig | None = None
+    without: tuple[str, ...] = Field((), description="proxy families that it does not train on")
+
+
+class ExperimentConfig(Config):
+    """Candidates, each fitted once a seed for every proxy family that is held out in turn."""
+
+    train: TrainConfig
+    candidates: tuple[Candidate, ...] = Field(min_length=1)
+    held_out: tuple[str, ...] = Field((), description="families to hold out in turn; all of them where none is named")
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    looks: dict[str, float] = Field(
+        {}, description="AUROC on AI-generated images of candidates that were looked at: plotted, chooses nothing"
+    )
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> "ExperimentConfig":
+        names = [candidate.name for candidate in self.candidates]
+        wrong = sorted({name for name in names if names.count(name) > 1} | (set(self.looks) - set(names)))
+        if wrong:
+            raise ValueError(f"candidates must have names of their own, and `looks` must name candidates: {wrong}")
+        return self
+
+
 class AuditConfig(Config):
     """One audit: images in, a ledger out."""
 
@@ -210,6 +251,10 @@ class EvaluateConfig(Config):
     output: str
     checkpoint: str = DEFAULT_CHECKPOINT
     seeds: tuple[str, ...] = ()
+    robustness: int = Field(
+        0, ge=0, description="images of each class to distort for the robustness curves; each costs 17 encodings"
+    )
+    gallery: int = Field(24, ge=0, le=500, description="images in each gallery of the page; 0 leaves them out")
     s3: S3Options = S3Options()
 
 

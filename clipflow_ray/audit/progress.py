@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Final
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipflow_ray.audit.ledger import SCORED
@@ -78,7 +79,10 @@ class _Progress:
         fs, _ = filesystem(self._run.folder, self._run.s3)
         for path in self._run.table(SCORED).files:
             if path not in self._seen:
-                codes = pq.read_table(path, columns=["error_code"], filesystem=fs)["error_code"].to_pylist()
+                try:
+                    codes = pq.read_table(path, columns=["error_code"], filesystem=fs)["error_code"].to_pylist()
+                except pa.ArrowInvalid:
+                    continue  # still being written; a later report counts it
                 self._seen.add(path)
                 self._done += len(codes)
                 self._codes.update(code for code in codes if code)

@@ -4,38 +4,29 @@ Everything in it is derived from the ledger, `run.json` and the checkpoint's cal
 input again, small and few.
 """
 
-import base64
-import io
 import json
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final
 
-import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
 from scipy import stats
 
-from clipflow_ray import sandbox
+from clipflow_ray import pages
 from clipflow_ray.audit.distribution import Distribution
 from clipflow_ray.audit.ledger import LEDGER, SCHEMA, flagged
 from clipflow_ray.config import DISCLAIMER, AuditConfig, ImageLimits
-from clipflow_ray.data.reading import read_bytes
-from clipflow_ray.data.resumable import MANIFEST, Run
-from clipflow_ray.errors import ItemError
+from clipflow_ray.data.resumable import Run
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.storage import write_text
 
-_THUMBNAIL: Final = 192
 _EXAMPLES: Final = 3
 _MAX_GROUPS: Final = 200
 _FDR: Final = 0.05
 _OK: Final = pc.field("status") == "ok"
-_ONE_BY_ONE: Final = {"batch_readahead": 1, "fragment_readahead": 1}  # files of a manifest are large
 _FLAGS: Final = (
     *("input_format", "group_by", "uri_column", "bytes_column", "group_column", "label_column"),
     *("sample", "dedupe", "max_error_rate", "gallery", "endpoint_url", "region", "unsigned"),
@@ -46,18 +37,11 @@ def write_report(run: Run, record: dict[str, Any], calibration: Calibration, gal
     """Write `report.html`, `report.md` and `report.json` into the run's folder; returns the page's URI."""
     facts = facts_of(run, record, calibration)
     pictures = _gallery(run, gallery, column) if gallery else {}
-    environment = Environment(
-        loader=PackageLoader("clipflow_ray.audit", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": _percent, "interval": _interval, "number": "{:,}".format}
+    templates = pages.environment("clipflow_ray.audit")
     write_text(run.path("report.json"), json.dumps(facts, indent=1) + "\n", run.s3)
     for name in ("report.md", "report.html"):
         charts = _charts(facts) if name.endswith("html") else {}
-        text = environment.get_template(f"{name}.j2").render(**facts, charts=charts, gallery=pictures)
+        text = templates.get_template(f"{name}.j2").render(**facts, charts=charts, gallery=pictures)
         write_text(run.path(name), text, run.s3)
     return run.path("report.html")
 
@@ -155,15 +139,10 @@ def _gallery(run: Run, size: int, column: str | None) -> dict[str, list[dict[str
     # ids are hashes: their order is random and stable
     random = _first(run, _OK & (pc.field("verdict") != "likely_ai"), "row_id", "ascending", size)
     limits = ImageLimits(**(run.record() or {})["identity"]["limits"])
-    wanted = [row["row_id"] for row in (*suspicious, *random)]
-    listed = [part.to_table(filter=pc.field("row_id").isin(wanted), **_ONE_BY_ONE) for part in run.parts(MANIFEST)]
-    manifest = pa.concat_tables(listed)
-    contents = dict(zip(manifest["row_id"].to_pylist(), read_bytes(manifest, run.s3, limits, column), strict=True))
-
-    def pictured(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [row | {"image": _thumbnail(contents.get(row["row_id"]), limits)} for row in rows]
-
-    return {"Most suspicious": pictured(suspicious), "Not flagged, at random": pictured(random)}
+    return {
+        "Most suspicious": pages.pictured(run, suspicious, limits, column),
+        "Not flagged, at random": pages.pictured(run, random, limits, column),
+    }
 
 
 def _first(run: Run, only: pc.Expression, column: str, order: str, size: int) -> list[dict[str, Any]]:
@@ -176,55 +155,18 @@ def _first(run: Run, only: pc.Expression, column: str, order: str, size: int) ->
     return result
 
 
-def _thumbnail(content: bytes | ItemError | None, limits: ImageLimits) -> str | None:
-    if not isinstance(content, bytes):
-        return None
-    try:
-        image = Image.fromarray(sandbox.decode(content, limits).rgb)
-    except ItemError:
-        return None
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
-
-
 def _charts(facts: dict[str, Any]) -> dict[str, str]:
-    """Inline SVG of the two histograms; grey text reads on light and on dark."""
-    matplotlib.use("svg")
-    from matplotlib import pyplot as plt
+    """Inline SVG of the two histograms."""
 
-    style: Any = {
-        name: "#808080" for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    }
-    result = {}
-    with plt.rc_context(style | {"svg.hashsalt": "clipflow", "svg.fonttype": "none", "font.family": "sans-serif"}):
-        figure, axes = plt.subplots(figsize=(6.4, 3.0), constrained_layout=True)
-        edges = np.array(facts["scores"]["edges"])
-        axes.stairs(facts["scores"]["calibration"], edges, fill=True, color="#8aa4c8", alpha=0.6, label="calibration")
-        axes.stairs(facts["scores"]["audit"], edges, color="#d1495b", linewidth=2, label="this audit")
+    def scores(axes: Any) -> None:
+        edges, calibration = np.array(facts["scores"]["edges"]), facts["scores"]["calibration"]
+        axes.stairs(calibration, edges, fill=True, color=pages.NATURAL_COLOUR, alpha=0.6, label="calibration")
+        axes.stairs(facts["scores"]["audit"], edges, color=pages.SUSPICIOUS_COLOUR, linewidth=2, label="this audit")
         axes.set_xlabel("score: negative log-likelihood per dimension (the ends hold what lies beyond)")
         axes.set_ylabel("share of images")
         axes.legend(frameon=False)
-        result["scores"] = _svg(figure)
-        figure, axes = plt.subplots(figsize=(6.4, 3.0), constrained_layout=True)
-        counts = np.array(facts["p_values"], float)
-        axes.stairs(counts / max(1.0, counts.sum()), np.linspace(0, 1, len(counts) + 1), fill=True, color="#d1495b")
-        axes.axhline(1.0 / len(counts), color="#808080", linestyle="--", linewidth=1)
-        axes.set_xlabel("p-value (dashed: what photographs like the calibration's give)")
-        axes.set_ylabel("share of images")
-        result["p_values"] = _svg(figure)
-    return result
 
-
-def _svg(figure: Any) -> str:
-    from matplotlib import pyplot as plt
-
-    out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    plt.close(figure)
-    text = out.getvalue()
-    return text[text.index("<svg") :]
+    return {"scores": pages.chart(scores), "p_values": pages.p_value_chart(facts["p_values"])}
 
 
 def _command(config: dict[str, Any], alpha: float) -> str:
@@ -239,11 +181,3 @@ def _command(config: dict[str, Any], alpha: float) -> str:
             if name in here and here[name] != there[name]:
                 parts += [f"--{name.replace('_', '-')}", *([] if here[name] is True else [str(here[name])])]
     return shlex.join(parts)
-
-
-def _percent(value: float | None) -> str:
-    return "none" if value is None else f"{100 * value:.2f} %"
-
-
-def _interval(values: Iterable[float] | None) -> str:
-    return "none" if values is None else " to ".join(_percent(value) for value in values)

@@ -18,6 +18,7 @@ from clipflow_ray.model.objective import Objective
 F32 = NDArray[np.float32]
 Scorer = Callable[[F32], NDArray[Any]]
 
+BASELINES: Final = ("mahalanobis", "knn", "natural_only_flow", "logistic_probe", "mlp_probe")
 _NEIGHBOURS: Final = 5
 _EPOCHS, _BATCH, _RATE = 10, 256, 2e-4
 
@@ -25,8 +26,8 @@ _EPOCHS, _BATCH, _RATE = 10, 256, 2e-4
 def fit_baselines(checkpoint: Checkpoint) -> dict[str, Scorer]:
     """Name -> scorer of raw embeddings [N, D] to suspicion [N].
 
-    `logistic_probe` saw proxies; the others saw naturals alone. Raises CheckpointError where the checkpoint
-    keeps no reference embeddings.
+    The probes saw proxies; the others saw naturals alone. A checkpoint that keeps no MLP gives no `mlp_probe`. Raises
+    CheckpointError where it keeps no reference embeddings.
     """
     if not checkpoint.reference:
         raise CheckpointError("The checkpoint keeps no reference embeddings; train it again with this version.")
@@ -42,12 +43,27 @@ def fit_baselines(checkpoint: Checkpoint) -> dict[str, Scorer]:
     covariance = LedoitWolf().fit(bank)
     neighbours = NearestNeighbors(n_neighbors=_NEIGHBOURS).fit(bank)
     natural_flow = _natural_flow(checkpoint, natural)
-    return {
+    scorers: dict[str, Scorer] = {
         "mahalanobis": lambda x: np.asarray(covariance.mahalanobis(standardized(x))),
         "knn": lambda x: np.asarray(neighbours.kneighbors(standardized(x))[0].mean(axis=1)),
         "natural_only_flow": lambda x: -natural_flow(torch.from_numpy(x)).per_dim.numpy(),
         "logistic_probe": lambda x: standardized(x) @ probe[:-1] + probe[-1],
     }
+    if mlp := _layers(checkpoint.reference):
+        scorers["mlp_probe"] = lambda x: mlp(torch.from_numpy(standardized(x)))[:, 0].numpy()
+    return scorers
+
+
+def _layers(reference: dict[str, torch.Tensor]) -> torch.nn.Sequential | None:
+    """The MLP probe that the checkpoint keeps: affine layers with ReLU between them."""
+    count = sum(name.startswith("mlp.") and name.endswith(".weight") for name in reference)
+    layers: list[torch.nn.Module] = []
+    for at in range(count):
+        weight = reference[f"mlp.{at}.weight"]
+        layer = torch.nn.Linear(*weight.shape)
+        layer.load_state_dict({"weight": weight.T, "bias": reference[f"mlp.{at}.bias"]})
+        layers += [layer, torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers[:-1]).requires_grad_(False) if layers else None
 
 
 def _natural_flow(checkpoint: Checkpoint, natural: torch.Tensor) -> Flow:

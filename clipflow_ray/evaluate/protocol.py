@@ -1,12 +1,17 @@
 """The evaluation protocol: natural and generated images -> figures, with baselines on the same embeddings.
 
 Nothing here feeds back into a checkpoint: thresholds come from its own calibration, and no choice is made.
+
+scores.parquet       one row an image and variant: what every figure but the curves is derived from
+robustness.parquet   one row an image and distortion, where robustness was asked for
+calibration.parquet  the calibration scores of each checkpoint
+figures.json         the figures; report.html shows them
+evaluation/, robustness-N/   embeddings, reused when nothing changed
 """
 
 import json
-import logging
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -15,223 +20,145 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from clipflow_ray.config import EvaluateConfig
+from clipflow_ray.config import DISCLAIMER, EvaluateConfig
 from clipflow_ray.data import resources
-from clipflow_ray.data.inventory import listing_hash
-from clipflow_ray.data.listing import write_manifest
-from clipflow_ray.data.pipeline import read_then_encode
-from clipflow_ray.data.resumable import MANIFEST, Run
-from clipflow_ray.data.scoring import Embed
+from clipflow_ray.data.resumable import Run
 from clipflow_ray.errors import ConfigError, InputError
 from clipflow_ray.evaluate import metrics
 from clipflow_ray.evaluate.baselines import fit_baselines
-from clipflow_ray.evaluate.views import VARIANTS, read_both
+from clipflow_ray.evaluate.embeddings import EMBEDDINGS, both_variants, distortions, embeddings_of, readable
+from clipflow_ray.evaluate.figures import METADATA_ONLY, ORIGINAL, curves, figures, seed_column
+from clipflow_ray.evaluate.page import write_page
+from clipflow_ray.evaluate.views import ALIGNED_BYTES, ALIGNED_SIDE, CASES, VARIANTS
 from clipflow_ray.model.checkpoint import load_checkpoint
-from clipflow_ray.model.detector import Detector, Scores
-from clipflow_ray.storage import filesystem, join, normalized, resolved
+from clipflow_ray.model.detector import Detector
+from clipflow_ray.storage import filesystem, join, normalized, resolved, write_text
 
-log = logging.getLogger(__name__)
-
-ALPHAS: Final = (0.01, 0.05)
-_EMBEDDINGS: Final = "embeddings"
-_ENCODE_ROWS: Final = 16
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What each seed's flow says of the N images of one variant, and suspicion [N] by baseline."""
-
-    flows: list[Scores]
-    baselines: dict[str, NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """N images: embeddings float32 [N, D] for one variant, what each is, and where it comes from."""
-
-    embedding: NDArray[np.float32]
-    generated: NDArray[np.bool_]
-    group: NDArray[np.str_]
+_FILE_COLUMNS: Final = ("row_id", "uri", "member", "group", "width", "height", "format", "bytes")
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Figures of `config.checkpoint` on labelled images, as a json-ready dict with `auroc` at the top.
 
-    Writes per-image scores and the figures under `config.output`; embeddings there are reused when nothing changed.
-    Each of `config.seeds` is a checkpoint that differs in its seed alone, for the spread. Raises ClipflowError.
+    Writes per-image scores, the figures and a page under `config.output`; embeddings there are reused when nothing
+    changed. Each of `config.seeds` is a checkpoint that differs in its seed alone, for the spread. Raises
+    ClipflowError.
     """
-    s3 = resolved(config.s3)
     natural, generated = (tuple(map(normalized, uris)) for uris in (config.natural, config.generated))
     if not natural or not generated:
         raise ConfigError("Name at least one --natural and one --generated input.")
-    detectors = [Detector(load_checkpoint(uri, s3)) for uri in (config.checkpoint, *config.seeds)]
+    config = config.model_copy(update={"s3": resolved(config.s3), "output": normalized(config.output)})
+    detectors = [Detector(load_checkpoint(uri, config.s3)) for uri in (config.checkpoint, *config.seeds)]
     first = detectors[0]
     if len({(d.encoder.fingerprint, d.encoder.features) for d in detectors}) > 1:
         raise ConfigError("The checkpoints differ in encoder or feature; evaluate them one at a time.")
     resources.connect()
-    run = _embedded(config.model_copy(update={"s3": s3}), natural + generated, first)
-    table, variants = _labelled(run, first.encoder.features, generated)
-    ok = table.filter(pc.equal(table["status"], "ok"))
-    baselines = fit_baselines(first.checkpoint)
-    scored = {
-        name: Scored(
-            [detector.score_embeddings(data.embedding) for detector in detectors],
-            {baseline: scorer(data.embedding) for baseline, scorer in baselines.items()},
-        )
-        for name, data in variants.items()
-    }
+    run = both_variants(config, natural + generated, first)
+    rows = readable(run)
+    labels = _labels(rows, generated)
+    tables = {"scores": _scores(rows, labels, detectors), "calibration": _calibration(detectors)}
     result: dict[str, Any] = {
+        "disclaimer": DISCLAIMER,
         "model_id": first.checkpoint.model_id,
         "calibration_id": first.calibration.calibration_id,
-        "calibration_n": len(first.calibration.scores),
-        "unreadable": len(table) - len(ok),
-        "variants": {name: _figures(first, scored[name], data) for name, data in variants.items()},
-        "metadata_only_auroc": _metadata_only(ok, variants[VARIANTS[0]].generated),
+        "seed_model_ids": [detector.checkpoint.model_id for detector in detectors[1:]],
+        "natural": list(natural),
+        "generated": list(generated),
+        **figures(tables["scores"], [detector.calibration for detector in detectors]),
+        **_unreadable(run),
+        "robustness": [],
     }
-    found = result["variants"][VARIANTS[0]]
-    result |= {"auroc": found["detectors"]["flow"]["auroc"], "n": found["n"]}
-    _write(run, config.output, ok, variants, scored, result)
+    if config.robustness:
+        tables["robustness"] = _robustness(config, run, tables["scores"], first)
+        result["robustness"] = curves(tables["robustness"], first.calibration)
+    fs, folder = filesystem(config.output, config.s3)
+    for name, table in tables.items():
+        pq.write_table(table, join(folder, f"{name}.parquet"), filesystem=fs)
+    write_text(join(config.output, "figures.json"), json.dumps(result, indent=1) + "\n", config.s3)
+    write_page(config, run, tables["scores"], result, first.checkpoint.limits)
     return result
 
 
-def _embedded(config: EvaluateConfig, inputs: Sequence[str], detector: Detector) -> Run:
-    """Both variants of every image through the encoder, once."""
-    run = Run(join(normalized(config.output), "evaluation"), config.s3)
-    identity = {
-        "input": list(inputs),
-        "listing": listing_hash(inputs, config.s3),
-        "encoder_fingerprint": detector.encoder.fingerprint,
-        "features": list(detector.encoder.features),
-    }
-    record = run.begin(identity, lambda: write_manifest(inputs, run.path(MANIFEST), config.s3))
-    if run.finished:
-        return run
-    plan, encoder = resources.plan_scoring(), detector.encoder
-
-    run.write(
-        _EMBEDDINGS,
-        lambda manifest: read_then_encode(
-            manifest,
-            plan,
-            _ENCODE_ROWS,
-            read_both,
-            {"s3": config.s3, "limits": detector.checkpoint.limits, "kind": encoder.config.view},
-            Embed,
-            {"encoder": encoder.config, "features": encoder.features, "fingerprint": encoder.fingerprint},
-        ),
-        record["manifest_rows"],
-    )
-    run.succeed(record)
-    return run
-
-
-def _labelled(run: Run, features: Sequence[str], generated: Sequence[str]) -> tuple[pa.Table, dict[str, Labelled]]:
-    table = run.table(_EMBEDDINGS).to_table().sort_by("row_id")
-    ok = table.filter(pc.equal(table["status"], "ok"))
-    if len(ok) == 0:
+def _labels(rows: pa.Table, generated: Sequence[str]) -> NDArray[np.bool_]:
+    """Which readable rows lie below a generated input; raises InputError where a class cannot be measured."""
+    if len(rows) == 0:
         raise InputError("No image could be read; look at the error codes of the embeddings.")
     prefixes = tuple(join(uri, "") for uri in generated)
-    labels = np.array([uri.startswith(prefixes) or uri in generated for uri in ok["uri"].to_pylist()])
-    if labels.all() or not labels.any():
-        raise InputError("One of the two classes has no readable image.")
-    parts = [ok[n].combine_chunks().flatten().to_numpy().reshape(len(ok), len(VARIANTS), -1) for n in features]
-    both = np.concatenate(parts, axis=2)
-    group = np.array(ok["group"].to_pylist())
-    return table, {name: Labelled(np.ascontiguousarray(both[:, at]), labels, group) for at, name in enumerate(VARIANTS)}
+    labels = np.array([uri.startswith(prefixes) or uri in generated for uri in rows["uri"].to_pylist()])
+    if min(labels.sum(), (~labels).sum()) < 2:
+        raise InputError("One of the two classes has fewer than two readable images.")
+    return labels
 
 
-def _figures(detector: Detector, scored: Scored, data: Labelled) -> dict[str, Any]:
-    """One variant: flow and baselines, per generator and per source, and the spread over seeds."""
-    scores = scored.flows
-    table = {"flow": scores[0].score, **scored.baselines}
-    return {
-        "n": {"natural": int((~data.generated).sum()), "generated": int(data.generated.sum())},
-        "detectors": {name: _headline(values, data) for name, values in table.items()},
-        "auroc_by_seed": [metrics.auroc(s.score[~data.generated], s.score[data.generated]) for s in scores],
-        "thresholds": {f"{alpha:g}": _at_threshold(detector, scores[0], data, alpha) for alpha in _supported(detector)},
-        "p_uniformity_on_naturals": metrics.uniformity(scores[0].p_value[~data.generated]),
-    }
+def _scores(rows: pa.Table, labels: NDArray[np.bool_], detectors: Sequence[Detector]) -> pa.Table:
+    """One row an image and variant: the file, each seed's score and p-value, and the baselines' suspicion."""
+    both = embeddings_of(rows, detectors[0].encoder.features, len(VARIANTS))
+    baselines = fit_baselines(detectors[0].checkpoint)
+    parts = []
+    for variant, embedding in zip(VARIANTS, both, strict=True):
+        columns = {name: rows[name] for name in _FILE_COLUMNS}
+        if variant != VARIANTS[0]:
+            side = pa.array(np.full(len(rows), ALIGNED_SIDE, np.int32))
+            columns |= {"width": side, "height": side, "bytes": rows[ALIGNED_BYTES]}
+            columns["format"] = pa.array(["JPEG"] * len(rows))
+        columns |= {"variant": pa.array([variant] * len(rows)), "generated": pa.array(labels)}
+        for at, detector in enumerate(detectors):
+            scores = detector.score_embeddings(embedding)
+            columns |= {seed_column("score", at): scores.score, seed_column("p_value", at): scores.p_value}
+        columns |= {name: scorer(embedding).astype(np.float32) for name, scorer in baselines.items()}
+        columns[METADATA_ONLY] = metadata_only(columns, labels).astype(np.float32)
+        parts.append(pa.table(columns))
+    return pa.concat_tables(parts)
 
 
-def _supported(detector: Detector) -> list[float]:
-    """The alphas that the calibration set is large enough for; the largest is kept, to be refused in words."""
-    return [alpha for alpha in ALPHAS if detector.calibration.supports(alpha)] or [max(ALPHAS)]
-
-
-def _headline(values: NDArray[Any], data: Labelled) -> dict[str, Any]:
-    negative, positive = values[~data.generated], values[data.generated]
-    per_generator = {
-        str(name): metrics.auroc(negative, values[data.generated & (data.group == name)])
-        for name in np.unique(data.group[data.generated])
-    }
-    ordered = sorted(per_generator.values())
-    return {
-        "auroc": metrics.auroc(negative, positive),
-        "auroc_95": metrics.bootstrap_auroc(negative, positive),
-        "average_precision": metrics.average_precision(negative, positive),
-        "oracle_tpr": {f"{rate:g}": metrics.oracle_tpr(negative, positive, rate) for rate in ALPHAS},
-        "macro_auroc": float(np.mean(ordered)),
-        "worst_quartile_auroc": float(np.mean(ordered[: max(1, len(ordered) // 4)])),
-        "per_generator_auroc": dict(sorted(per_generator.items(), key=lambda item: item[1])),
-    }
-
-
-def _at_threshold(detector: Detector, scores: Any, data: Labelled, alpha: float) -> dict[str, Any]:
-    """What the calibrated threshold realises: recall per generator, false positives per natural source."""
-    flagged = scores.score > detector.calibration.threshold(alpha)
-
-    def share(mask: NDArray[np.bool_]) -> dict[str, Any]:
-        count, of = int(flagged[mask].sum()), int(mask.sum())
-        return {"flagged": count, "of": of, "rate": count / of, "wilson_95": metrics.wilson(count, of)}
-
-    sources: dict[str, Any] = {}
-    for name in np.unique(data.group[~data.generated]):
-        row = share(~data.generated & (data.group == name))
-        low, high = detector.calibration.flagged_interval(alpha, row["of"])
-        sources[str(name)] = row | {"expected_95": (low, high), "inside": low <= row["rate"] <= high}
-    true, false = share(data.generated), share(~data.generated)
-    return {
-        "tpr": true,
-        "fpr": false,
-        "balanced_accuracy": 0.5 * (true["rate"] + 1.0 - false["rate"]),
-        "false_positive_rate_95": detector.calibration.false_positive_interval(alpha),
-        "per_generator": {
-            str(name): share(data.generated & (data.group == name)) for name in np.unique(data.group[data.generated])
-        },
-        "per_source": sources,
-    }
-
-
-def _metadata_only(ok: pa.Table, generated: NDArray[np.bool_]) -> float:
-    width, height, size = (ok[name].to_numpy().astype(float) for name in ("width", "height", "bytes"))
+def metadata_only(columns: dict[str, Any], labels: NDArray[np.bool_]) -> NDArray[Any]:
+    """Suspicion [N] by format, size, aspect and bytes per pixel, from the columns of those names; cross-validated."""
+    width, height, size = (np.array(columns[name]).astype(float) for name in ("width", "height", "bytes"))
     numbers = np.c_[np.log(width * height), np.abs(np.log(width / height)), np.log(size / (width * height))]
-    return metrics.metadata_auroc(np.array(ok["format"].to_pylist()), numbers, generated)
+    return metrics.metadata_scores(np.array(columns["format"].to_pylist()), numbers, labels)
 
 
-def _write(
-    run: Run,
-    output: str,
-    ok: pa.Table,
-    variants: dict[str, Labelled],
-    scored: dict[str, Scored],
-    result: dict[str, Any],
-) -> None:
-    """`scores.parquet` (one row an image and variant) and `figures.json`, so that every number can be derived again."""
-    rows = []
-    for name, data in variants.items():
-        scores = scored[name].flows[0]
-        columns = {
-            "row_id": ok["row_id"],
-            "uri": ok["uri"],
-            "variant": [name] * len(ok),
-            "group": data.group,
-            "generated": data.generated,
-            "score": scores.score,
-            "p_value": scores.p_value,
-        }
-        columns |= {baseline: values.astype(np.float32) for baseline, values in scored[name].baselines.items()}
-        rows.append(pa.table(columns))
-    fs, path = filesystem(normalized(output), run.s3)
-    pq.write_table(pa.concat_tables(rows), join(path, "scores.parquet"), filesystem=fs)
-    with fs.open_output_stream(join(path, "figures.json")) as stream:
-        stream.write((json.dumps(result, indent=1) + "\n").encode())
+def _robustness(config: EvaluateConfig, source: Run, scores: pa.Table, detector: Detector) -> pa.Table:
+    """One row an image and distortion, for up to `config.robustness` images of each class, and their originals.
+
+    The n-th image of one class and the n-th of the other get the same draw.
+    """
+    originals = scores.filter(pc.equal(scores["variant"], VARIANTS[0]))
+    draws: dict[str, int] = {}
+    for generated in (False, True):  # row ids are hashes: the first ones are a random sample, the same in every run
+        ids = originals.filter(pc.equal(originals["generated"], generated))["row_id"].to_pylist()
+        draws |= {row_id: at for at, row_id in enumerate(ids[: config.robustness])}
+    rows = readable(distortions(config, source, draws, detector))
+    known = originals.filter(pc.is_in(originals["row_id"], rows["row_id"]))
+    names = ("row_id", "uri", "member", "group", "generated")
+    cases = [((ORIGINAL, 0.0), {name: known[name].to_numpy() for name in ("score", "p_value")})]
+    for case, embedding in zip(CASES, embeddings_of(rows, detector.encoder.features, len(CASES)), strict=True):
+        distorted = detector.score_embeddings(embedding)
+        cases.append((case, {"score": distorted.score, "p_value": distorted.p_value}))
+    tables = [
+        pa.table(
+            {name: known[name] for name in names}
+            | {"draw": rows["draw"], "distortion": pa.array([case[0]] * len(known))}
+            | {"level": pa.array([float(case[1])] * len(known)), **values}
+        )
+        for case, values in cases
+    ]
+    return pa.concat_tables(tables)
+
+
+def _calibration(detectors: Sequence[Detector]) -> pa.Table:
+    return pa.concat_tables(
+        pa.table(
+            {
+                "model_id": [detector.checkpoint.model_id] * len(detector.calibration.scores),
+                "score": detector.calibration.scores,
+                "stratum": list(detector.calibration.strata),
+            }
+        )
+        for detector in detectors
+    )
+
+
+def _unreadable(run: Run) -> dict[str, Any]:
+    codes = Counter(run.table(EMBEDDINGS).to_table(columns=["error_code"])["error_code"].drop_null().to_pylist())
+    return {"unreadable": codes.total(), "unreadable_by_code": dict(sorted(codes.items()))}

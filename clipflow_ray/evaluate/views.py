@@ -1,10 +1,12 @@
-"""Ray Data task of evaluation: an image -> its view as found, and after one re-encode that both classes share."""
+"""Ray Data tasks of evaluation: an image -> its view as found, after one re-encode that both classes share, and
+after each of the distortions that images meet on their way."""
 
 import io
 from typing import Final
 
+import numpy as np
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from clipflow_ray import images
 from clipflow_ray.config import ImageLimits, S3Options
@@ -12,29 +14,101 @@ from clipflow_ray.data.reading import VIEW, described, read_images
 from clipflow_ray.images import DecodedImage, Pixels, ViewKind
 
 VARIANTS: Final = ("as_found", "format_aligned")
-_ALIGNED_SIDE: Final = 448
+ALIGNED_SIDE: Final = 448
+ALIGNED_BYTES: Final = "aligned_bytes"
 _ALIGNED_QUALITY: Final = 90
+_WEB_SIDE: Final = 768
+
+DRAW: Final = "draw"
+# Qualities, factors on both sides, shares of both sides, pixels of blur; "web" is a quality after a smaller size.
+DISTORTIONS: Final[dict[str, tuple[float, ...]]] = {
+    "jpeg": (95, 80, 60, 30),
+    "webp": (90, 60, 30),
+    "resize": (0.75, 0.5, 0.25),
+    "crop": (0.9, 0.7, 0.5),
+    "blur": (0.5, 1, 2),
+    "web": (60,),
+}
+CASES: Final = tuple((name, level) for name, levels in DISTORTIONS.items() for level in levels)
 
 
 def read_both(table: pa.Table, s3: S3Options, limits: ImageLimits, kind: ViewKind) -> pa.Table:
-    """Manifest rows -> described rows with `view`: the bytes of one view per variant, none on error."""
+    """Manifest rows -> described rows with `aligned_bytes` and `view`: the bytes of one view per variant.
+
+    A row that cannot be read has no views and no bytes.
+    """
+    outcomes = read_images(table, s3, limits)
+    views: list[bytes] = []
+    sizes: list[int | None] = []
+    for outcome in outcomes:
+        pair: list[Pixels] = []
+        sizes.append(None)
+        if isinstance(outcome.image, DecodedImage):
+            encoded = aligned(outcome.image.rgb)
+            sizes[-1] = len(encoded)
+            pair = [images.view(rgb, kind) for rgb in (outcome.image.rgb, _decoded(encoded))]
+        views.append(b"".join(view.tobytes() for view in pair))
+    result = described(table, outcomes).append_column(ALIGNED_BYTES, pa.array(sizes, pa.int64()))
+    return result.append_column(VIEW, pa.array(views, pa.large_binary()))
+
+
+def read_distorted(table: pa.Table, s3: S3Options, limits: ImageLimits, kind: ViewKind) -> pa.Table:
+    """Manifest rows with a `draw` -> described rows with `view`: the bytes of one view per case of CASES."""
     outcomes = read_images(table, s3, limits)
     views = []
-    for outcome in outcomes:
-        pair = []
+    for outcome, draw in zip(outcomes, table[DRAW].to_pylist(), strict=True):
+        made: list[Pixels] = []
         if isinstance(outcome.image, DecodedImage):
-            pair = [images.view(rgb, kind) for rgb in (outcome.image.rgb, aligned(outcome.image.rgb))]
-        views.append(b"".join(view.tobytes() for view in pair))
+            made = [images.view(distorted(outcome.image.rgb, name, level, draw), kind) for name, level in CASES]
+        views.append(b"".join(view.tobytes() for view in made))
     return described(table, outcomes).append_column(VIEW, pa.array(views, pa.large_binary()))
 
 
-def aligned(rgb: Pixels) -> Pixels:
+def aligned(rgb: Pixels) -> bytes:
     """Short side to 448 by bicubic, centre square, JPEG at quality 90: format and size tell nothing any more."""
     height, width = rgb.shape[:2]
-    scale = _ALIGNED_SIDE / min(height, width)
-    size = (max(_ALIGNED_SIDE, round(width * scale)), max(_ALIGNED_SIDE, round(height * scale)))
+    scale = ALIGNED_SIDE / min(height, width)
+    size = (max(ALIGNED_SIDE, round(width * scale)), max(ALIGNED_SIDE, round(height * scale)))
     image = Image.fromarray(rgb).resize(size, Image.Resampling.BICUBIC)
-    left, top = (size[0] - _ALIGNED_SIDE) // 2, (size[1] - _ALIGNED_SIDE) // 2
-    encoded = io.BytesIO()
-    image.crop((left, top, left + _ALIGNED_SIDE, top + _ALIGNED_SIDE)).save(encoded, "JPEG", quality=_ALIGNED_QUALITY)
-    return images.decode(encoded.getvalue(), ImageLimits()).rgb
+    left, top = (size[0] - ALIGNED_SIDE) // 2, (size[1] - ALIGNED_SIDE) // 2
+    return _encoded(image.crop((left, top, left + ALIGNED_SIDE, top + ALIGNED_SIDE)), "JPEG", _ALIGNED_QUALITY)
+
+
+def distorted(rgb: Pixels, name: str, level: float, draw: int) -> Pixels:
+    """uint8 [H, W, 3] -> the image after the distortion `name` of DISTORTIONS at `level`.
+
+    `draw` chooses what is random (where a crop lies, relative to the image): equal draws give equal choices, so two
+    classes with the same draws are treated alike.
+    """
+    image = Image.fromarray(rgb)
+    if name == "jpeg":
+        return _decoded(_encoded(image, "JPEG", int(level)))
+    if name == "webp":
+        return _decoded(_encoded(image, "WEBP", int(level)))
+    if name == "resize":
+        return np.asarray(_scaled(image, level))
+    if name == "blur":
+        return np.asarray(image.filter(ImageFilter.GaussianBlur(level)))
+    if name == "web":
+        smaller = _scaled(image, min(1.0, _WEB_SIDE / max(image.size)))
+        return _decoded(_encoded(smaller, "JPEG", int(level)))
+    where = np.random.default_rng([draw, round(100 * level)]).random(2)
+    height, width = (max(1, round(side * level)) for side in rgb.shape[:2])
+    top, left = (int(at) for at in where * (rgb.shape[0] - height + 1, rgb.shape[1] - width + 1))
+    return rgb[top : top + height, left : left + width]
+
+
+def _scaled(image: Image.Image, factor: float) -> Image.Image:
+    width, height = (max(1, round(side * factor)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _encoded(image: Image.Image, kind: str, quality: int) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, quality=quality)
+    return out.getvalue()
+
+
+def _decoded(data: bytes) -> Pixels:
+    """Our own encoding back to pixels; what came from outside goes through the sandbox."""
+    return np.array(Image.open(io.BytesIO(data)).convert("RGB"))

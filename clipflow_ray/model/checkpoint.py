@@ -3,7 +3,7 @@
 checkpoint.json          configs, encoder fingerprint, training summary, metrics, sha256 of each tensor file
 flow.safetensors         the flow with the naturals' mean and std
 calibration.safetensors  scores of held-out naturals; absent means "not calibrated"
-reference.safetensors    natural embeddings (float16) and a logistic probe, for the baselines of `evaluate`
+reference.safetensors    natural embeddings (float16) and two probes, for the baselines of `evaluate`
 """
 
 import hashlib
@@ -37,7 +37,8 @@ class Checkpoint:
     """A flow with everything that is needed to use it; picklable, so that a driver can hand it to actors.
 
     `segments` are the widths of the encoder's named features. `reference` holds `natural` (float16 [N, D], raw
-    embeddings) and `probe` (float32 [D + 1], logistic weights on standardised features and bias), or is empty.
+    embeddings), `probe` (float32 [D + 1], logistic weights on standardised features and bias) and, since they are
+    kept, `mlp.N.weight` [in, out] and `mlp.N.bias` (layers of a probe with ReLU between them), or is empty.
     """
 
     encoder: EncoderConfig

@@ -2,7 +2,8 @@
 
 One-sided affine coupling (RealNVP, Dinh et al. 2017, arXiv 1605.08803) over standardised CLIP features,
 with hard seeded permutations, soft-clamped log-scales (as FrEIA's coupling blocks) and a learnable scale and
-offset per dimension after each block.
+offset per dimension after each block. Features of several kinds have a flow each, and their likelihoods multiply, so
+that each kind has to tell proxies apart and none is left to the easiest.
 """
 
 import math
@@ -22,10 +23,14 @@ _HALF_LOG_2PI: Final = 0.5 * math.log(2.0 * math.pi)
 
 @dataclass(frozen=True)
 class LogLikelihood:
-    """`log_base` and `log_det`, float32 [N], in nats; their sum is the log-likelihood of standardised features."""
+    """`log_base` and `log_det`, float32 [N], in nats; their sum is the log-likelihood of standardised features.
+
+    `per_segment`, float32 [N, S], is that of each of the S segments per dimension of its own.
+    """
 
     log_base: Tensor
     log_det: Tensor
+    per_segment: Tensor
     dim: int
 
     @property
@@ -88,8 +93,9 @@ class CouplingBlock(nn.Module):
 class Flow(nn.Module):
     """Embedding [N, D] -> LogLikelihood, including the feature normalisation.
 
-    Each of the `segments` (the encoder's named features, by width) is L2-normalised to length sqrt(width); then
+    Each of the S `segments` (the encoder's named features, by width) is L2-normalised to length sqrt(width); then
     every dimension is standardised by the naturals' `mean` and `std`, which are buffers and so part of a checkpoint.
+    Segments are independent: each has `config.blocks` coupling blocks of its own.
     """
 
     mean: Tensor
@@ -101,7 +107,9 @@ class Flow(nn.Module):
         self.dim = sum(segments)
         self.register_buffer("mean", torch.zeros(self.dim))
         self.register_buffer("std", torch.ones(self.dim))
-        self.blocks = nn.ModuleList(CouplingBlock(self.dim, config, i) for i in range(config.blocks))
+        self.blocks = nn.ModuleList(
+            CouplingBlock(width, config, index) for width in segments for index in range(config.blocks)
+        )
 
     def fit_standardizer(self, natural: Tensor) -> None:
         """Set `mean` and `std` from natural embeddings [N, D]."""
@@ -116,22 +124,37 @@ class Flow(nn.Module):
     def forward(self, embedding: Tensor) -> LogLikelihood:
         """float32 [N, D] raw embeddings -> their log-likelihood."""
         z, log_det = self.transform(self.standardize(embedding))
-        log_base = -0.5 * z.square().sum(dim=1) - self.dim * _HALF_LOG_2PI
-        return LogLikelihood(log_base, log_det, self.dim)
+        parts = z.split(list(self.segments), dim=1)
+        log_base = torch.stack([-0.5 * part.square().sum(dim=1) - part.shape[1] * _HALF_LOG_2PI for part in parts], 1)
+        per_segment = (log_base + log_det) / log_base.new_tensor(self.segments)
+        return LogLikelihood(log_base.sum(dim=1), log_det.sum(dim=1), per_segment, self.dim)
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Standardised features [N, D] -> (latent [N, D], log-determinant [N])."""
-        log_det = x.new_zeros(len(x))
-        for block in self.blocks:
-            x, block_log_det = block(x)
-            log_det = log_det + block_log_det
-        return x, log_det
+        """Standardised features [N, D] -> (latent [N, D], log-determinant of each segment [N, S])."""
+        latent, log_dets = [], []
+        for part, blocks in zip(x.split(list(self.segments), dim=1), self._stacks(), strict=True):
+            log_det = part.new_zeros(len(part))
+            for block in blocks:
+                part, block_log_det = block(part)
+                log_det = log_det + block_log_det
+            latent.append(part)
+            log_dets.append(log_det)
+        return torch.cat(latent, dim=1), torch.stack(log_dets, dim=1)
 
     def inverse(self, z: Tensor) -> Tensor:
         """Latent [N, D] -> standardised features [N, D]."""
-        for block in reversed(self.blocks):
-            z = block.inverse(z)  # type: ignore[operator]
-        return z
+        undone = []
+        for part, blocks in zip(z.split(list(self.segments), dim=1), self._stacks(), strict=True):
+            for block in reversed(blocks):
+                part = block.inverse(part)  # type: ignore[operator]
+            undone.append(part)
+        return torch.cat(undone, dim=1)
+
+    def _stacks(self) -> list[list[nn.Module]]:
+        """The coupling blocks of each segment."""
+        blocks = list(self.blocks)
+        count = len(blocks) // len(self.segments)
+        return [blocks[at : at + count] for at in range(0, len(blocks), count)]
 
     def _unit_length(self, embedding: Tensor) -> Tensor:
         parts = embedding.split(list(self.segments), dim=1)

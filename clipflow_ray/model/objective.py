@@ -11,8 +11,13 @@ from torch.nn.functional import softplus
 
 from clipflow_ray.config import ObjectiveConfig
 
-BOUNDARY_QUANTILE = 0.05
+_BOUNDARY_QUANTILE = 0.05
 _BOUNDARY_DECAY = 0.9
+
+
+def boundary_of(natural: Tensor) -> Tensor:
+    """The 5 % quantile of naturals [N, S] (nats per dimension), of each segment: [S]."""
+    return torch.quantile(natural.detach(), _BOUNDARY_QUANTILE, dim=0)
 
 
 class Objective(nn.Module):
@@ -24,18 +29,21 @@ class Objective(nn.Module):
     - `both`: the sum of the two, where c follows the naturals' 5 % quantile (running mean): BGAD's boundary,
       with a soft hinge.
     - `both_logsig`: softplus(-l_nat) + weight * softplus(l_prx), the logsigmoid pair of CFLOW-AD and BGAD.
+
+    Likelihoods are [N, S], of each of the S segments of the features; the loss is the mean over all of them, and the
+    boundary [S] belongs to each.
     """
 
     boundary: Tensor
 
-    def __init__(self, config: ObjectiveConfig) -> None:
+    def __init__(self, config: ObjectiveConfig, segments: int = 1) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("boundary", torch.zeros(()))
+        self.register_buffer("boundary", torch.zeros(segments))
 
     def anchor(self, natural: Tensor) -> None:
-        """Start the boundary at the 5 % quantile of naturals [N] (nats per dimension) under the new flow."""
-        self.boundary.copy_(torch.quantile(natural.detach(), BOUNDARY_QUANTILE))
+        """Start the boundary at the 5 % quantile of naturals [N, S] (nats per dimension) under the new flow."""
+        self.boundary.copy_(boundary_of(natural))
 
     def follow(self, quantile: Tensor) -> None:
         """Move the boundary of `both` towards a batch's 5 % quantile of naturals (the mean over workers)."""
@@ -43,7 +51,7 @@ class Objective(nn.Module):
             self.boundary.lerp_(quantile, 1.0 - _BOUNDARY_DECAY)
 
     def forward(self, natural: Tensor, proxy: Tensor) -> Tensor:
-        """Scalar loss of naturals [N] and proxies [M], both in nats per dimension."""
+        """Scalar loss of naturals [N, S] and proxies [M, S], both in nats per dimension."""
         weight, temperature = self.config.proxy_weight, self.config.temperature
         if self.config.kind == "natural":
             return -natural.mean()

@@ -1,33 +1,26 @@
 """Ray Train fits the flow on cached embeddings: any number of workers, a checkpoint every epoch."""
 
 import json
-import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import numpy as np
 import ray
 import ray.train
-import torch
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from safetensors.torch import load_file, save_file
-from sklearn.metrics import roc_auc_score
-from torch import Tensor, nn
+from torch import Tensor
 
-from clipflow_ray.config import FitConfig, TrainConfig, stable_hash, validated
+from clipflow_ray.config import TrainConfig, stable_hash, validated
 from clipflow_ray.data import resources
 from clipflow_ray.data.resumable import Run
 from clipflow_ray.errors import TrainingError
-from clipflow_ray.model.flow import Flow
-from clipflow_ray.model.objective import BOUNDARY_QUANTILE, Objective
 from clipflow_ray.storage import filesystem, join
 from clipflow_ray.train import features
-from clipflow_ray.train.features import Features
-from clipflow_ray.train.split import Split, split
+from clipflow_ray.train.loop import SELECTION, Loop
+from clipflow_ray.train.split import split
 
-SELECTION: Final = "selection"
 _FLOW, _OPTIMIZER, _STATE = "flow.safetensors", "optimizer.safetensors", "state.json"
 
 
@@ -92,82 +85,25 @@ def train_loop(settings: dict[str, Any]) -> None:
         tuple(settings["segments"]),
         context.get_world_rank(),
         context.get_world_size(),
+        get_device(),
+        prepare_model,
     ).run()
 
 
-class Worker:
-    """The state of one training worker."""
-
-    def __init__(self, config: TrainConfig, data: Split, segments: tuple[int, ...], rank: int, world: int) -> None:
-        self.config, self.data, self.rank, self.world = config, data, rank, world
-        self.device = get_device()
-        torch.manual_seed(config.fit.seed)  # the same initial weights on every rank
-        self.flow = Flow(segments, config.flow)
-        self.flow.fit_standardizer(torch.from_numpy(data.natural.embedding))
-        self.model: nn.Module = prepare_model(self.flow)
-        self.objective = Objective(config.objective).to(self.device)
-        self.optimizer = torch.optim.Adam(
-            self.flow.parameters(), lr=config.fit.learning_rate, weight_decay=config.fit.weight_decay
-        )
-        self.natural = self._share(data.natural)
-        self.proxy = self._share(data.proxy)
-        self.steps = max(1, len(data.natural) // config.fit.batch_size)
-        self.history: list[dict[str, float]] = []
-        with torch.no_grad():
-            self.objective.anchor(self._per_dim(data.natural))
+class Worker(Loop):
+    """A loop that Ray Train runs: reports each epoch, and takes up where the latest checkpoint left."""
 
     def run(self) -> None:
         """All epochs that are still to do; every rank reports each one, rank 0 with a checkpoint."""
         first = self._restore()
         for epoch in range(first, self.config.fit.epochs):
-            loss = self._epoch(epoch)
-            self.history.append({"epoch": float(epoch), "loss": loss, **validate(self.flow, self.data, self.device)})
+            figures = self.epoch(epoch)
             with tempfile.TemporaryDirectory() as folder:
                 checkpoint = None
                 if self.rank == 0:
                     self._save(Path(folder), epoch)
                     checkpoint = ray.train.Checkpoint.from_directory(folder)
-                ray.train.report(self.history[-1], checkpoint=checkpoint)
-
-    def _epoch(self, epoch: int) -> float:
-        fit = self.config.fit
-        share = max(1, fit.batch_size // self.world)
-        generator = torch.Generator().manual_seed(_seed(fit.seed, epoch, self.rank))
-        natural = _cycled(len(self.natural), share * self.steps, generator)
-        proxy = _cycled(len(self.proxy), share * self.steps, generator)
-        self.model.train()
-        total = 0.0
-        for step in range(self.steps):
-            rows = slice(step * share, (step + 1) * share)
-            batch = torch.cat([self.natural[natural[rows]], self.proxy[proxy[rows]]]).to(self.device)
-            likely, unlikely = self.model(batch).per_dim.split([share, share])
-            loss = self.objective(likely, unlikely)
-            if not torch.isfinite(loss):
-                raise TrainingError(f"The loss is {loss.item()} in epoch {epoch}: lower the learning rate.")
-            self.optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.flow.parameters(), fit.gradient_clip)
-            rate = learning_rate(fit, epoch * self.steps + step, fit.epochs * self.steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-            self.objective.follow(self._mean_over_workers(torch.quantile(likely.detach(), BOUNDARY_QUANTILE)))
-            total += loss.item()
-        return total / self.steps
-
-    def _share(self, part: Features) -> Tensor:
-        """This rank's rows; a rank never has none."""
-        rows = part.embedding[self.rank :: self.world]
-        return torch.from_numpy(np.ascontiguousarray(rows if len(rows) else part.embedding))
-
-    def _per_dim(self, part: Features) -> Tensor:
-        result: Tensor = self.flow(torch.from_numpy(part.embedding).to(self.device)).per_dim
-        return result
-
-    def _mean_over_workers(self, value: Tensor) -> Tensor:
-        if self.world > 1:
-            torch.distributed.all_reduce(value)
-        return value / self.world
+                ray.train.report(figures, checkpoint=checkpoint)
 
     def _save(self, folder: Path, epoch: int) -> None:
         save_file({name: value.cpu().contiguous() for name, value in self.flow.state_dict().items()}, folder / _FLOW)
@@ -198,60 +134,3 @@ class Worker:
             record = json.loads((folder / _STATE).read_text())
         self.history = record["history"]
         return int(record["epoch"]) + 1
-
-
-def validate(flow: Flow, data: Split, device: torch.device) -> dict[str, float]:
-    """Figures on sources that training never saw; none of them involves an AI-generated image.
-
-    `auroc_<family>` ranks validation naturals against that family's proxies; `selection` is the held-out family's, or
-    the mean over families where none is held out.
-    """
-    flow.eval()
-    with torch.inference_mode():
-
-        def suspicion(part: Features) -> np.ndarray[Any, np.dtype[np.float32]]:
-            result: np.ndarray[Any, np.dtype[np.float32]] = (
-                -flow(torch.from_numpy(part.embedding).to(device)).per_dim.cpu().numpy()
-            )
-            return result
-
-        natural = suspicion(data.validation_natural)
-        scores = {
-            str(family): suspicion(part.where(part.family == family))
-            for part in (data.validation_proxy, data.held_out)
-            for family in np.unique(part.family)
-        }
-    flow.train()
-    auroc = {family: auroc_of(natural, proxy) for family, proxy in scores.items()}
-    held_out = [auroc[str(family)] for family in np.unique(data.held_out.family)]
-    seen = [value for family, value in auroc.items() if family not in data.held_out.family]
-    return {
-        "nll_natural": float(natural.mean()),
-        "auroc_seen": float(np.mean(seen)),
-        SELECTION: float(np.mean(held_out or seen)),
-        **{f"auroc_{family}": value for family, value in auroc.items()},
-    }
-
-
-def auroc_of(natural: np.ndarray[Any, Any], suspicious: np.ndarray[Any, Any]) -> float:
-    """Area under the ROC curve of scores where higher means suspicious."""
-    labels = np.r_[np.zeros(len(natural)), np.ones(len(suspicious))]
-    return float(roc_auc_score(labels, np.r_[natural, suspicious]))
-
-
-def learning_rate(fit: FitConfig, step: int, steps: int) -> float:
-    """Linear warm-up over a share of all steps, then a cosine to zero."""
-    warmup = max(1, round(fit.warmup_fraction * steps))
-    if step < warmup:
-        return fit.learning_rate * (step + 1) / warmup
-    return fit.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def _cycled(size: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` indices below `size`: permutation after permutation."""
-    rounds = -(-count // size)
-    return torch.cat([torch.randperm(size, generator=generator) for _ in range(rounds)])[:count]
-
-
-def _seed(*parts: int) -> int:
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])

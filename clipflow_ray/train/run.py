@@ -7,7 +7,6 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from clipflow_ray import __version__
@@ -19,13 +18,12 @@ from clipflow_ray.model.checkpoint import Checkpoint, save_checkpoint
 from clipflow_ray.model.flow import Flow
 from clipflow_ray.storage import join, normalized, resolved
 from clipflow_ray.train import features, fit
-from clipflow_ray.train.features import Features
+from clipflow_ray.train.probes import fit_probes
 from clipflow_ray.train.split import Split, split
 
 log = logging.getLogger(__name__)
 
-_MAX_REFERENCE: Final = 4096
-_PROBE_STRENGTH: Final = 0.01
+_MAX_BANK_BYTES: Final = 4_000_000  # a checkpoint should stay below 10 MB
 
 
 @dataclass(frozen=True)
@@ -104,17 +102,7 @@ def _reference(flow: Flow, data: Split) -> dict[str, Tensor]:
     """What `evaluate` needs to fit the baselines on the same embeddings."""
     rng = np.random.default_rng(0)
     bank = data.natural.embedding
-    if len(bank) > _MAX_REFERENCE:
-        bank = bank[np.sort(rng.choice(len(bank), _MAX_REFERENCE, replace=False))]
-    probe = _probe(flow, data.natural, data.proxy)
-    return {"natural": torch.from_numpy(bank).half(), "probe": torch.from_numpy(probe)}
-
-
-def _probe(flow: Flow, natural: Features, proxy: Features) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Logistic regression natural-vs-proxy on standardised features: [weights, bias], higher is more suspicious."""
-    stacked = torch.from_numpy(np.concatenate([natural.embedding, proxy.embedding]))
-    labels = np.r_[np.zeros(len(natural)), np.ones(len(proxy))]
-    model = LogisticRegression(C=_PROBE_STRENGTH, class_weight="balanced", max_iter=2000)
-    with torch.inference_mode():
-        model.fit(flow.standardize(stacked).numpy(), labels)
-    return np.asarray(np.r_[model.coef_[0], model.intercept_], np.float32)
+    most = _MAX_BANK_BYTES // (2 * bank.shape[1])
+    if len(bank) > most:
+        bank = bank[np.sort(rng.choice(len(bank), most, replace=False))]
+    return {"natural": torch.from_numpy(bank).half(), **fit_probes(flow, data.natural.embedding, data.proxy.embedding)}

@@ -13,11 +13,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipflow_ray.config import TEST_TOWER, EncoderConfig, FlowConfig, ImageLimits, ObjectiveConfig, ProxyConfig
+from clipflow_ray.config import (
+    DEFAULT_CHECKPOINT,
+    TEST_TOWER,
+    EncoderConfig,
+    FlowConfig,
+    ImageLimits,
+    ObjectiveConfig,
+    ProxyConfig,
+    TrainConfig,
+    load_yaml,
+)
 from clipflow_ray.errors import CheckpointError
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from clipflow_ray.model.flow import Flow
+
+ROOT = Path(__file__).parents[2]
 
 FLOW = FlowConfig(blocks=2, hidden=8, translation_clamp=0.5)
 FILES = ["checkpoint.json", "flow.safetensors", "calibration.safetensors", "reference.safetensors"]
@@ -254,3 +266,12 @@ def test_a_checkpoint_travels_by_pickle_unchanged() -> None:
 def test_a_copied_checkpoint_is_the_same_checkpoint(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "elsewhere")
     assert plain(load_checkpoint(tmp_path / "elsewhere")) == plain(load_checkpoint(saved))
+
+
+def test_the_config_of_the_packaged_training_is_what_the_packaged_checkpoint_was_made_with() -> None:
+    config = load_yaml(TrainConfig, str(ROOT / "jobs/train_default.yaml"), {"output": "anywhere"})
+    packaged = load_checkpoint(DEFAULT_CHECKPOINT)
+    assert config.proxies == packaged.proxies
+    assert config.flow == packaged.flow_config and config.objective == packaged.objective
+    assert config.split.model_dump(mode="json") == packaged.training["split"]
+    assert config.fit.model_dump(mode="json") == packaged.training["fit"]

@@ -57,7 +57,7 @@ def reference_scores(flow: Flow, images: list[Image.Image]) -> np.ndarray:
     exact.load_state_dict(flow.state_dict())
     with torch.inference_mode():
         z, log_det = exact.transform(exact.standardize(tower(pixels).double()))
-        log_density = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(dim=1) + log_det
+        log_density = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(dim=1) + log_det[:, 0]
     return (-log_density / 32).numpy()
 
 

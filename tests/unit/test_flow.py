@@ -31,27 +31,35 @@ def normal(*shape: int, seed: int = 1) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("dim", "config"),
-    [(8, SMALL), (9, SMALL), (64, FlowConfig()), (9, FlowConfig(blocks=3, hidden=16, translation_clamp=0.5))],
+    ("segments", "config"),
+    [
+        ((8,), SMALL),
+        ((9,), SMALL),
+        ((5, 4), SMALL),
+        ((64,), FlowConfig()),
+        ((9,), FlowConfig(blocks=3, hidden=16, translation_clamp=0.5)),
+    ],
 )
 @torch.no_grad()
-def test_the_inverse_undoes_the_flow(dim: int, config: FlowConfig) -> None:
-    flow, x = randomised((dim,), config, strength=0.5), normal(100, dim)
+def test_the_inverse_undoes_the_flow(segments: tuple[int, ...], config: FlowConfig) -> None:
+    flow, x = randomised(segments, config, strength=0.5), normal(100, sum(segments))
     z, _ = flow.transform(x)
     assert (z - x).abs().mean() > 0.1
     assert (flow.inverse(z) - x).abs().max() < 1e-4
     assert (flow.transform(flow.inverse(x))[0] - x).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("dim", [8, 9])
+@pytest.mark.parametrize("segments", [(8,), (9,), (5, 4)])
 @pytest.mark.parametrize("translation_clamp", [None, 0.5])
-def test_the_log_determinant_is_that_of_the_jacobian(dim: int, translation_clamp: float | None) -> None:
-    flow = randomised((dim,), FlowConfig(blocks=5, hidden=16, translation_clamp=translation_clamp)).double()
+def test_the_log_determinant_is_that_of_the_jacobian(
+    segments: tuple[int, ...], translation_clamp: float | None
+) -> None:
+    flow = randomised(segments, FlowConfig(blocks=5, hidden=16, translation_clamp=translation_clamp)).double()
     with torch.no_grad():
         flow.blocks[0].log_scale[0] = 3.0  # beyond the limit of 2, where it saturates
-    x = normal(6, dim).double()
+    x = normal(6, sum(segments)).double()
     _, log_det = flow.transform(x)
-    for row, claimed in zip(x, log_det, strict=True):
+    for row, claimed in zip(x, log_det.sum(dim=1), strict=True):
         jacobian = torch.autograd.functional.jacobian(lambda r: flow.transform(r[None])[0][0], row)
         expected = torch.linalg.slogdet(jacobian).logabsdet
         assert abs(expected) > 0.1
@@ -64,7 +72,7 @@ def test_the_likelihood_is_the_normal_density_of_the_latent_plus_the_log_determi
     result = flow(embeddings)
     z, log_det = flow.transform(flow.standardize(embeddings))
     np.testing.assert_allclose(result.log_base, stats.norm.logpdf(z.numpy()).sum(axis=1), rtol=1e-5)
-    np.testing.assert_allclose(result.per_dim, (result.log_base + log_det) / 12, rtol=1e-5)
+    np.testing.assert_allclose(result.per_dim, (result.log_base + log_det[:, 0]) / 12, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -166,6 +174,23 @@ def test_the_learned_scale_of_a_dimension_stays_within_two_nats() -> None:
     torch.testing.assert_close(block(x)[0], expected)
 
 
+@torch.no_grad()
+def test_segments_have_flows_of_their_own_whose_likelihoods_multiply() -> None:
+    flow, x = randomised((6, 4), strength=0.5), normal(20, 10)
+    flow.fit_standardizer(normal(200, 10, seed=2))
+    alone = []
+    for number, (width, first) in enumerate(((6, 0), (4, 6))):
+        one = Flow((width,), SMALL).eval()
+        one.mean.copy_(flow.mean[first : first + width])
+        one.std.copy_(flow.std[first : first + width])
+        one.blocks.load_state_dict(torch.nn.ModuleList(flow._stacks()[number]).state_dict())
+        alone.append(one(x[:, first : first + width]))
+    result = flow(x)
+    torch.testing.assert_close(result.total, alone[0].total + alone[1].total)
+    torch.testing.assert_close(result.per_segment, torch.stack([each.per_dim for each in alone], dim=1))
+    torch.testing.assert_close(result.per_dim, result.total / 10)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @torch.no_grad()
 def test_the_density_integrates_to_one_in_two_dimensions(seed: int) -> None:
@@ -173,6 +198,6 @@ def test_the_density_integrates_to_one_in_two_dimensions(seed: int) -> None:
     axis = torch.linspace(-15.0, 15.0, 1201)
     grid = torch.cartesian_prod(axis, axis)
     z, log_det = flow.transform(grid)
-    log_density = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(dim=1) + log_det
+    log_density = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(dim=1) + log_det[:, 0]
     mass = log_density.double().exp().sum() * (axis[1] - axis[0]).double() ** 2
     assert float(mass) == pytest.approx(1.0, abs=5e-3)

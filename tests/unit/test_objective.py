@@ -113,6 +113,18 @@ def test_the_boundary_starts_at_the_five_percent_quantile_of_naturals(kind: str)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_of_several_segments_is_the_mean_of_theirs(kind: str) -> None:
+    natural, proxy = torch.randn(40, 2) - 1.0, torch.randn(30, 2) * 2.0
+    both, alone = Objective(ObjectiveConfig(kind=kind), 2), []
+    both.anchor(natural)
+    for at in (0, 1):
+        one = Objective(ObjectiveConfig(kind=kind))
+        one.anchor(natural[:, [at]])
+        alone.append(one(natural[:, [at]], proxy[:, [at]]))
+    torch.testing.assert_close(both(natural, proxy), torch.stack(alone).mean())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_only_the_boundary_of_both_follows_the_naturals(kind: str) -> None:
     loss = objective(kind, boundary=-2.0)
     for quantile in (-1.0, -3.0):

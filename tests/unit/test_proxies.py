@@ -95,6 +95,16 @@ def test_resampling_stripes_out_of_existence_keeps_their_mean_colour() -> None:
         ("self_blend", {"shift": (1.0, 3.0), "mix": (0.0, 0.0)}),
         ("texture_loss", {"radius": (2.0, 2.0), "level": (10.0, 10.0), "mix": (0.0, 0.0)}),
         ("tone", {"contrast": (0.0, 0.0), "saturation": (0.0, 0.0), "min_change": (0.0,)}),
+        ("rotated_amplitude", {"start": (0.1, 0.1), "mix": (0.0, 0.0)}),
+        ("warp", {"cells": (8, 8), "shift": (0.0, 0.0)}),
+        ("defocus", {"sigma": (0.0, 0.0), "area": (0.5, 0.5)}),
+        ("halo", {"sigma": (2.0, 2.0), "amount": (0.0, 0.0)}),
+        ("glow", {"sigma": (4.0, 4.0), "mix": (0.0, 0.0)}),
+        ("chroma_bleed", {"sigma": (0.0, 0.0), "shift": (0.0, 0.0)}),
+        ("median", {"radius": (1, 1), "mix": (0.0, 0.0)}),
+        ("palette", {"colours": (16.0, 16.0), "mix": (0.0, 0.0)}),
+        ("patch_bottleneck", {"sides": (4, 8), "kept": (1.0, 1.0)}),
+        ("patch_resynthesis", {"sides": (4, 8), "mix": (0.0, 0.0)}),
     ],
 )
 def test_a_family_of_no_strength_changes_nothing(family: str, nothing: dict[str, tuple[float, ...]]) -> None:
@@ -272,6 +282,89 @@ def test_tone_never_changes_less_than_it_must() -> None:
     ranges = {"contrast": (0.01, 0.01), "saturation": (-0.02, -0.02), "min_change": (0.25,)}
     changed = applied("tone", **ranges)
     assert changed.mean(axis=0).std() / SOURCE.mean(axis=0).std() == pytest.approx(np.exp(0.125), rel=1e-3)
+
+
+def test_rotated_amplitude_swaps_power_between_directions_and_keeps_phases() -> None:
+    before, after = spectrum(SOURCE), spectrum(applied("rotated_amplitude", start=(0.0, 0.0), mix=(1.0, 1.0)))
+    band = radii > 0.2
+    np.testing.assert_allclose(np.abs(after)[:, band], np.abs(before.transpose(0, 2, 1))[:, band], rtol=0.1, atol=50.0)
+    assert np.abs(np.angle(after / before)[:, band]).max() < 0.1
+
+
+def test_warp_moves_pixels_by_about_the_shift_and_makes_no_new_colours() -> None:
+    column = np.broadcast_to(np.arange(SIZE, dtype=np.float32), (3, SIZE, SIZE))
+    moved = FAMILIES["warp"](column, np.random.default_rng(0), cells=(8, 8), shift=(2.0, 2.0))
+    shift = (moved - column)[:, 20:-20, 20:-20]
+    assert 1.0 < shift.std() < 3.0
+    assert np.abs(np.diff(shift, axis=2)).max() < 1.0  # smooth: neighbours move together
+
+
+def test_defocus_blurs_one_part_and_leaves_another_as_it_was() -> None:
+    changed = applied("defocus", sigma=(4.0, 4.0), area=(0.5, 0.5))
+    difference = np.abs(changed - SOURCE).max(axis=0)
+    assert 0.2 < (difference < 1e-3).mean() < 0.8
+    assert difference.max() > 10.0
+
+
+def test_halo_amplifies_what_a_blur_takes_away() -> None:
+    low, high = (log_gain_of("halo", band, sigma=(2.0, 2.0), amount=(1.0, 1.0)) for band in ((0, 0.02), (0.5, 1)))
+    assert abs(low) < 0.1 and high == pytest.approx(2.0 * np.log(2.0), abs=0.05)
+
+
+def log_gain_of(family: str, band: tuple[float, float], **ranges: tuple[float, ...]) -> float:
+    inside = (radii > band[0]) & (radii <= band[1])
+    energy = [np.square(np.abs(spectrum(v)))[:, inside].mean() for v in (applied(family, **ranges), SOURCE)]
+    return float(np.log(energy[0] / energy[1]))
+
+
+def test_glow_darkens_nothing() -> None:
+    changed = applied("glow", sigma=(6.0, 6.0), mix=(0.7, 0.7))
+    assert (changed - SOURCE).min() > -1e-3 and (changed - SOURCE).mean() > 10.0
+
+
+def test_chroma_bleed_keeps_luminance_and_softens_colour() -> None:
+    changed = applied("chroma_bleed", sigma=(4.0, 4.0), shift=(0.0, 3.0))
+    np.testing.assert_allclose(changed.mean(axis=0), SOURCE.mean(axis=0), atol=0.01)
+    colour, before = changed - changed.mean(axis=0), SOURCE - SOURCE.mean(axis=0)
+    assert np.abs(np.diff(colour, axis=2)).mean() < 0.3 * np.abs(np.diff(before, axis=2)).mean()
+
+
+def test_a_median_takes_specks_and_leaves_edges() -> None:
+    step = np.repeat(np.where(np.arange(SIZE) < SIZE // 2, 60.0, 190.0)[None, :], SIZE, axis=0)
+    speckled = np.repeat(step[None], 3, axis=0).astype(np.float32)
+    speckled[:, 5::20, 5::20] = 255.0
+    changed = FAMILIES["median"](speckled, np.random.default_rng(0), radius=(1, 1), mix=(1.0, 1.0))
+    np.testing.assert_array_equal(changed, np.broadcast_to(step, changed.shape))
+
+
+@pytest.mark.parametrize("colours", [8.0, 32.0])
+def test_a_palette_has_as_many_colours_as_drawn(colours: float) -> None:
+    changed = applied("palette", colours=(colours, colours), mix=(1.0, 1.0))
+    assert len(np.unique(changed.reshape(3, -1), axis=1).T) in range(int(colours) // 2, int(colours) + 1)
+
+
+@pytest.mark.parametrize("side", [4, 8])
+def test_a_patch_bottleneck_leaves_patches_of_the_drawn_rank(side: int) -> None:
+    changed = applied("patch_bottleneck", sides=(side,), kept=(0.1, 0.1))
+    patches = patches_of(changed, side)
+    values = np.linalg.svd(patches - patches.mean(axis=0), compute_uv=False)
+    kept = round(0.1 * 3 * side * side)
+    assert values[kept] < 1e-3 * values[0] < values[kept - 1]
+
+
+@pytest.mark.parametrize("side", [4, 8])
+def test_patch_resynthesis_keeps_the_brightness_of_each_patch_and_shows_what_was_elsewhere(side: int) -> None:
+    changed = applied("patch_resynthesis", sides=(side,), mix=(1.0, 1.0))
+    before, after = patches_of(SOURCE, side), patches_of(changed, side)
+    np.testing.assert_allclose(after.mean(axis=1), before.mean(axis=1), atol=0.01)
+    assert (np.abs(after - before).max(axis=1) > 1.0).mean() > 0.9
+    assert (after - before).std() < before.std()  # the nearest, not just any
+
+
+def patches_of(planes: np.ndarray, side: int) -> np.ndarray:
+    rows, columns = np.ogrid[0:SIZE:side, 0:SIZE:side]
+    cells = [planes[:, y : y + side, x : x + side].ravel() for y in rows.ravel() for x in columns.ravel()]
+    return np.stack(cells)
 
 
 @settings(max_examples=25, deadline=None)

@@ -1,0 +1,107 @@
+"""Labelled images -> embeddings of their variants and of distorted ones, encoded once and reused."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from clipflow_ray.config import EvaluateConfig
+from clipflow_ray.data import resources
+from clipflow_ray.data.inventory import listing_hash
+from clipflow_ray.data.listing import write_manifest
+from clipflow_ray.data.pipeline import read_then_encode
+from clipflow_ray.data.resumable import MANIFEST, Run
+from clipflow_ray.data.scoring import Embed
+from clipflow_ray.evaluate.views import CASES, DRAW, VARIANTS, read_both, read_distorted
+from clipflow_ray.model.detector import Detector
+from clipflow_ray.storage import filesystem, join
+
+F32 = NDArray[np.float32]
+
+EMBEDDINGS: Final = "embeddings"
+_ENCODE_ROWS: Final = 16
+_DISTORT_ROWS: Final = 4  # a row holds a view for every case
+
+
+def both_variants(config: EvaluateConfig, inputs: Sequence[str], detector: Detector) -> Run:
+    """Every image through the encoder as found and format-aligned; returns the finished run."""
+    identity = _identity(detector) | {
+        "input": list(inputs),
+        "listing": listing_hash(inputs, config.s3),
+        "variants": list(VARIANTS),
+    }
+    run = Run(join(config.output, "evaluation"), config.s3)
+    _encoded(
+        run, identity, lambda: write_manifest(inputs, run.path(MANIFEST), config.s3), read_both, _ENCODE_ROWS, detector
+    )
+    return run
+
+
+def distortions(config: EvaluateConfig, source: Run, draws: dict[str, int], detector: Detector) -> Run:
+    """The images of `draws` (row id -> draw) of the finished `source` through every distortion; a finished run."""
+    identity = _identity(detector) | {
+        "listing": (source.record() or {})["identity"]["listing"],
+        "cases": [f"{name} {level:g}" for name, level in CASES],
+        "draws": draws,
+    }
+    run = Run(join(config.output, f"robustness-{config.robustness}"), config.s3)
+
+    def sample() -> int:
+        rows = source.table(MANIFEST).to_table(filter=pads.field("row_id").isin(list(draws)))
+        rows = rows.append_column(DRAW, pa.array([draws[row] for row in rows["row_id"].to_pylist()], pa.int64()))
+        fs, path = filesystem(run.path(MANIFEST), run.s3)
+        fs.create_dir(path, recursive=True)
+        pq.write_table(rows, join(path, "part-0.parquet"), filesystem=fs)
+        return len(rows)
+
+    _encoded(run, identity, sample, read_distorted, _DISTORT_ROWS, detector)
+    return run
+
+
+def readable(run: Run) -> pa.Table:
+    """The rows of a finished run that have embeddings, in the order of their ids."""
+    table = run.table(EMBEDDINGS).to_table().sort_by("row_id")
+    return table.filter(pc.equal(table["status"], "ok"))
+
+
+def embeddings_of(rows: pa.Table, features: Sequence[str], views: int) -> F32:
+    """float32 [views, N, D] of N readable rows: the named features, concatenated."""
+    parts = [rows[name].combine_chunks().flatten().to_numpy().reshape(len(rows), views, -1) for name in features]
+    return np.ascontiguousarray(np.concatenate(parts, axis=2).swapaxes(0, 1))
+
+
+def _identity(detector: Detector) -> dict[str, Any]:
+    return {"encoder_fingerprint": detector.encoder.fingerprint, "features": list(detector.encoder.features)}
+
+
+def _encoded(
+    run: Run,
+    identity: dict[str, Any],
+    make_manifest: Callable[[], int],
+    read: Callable[..., pa.Table],
+    batch_size: int,
+    detector: Detector,
+) -> None:
+    record = run.begin(identity, make_manifest)
+    if run.finished:
+        return
+    plan, encoder = resources.plan_scoring(), detector.encoder
+    run.write(
+        EMBEDDINGS,
+        lambda manifest: read_then_encode(
+            manifest,
+            plan,
+            batch_size,
+            read,
+            {"s3": run.s3, "limits": detector.checkpoint.limits, "kind": encoder.config.view},
+            Embed,
+            {"encoder": encoder.config, "features": encoder.features, "fingerprint": encoder.fingerprint},
+        ),
+        record["manifest_rows"],
+    )
+    run.succeed(record)

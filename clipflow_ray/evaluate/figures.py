@@ -1,0 +1,189 @@
+"""Per-image scores -> every figure of an evaluation. Nothing but the shipped tables and the calibration goes in.
+
+Columns of the scores, one row an image and variant: `row_id`, `uri`, `variant`, `group`, `generated`, what is known of
+the file, `score` and `p_value` of the checkpoint (`score_1`, `p_value_1`, ... of its siblings by seed), and the
+suspicion by each of BASELINES that the checkpoint keeps.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from clipflow_ray.audit.ledger import flagged as flagged_rate
+from clipflow_ray.evaluate import metrics
+from clipflow_ray.evaluate.baselines import BASELINES
+from clipflow_ray.evaluate.views import CASES, VARIANTS
+from clipflow_ray.model.calibration import Calibration
+
+ALPHAS: Final = (0.01, 0.05)
+METADATA_ONLY: Final = "metadata_only"
+ORIGINAL: Final = "original"
+_P_BINS: Final = 20
+
+Columns = dict[str, NDArray[Any]]
+Mask = NDArray[np.bool_]
+
+
+def columns_of(table: pa.Table, **equal: Any) -> Columns:
+    """The columns as arrays [N], of the rows where each named column equals its value."""
+    columns: Columns = {name: np.array(table[name].to_pylist()) for name in table.column_names}
+    kept = np.logical_and.reduce([columns[name] == value for name, value in equal.items()])
+    return {name: values[kept] for name, values in columns.items()} if equal else columns
+
+
+def figures(scores: pa.Table, calibrations: Sequence[Calibration]) -> dict[str, Any]:
+    """All figures but the robustness curves, json-ready; `calibrations` of the checkpoint and its siblings."""
+    variants = {name: _variant(columns_of(scores, variant=name), calibrations) for name in VARIANTS}
+    found, aligned = (variants[name] for name in VARIANTS)
+    headline = found["detectors"]["flow"]
+    return {
+        "auroc": headline["auroc"],
+        "n": found["n"],
+        "calibration_n": len(calibrations[0].scores),
+        "variants": variants,
+        "metadata_only_auroc": found[METADATA_ONLY]["auroc"],
+        "format_gap_auroc": {
+            name: row["auroc"] - aligned["detectors"][name]["auroc"] for name, row in found["detectors"].items()
+        },
+    }
+
+
+def curves(robustness: pa.Table, calibration: Calibration) -> list[dict[str, Any]]:
+    """AUROC, recall and false-positive rate at the fixed thresholds for each distortion, the originals first."""
+    result = []
+    for name, level in ((ORIGINAL, 0.0), *CASES):
+        rows = columns_of(robustness, distortion=name, level=level)
+        rate = _rates(rows["score"], calibration)
+        result.append(
+            {
+                "distortion": name,
+                "level": level,
+                "n": _counts(rows["generated"]),
+                "auroc": metrics.auroc(rows["score"][~rows["generated"]], rows["score"][rows["generated"]]),
+                "tpr": {f"{alpha:g}": rate(alpha, rows["generated"]) for alpha in supported(calibration)},
+                "fpr": {f"{alpha:g}": rate(alpha, ~rows["generated"]) for alpha in supported(calibration)},
+            }
+        )
+    return result
+
+
+def supported(calibration: Calibration) -> list[float]:
+    """The alphas that the calibration set is large enough for; the largest is kept, to be refused in words."""
+    return [alpha for alpha in ALPHAS if calibration.supports(alpha)] or [max(ALPHAS)]
+
+
+def _variant(rows: Columns, calibrations: Sequence[Calibration]) -> dict[str, Any]:
+    """One variant: flow and baselines, per generator and per source, and the spread over seeds."""
+    generated, calibration = rows["generated"], calibrations[0]
+    columns: dict[str, str] = {"flow": "score", **{name: name for name in BASELINES if name in rows}}
+    table = {name: _headline(rows[column], rows) for name, column in columns.items()}
+    p_values = rows["p_value"][~generated]
+    alphas = supported(calibration)
+    seeds = [_of_seed(rows[seed_column("score", at)], own, rows, alphas) for at, own in enumerate(calibrations)]
+    return {
+        "n": _counts(generated),
+        "detectors": table,
+        METADATA_ONLY: _headline(rows[METADATA_ONLY], rows),
+        "not_beaten": [n for n, row in table.items() if n != "flow" and row["auroc"] >= table["flow"]["auroc"]],
+        "auroc_by_seed": [seed["auroc"] for seed in seeds],
+        "by_seed": seeds,
+        "over_seeds": {name: _spread([seed[name] for seed in seeds]) for name in seeds[0]} if len(seeds) > 1 else {},
+        "thresholds": {f"{alpha:g}": _at_threshold(calibration, rows, alpha) for alpha in alphas},
+        "p_uniformity_on_naturals": metrics.uniformity(p_values),
+        "p_values_of_naturals": np.histogram(p_values, bins=_P_BINS, range=(0.0, 1.0))[0].tolist(),
+    }
+
+
+def seed_column(name: str, seed: int) -> str:
+    """`name` for the checkpoint itself, `name_1` for its first sibling."""
+    return f"{name}_{seed}" if seed else name
+
+
+def _headline(values: NDArray[Any], rows: Columns) -> dict[str, Any]:
+    generated = rows["generated"]
+    negative, positive = values[~generated], values[generated]
+    return {
+        "auroc": metrics.auroc(negative, positive),
+        "auroc_95": metrics.bootstrap_auroc(negative, positive),
+        "average_precision": metrics.average_precision(negative, positive),
+        "oracle_tpr": {f"{rate:g}": metrics.oracle_tpr(negative, positive, rate) for rate in ALPHAS},
+        **_per_generator(values, rows),
+    }
+
+
+def _per_generator(values: NDArray[Any], rows: Columns) -> dict[str, Any]:
+    """AUROC of each generator against all naturals, worst first; their mean and that of the worst quarter."""
+    negative = values[~rows["generated"]]
+    each = {name: metrics.auroc(negative, values[mask]) for name, mask in _groups(rows, rows["generated"])}
+    ordered = sorted(each.values())
+    return {
+        "macro_auroc": float(np.mean(ordered)),
+        "worst_quartile_auroc": float(np.mean(ordered[: max(1, len(ordered) // 4)])),
+        "per_generator_auroc": dict(sorted(each.items(), key=lambda item: item[1])),
+    }
+
+
+def _of_seed(
+    scores: NDArray[Any], calibration: Calibration, rows: Columns, alphas: Sequence[float]
+) -> dict[str, float]:
+    """The figures whose spread over seeds is told."""
+    generated, rate = rows["generated"], _rates(scores, calibration)
+    result = {"auroc": metrics.auroc(scores[~generated], scores[generated]), **_per_generator(scores, rows)}
+    del result["per_generator_auroc"]
+    for alpha in alphas:
+        result |= {f"tpr_{alpha:g}": rate(alpha, generated)["rate"], f"fpr_{alpha:g}": rate(alpha, ~generated)["rate"]}
+    return result
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {
+        "mean": float(np.mean(values)),
+        "std": float(np.std(values, ddof=1)),
+        "min": min(values),
+        "max": max(values),
+    }
+
+
+def _at_threshold(calibration: Calibration, rows: Columns, alpha: float) -> dict[str, Any]:
+    """What the calibrated threshold realises: recall per generator, false positives per natural source."""
+    generated, rate = rows["generated"], _rates(rows["score"], calibration)
+    sources: dict[str, Any] = {}
+    for name, mask in _groups(rows, ~generated):
+        row = rate(alpha, mask)
+        low, high = calibration.flagged_interval(alpha, row["of"])
+        excess = flagged_rate(row["flagged"], row["of"], alpha)["excess_lower_bound"]
+        inside = bool(low <= row["rate"] <= high)
+        sources[name] = row | {"expected_95": (low, high), "inside": inside, "excess_lower_bound": excess}
+    true, false = rate(alpha, generated), rate(alpha, ~generated)
+    return {
+        "threshold": calibration.threshold(alpha),
+        "tpr": true,
+        "fpr": false,
+        "balanced_accuracy": 0.5 * (true["rate"] + 1.0 - false["rate"]),
+        "false_positive_rate_95": calibration.false_positive_interval(alpha),
+        "audited_together": flagged_rate(true["flagged"] + false["flagged"], len(generated), alpha)
+        | {"generated_share": float(generated.mean())},
+        "per_generator": {name: rate(alpha, mask) for name, mask in _groups(rows, generated)},
+        "per_source": sources,
+    }
+
+
+def _rates(scores: NDArray[Any], calibration: Calibration) -> Callable[[float, Mask], dict[str, Any]]:
+    """(alpha, mask) -> how many of the masked images are flagged at alpha, with the share's Wilson interval."""
+
+    def rate(alpha: float, mask: Mask) -> dict[str, Any]:
+        count, of = int((scores[mask] > calibration.threshold(alpha)).sum()), int(mask.sum())
+        return {"flagged": count, "of": of, "rate": count / of, "wilson_95": metrics.wilson(count, of)}
+
+    return rate
+
+
+def _groups(rows: Columns, mask: Mask) -> list[tuple[str, Mask]]:
+    return [(str(name), mask & (rows["group"] == name)) for name in np.unique(rows["group"][mask])]
+
+
+def _counts(generated: Mask) -> dict[str, int]:
+    return {"natural": int((~generated).sum()), "generated": int(generated.sum())}

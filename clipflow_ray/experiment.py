@@ -1,0 +1,273 @@
+"""Many ideas on embeddings that are encoded once: each is fitted with every proxy family held out in turn.
+
+The figure is how well a candidate ranks proxies of a family that it never saw above photographs of sources that it
+never saw. No AI-generated image takes part. Fits are Ray tasks of one core each; a finished one is kept in a file of
+its own, so an experiment that was cut off, or grew, goes on where it stood.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+
+from clipflow_ray import pages
+from clipflow_ray.config import Candidate, ExperimentConfig, TrainConfig, stable_hash
+from clipflow_ray.data import resources
+from clipflow_ray.data.resumable import Run
+from clipflow_ray.errors import ConfigError, TrainingError
+from clipflow_ray.storage import filesystem, join, normalized, read_text, resolved, write_text
+from clipflow_ray.train import features
+from clipflow_ray.train.features import Features
+from clipflow_ray.train.loop import SELECTION, Loop
+from clipflow_ray.train.split import Split, split
+
+log = logging.getLogger(__name__)
+Row = dict[str, Any]
+
+_FIGURES: Final = {"auroc": SELECTION, "tpr_5": "tpr_5", "nll_median": "nll_natural_median", "auroc_seen": "auroc_seen"}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One fit to do: a candidate, the family it does not see, a seed; `key` names its result."""
+
+    key: str
+    candidate: str
+    held_out: str
+    seed: int
+    config: TrainConfig
+    without: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Experimented:
+    """Where the table and the page lie, and one row for each candidate, best first."""
+
+    results: str
+    page: str
+    summary: list[Row]
+
+
+def experiment(config: ExperimentConfig) -> Experimented:
+    """Encode what is not encoded yet, do the fits that are not done yet, write `results.parquet` and `experiment.html`.
+
+    Both lie under `train.output`/experiment. A candidate whose loss was not finite has a row that says so. Raises
+    ConfigError for an unknown family or feature, else what training raises.
+    """
+    base = config.train.model_copy(
+        update={
+            "input": tuple(normalized(uri) for uri in config.train.input),
+            "output": normalized(config.train.output),
+            "s3": resolved(config.train.s3),
+        }
+    )
+    resources.connect()
+    run = features.extract(base)
+    root = join(base.output, "experiment")
+    fits = _fits(config, base, run)
+    done = _done(root, fits, base)
+    log.info("%d fits, %d of them done before", len(fits), len(done))
+    rows = [*done, *_fitted([each for each in fits if each.key not in {row["key"] for row in done}], run, root)]
+    order = {each.key: number for number, each in enumerate(fits)}
+    rows.sort(key=lambda row: order[row["key"]])
+    fs, path = filesystem(join(root, "results.parquet"), base.s3)
+    pq.write_table(pa.Table.from_pylist(rows), path, filesystem=fs)
+    summary = summarized(rows)
+    write_text(join(root, "experiment.html"), _page(config, rows, summary), base.s3)
+    return Experimented(join(root, "results.parquet"), join(root, "experiment.html"), summary)
+
+
+def summarized(rows: list[Row]) -> list[Row]:
+    """One row for each candidate, best first: means over held-out families and seeds, and the spread of seeds.
+
+    `auroc` is the macro mean over families; `auroc_sd` the standard deviation of that mean over seeds; `worst` the
+    family with the lowest mean over seeds. A candidate with a failed fit has `failed` and comes last.
+    """
+    summary = []
+    for name in dict.fromkeys(row["candidate"] for row in rows):
+        own = [row for row in rows if row["candidate"] == name]
+        failed = [row["error"] for row in own if row["error"]]
+        line: Row = {"candidate": name, "fits": len(own), "failed": failed[0] if failed else None}
+        if not failed:
+            by_seed = [np.mean([row["auroc"] for row in own if row["seed"] == s]) for s in {r["seed"] for r in own}]
+            by_family = {
+                family: float(np.mean([row["auroc"] for row in own if row["held_out"] == family]))
+                for family in dict.fromkeys(row["held_out"] for row in own)
+            }
+            worst = min(by_family, key=lambda family: by_family[family])
+            line |= {figure: float(np.mean([row[figure] for row in own])) for figure in _FIGURES}
+            line |= {
+                "auroc_sd": float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None,
+                "worst": worst,
+                "worst_auroc": by_family[worst],
+                "families": by_family,
+            }
+        summary.append(line)
+    return sorted(summary, key=lambda line: -line.get("auroc", -1.0))
+
+
+def rank_correlation(summary: list[Row], looks: dict[str, float]) -> tuple[float, int] | None:
+    """Spearman's rho between held-out AUROC and the AUROC of looks, and how many candidates; None below three."""
+    pairs = [
+        (line["auroc"], looks[line["candidate"]])
+        for line in summary
+        if not line["failed"] and line["candidate"] in looks
+    ]
+    if len(pairs) < 3:
+        return None
+    return float(stats.spearmanr(*zip(*pairs, strict=True)).statistic), len(pairs)
+
+
+def _fits(config: ExperimentConfig, base: TrainConfig, run: Run) -> list[Fit]:
+    families = sorted(base.proxies.families)
+    unknown = sorted({*config.held_out, *(name for each in config.candidates for name in each.without)} - set(families))
+    stored = {*base.encoder.feature, *base.extra_features}
+    missing = sorted({name for each in config.candidates for name in each.feature} - stored)
+    if unknown or missing:
+        raise ConfigError(
+            f"Unknown proxy families {unknown} or features that the training does not cache {missing}; "
+            f"there are {', '.join(families)}; name features in `train.extra_features`."
+        )
+    return [
+        _fit(candidate, base, run, family, seed)
+        for candidate in config.candidates
+        for family in config.held_out or families
+        for seed in config.seeds
+    ]
+
+
+def _fit(candidate: Candidate, base: TrainConfig, run: Run, family: str, seed: int) -> Fit:
+    fit = (candidate.fit or base.fit).model_copy(update={"seed": seed})
+    changed = base.model_copy(
+        update={
+            "encoder": base.encoder.model_copy(update={"feature": candidate.feature or base.encoder.feature}),
+            "flow": candidate.flow or base.flow,
+            "objective": candidate.objective or base.objective,
+            "fit": fit,
+            "split": base.split.model_copy(update={"held_out_family": family}),
+        }
+    )
+    shape = changed.model_dump(mode="json", include={"encoder", "flow", "objective", "fit", "split"})
+    key = stable_hash(shape | {"features": run.folder.rsplit("/", 1)[-1], "without": sorted(candidate.without)})
+    return Fit(key, candidate.name, family, seed, changed, candidate.without)
+
+
+def _done(root: str, fits: list[Fit], base: TrainConfig) -> list[Row]:
+    fs, path = filesystem(join(root, "fits"), base.s3)
+    fs.create_dir(path, recursive=True)
+    there = {info.base_name for info in fs.get_file_info(pa.fs.FileSelector(path))}
+    return [
+        json.loads(read_text(join(root, "fits", f"{each.key}.json"), base.s3)) | {"candidate": each.candidate}
+        for each in fits
+        if f"{each.key}.json" in there
+    ]
+
+
+def _fitted(fits: list[Fit], run: Run, root: str) -> list[Row]:
+    loaded = {
+        feature: ray.put(features.load(run, feature, fits[0].config.proxies))
+        for feature in {each.config.encoder.feature for each in fits}
+    }
+    widths = {feature: features.widths(run, feature) for feature in loaded}
+    waiting = {
+        _held_out_figures.remote(
+            each.config, loaded[each.config.encoder.feature], widths[each.config.encoder.feature], each.without
+        ): each
+        for each in fits
+    }
+    rows = []
+    while waiting:
+        (ready, *_), _ = ray.wait(list(waiting), num_returns=1)
+        each = waiting.pop(ready)
+        row = {"key": each.key, "candidate": each.candidate, "held_out": each.held_out, "seed": each.seed}
+        row |= ray.get(ready)
+        write_text(join(root, "fits", f"{each.key}.json"), json.dumps(row), each.config.s3)
+        rows.append(row)
+        log.info("%s without %s, seed %d: %s", each.candidate, each.held_out, each.seed, row["error"] or row["auroc"])
+    return rows
+
+
+@ray.remote(num_cpus=1)
+def _held_out_figures(
+    config: TrainConfig, loaded: Features, segments: tuple[int, ...], without: tuple[str, ...]
+) -> Row:
+    torch.set_num_threads(1)
+    loop = Loop(config, _less(split(loaded, config.split), without), segments)
+    try:
+        figures = [loop.epoch(number) for number in range(config.fit.epochs)][-1]
+    except TrainingError as error:
+        return dict.fromkeys(_FIGURES) | {"error": str(error)}
+    return {name: figures[source] for name, source in _FIGURES.items()} | {"error": None}
+
+
+def _less(data: Split, without: tuple[str, ...]) -> Split:
+    keep: NDArray[np.bool_] = ~np.isin(data.proxy.family, without)
+    return Split(**(vars(data) | {"proxy": data.proxy.where(keep)}))
+
+
+def _page(config: ExperimentConfig, rows: list[Row], summary: list[Row]) -> str:
+    good = [line for line in summary if not line["failed"]]
+    charts = []
+    if good:
+        best = ", ".join(f"{line['candidate']} {line['auroc']:.3f}" for line in good[:5])
+        charts.append(
+            {"svg": _ranking(good, rows), "label": f"Held-out AUROC of each candidate and seed. Best: {best}."}
+        )
+        charts.append(
+            {"svg": _families(good), "label": "Held-out AUROC of each candidate and family, as in the table."}
+        )
+    correlation = rank_correlation(summary, config.looks)
+    if config.looks and good:
+        told = f"Spearman's rho {correlation[0]:.2f}, n {correlation[1]}" if correlation else "fewer than three looks"
+        charts.append({"svg": _looks(good, config.looks), "label": f"Held-out AUROC against looks: {told}."})
+    return (
+        pages.environment("clipflow_ray")
+        .get_template("experiment.html.j2")
+        .render(config=config, summary=summary, charts=charts, correlation=correlation)
+    )
+
+
+def _ranking(good: list[Row], rows: list[Row]) -> str:
+    def draw(axes: Any) -> None:
+        for at, line in enumerate(reversed(good)):
+            own = [row for row in rows if row["candidate"] == line["candidate"]]
+            seeds = {row["seed"] for row in own}
+            means = [np.mean([row["auroc"] for row in own if row["seed"] == seed]) for seed in seeds]
+            axes.plot(means, [at] * len(means), "o", color=pages.NATURAL_COLOUR)
+            axes.plot([line["auroc"]], [at], "|", color=pages.SUSPICIOUS_COLOUR, markersize=14)
+        axes.set_yticks(range(len(good)), [line["candidate"] for line in reversed(good)])
+        axes.set_xlabel("AUROC on families held out in turn: seeds, and their mean")
+
+    return pages.chart(draw, (6.4, 1.2 + 0.3 * len(good)))
+
+
+def _families(good: list[Row]) -> str:
+    families = list(good[0]["families"])
+    values = np.array([[line["families"].get(family, np.nan) for family in families] for line in good])
+
+    def draw(axes: Any) -> None:
+        axes.imshow(values, vmin=0.5, vmax=1.0, cmap="viridis", aspect="auto")
+        axes.set_yticks(range(len(good)), [line["candidate"] for line in good])
+        axes.set_xticks(range(len(families)), families, rotation=90)
+
+    return pages.chart(draw, (6.4, 2.2 + 0.3 * len(good)))
+
+
+def _looks(good: list[Row], looks: dict[str, float]) -> str:
+    def draw(axes: Any) -> None:
+        for line in good:
+            if line["candidate"] in looks:
+                axes.plot([line["auroc"]], [looks[line["candidate"]]], "o", color=pages.SUSPICIOUS_COLOUR)
+                axes.annotate(line["candidate"], (line["auroc"], looks[line["candidate"]]), color=pages.GREY)
+        axes.set_xlabel("AUROC on held-out families")
+        axes.set_ylabel("AUROC on AI-generated images")
+
+    return pages.chart(draw)

@@ -1,0 +1,118 @@
+"""What the HTML reports share: one template with the style and the sorting, charts as inline SVG, thumbnails.
+
+A report is one file: it asks for nothing, so it reads the same offline and behind any wall.
+"""
+
+import base64
+import io
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
+
+import matplotlib
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from clipflow_ray import sandbox
+from clipflow_ray.config import ImageLimits
+from clipflow_ray.data.reading import read_bytes
+from clipflow_ray.data.resumable import MANIFEST, Run
+from clipflow_ray.errors import ItemError
+
+NATURAL_COLOUR, SUSPICIOUS_COLOUR, GREY = "#8aa4c8", "#d1495b", "#808080"
+_THUMBNAIL: Final = 192
+_STYLE: Final = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), GREY),
+    "svg.hashsalt": "clipflow",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+}
+
+
+def environment(package: str) -> Environment:
+    """Jinja for the templates of `package`, which may extend `page.html.j2`."""
+    result = Environment(
+        loader=ChoiceLoader([PackageLoader(package), PackageLoader("clipflow_ray")]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    result.filters |= {"percent": percent, "interval": interval, "number": "{:,}".format}
+    return result
+
+
+def chart(draw: Callable[[Any], None], size: tuple[float, float] = (6.4, 3.0), rows: int = 1) -> str:
+    """Inline SVG of what `draw` puts on the axes (an array of them for several rows), `size` in inches.
+
+    Grey text reads on light and on dark.
+    """
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    style: Any = _STYLE
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(rows, figsize=size, sharex=True, constrained_layout=True)
+        draw(axes)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+        plt.close(figure)
+    text = out.getvalue()
+    # Names of groups, which nothing refers to, would be the same in every chart of a page.
+    return re.sub(r' id="[\w.]+_\d+"', "", text[text.index("<svg") :])
+
+
+def p_value_chart(counts: Sequence[int]) -> str:
+    """Histogram of p-values in equal bins from 0 to 1."""
+
+    def draw(axes: Any) -> None:
+        shares = np.array(counts, float) / max(1, sum(counts))
+        axes.stairs(shares, np.linspace(0, 1, len(counts) + 1), fill=True, color=SUSPICIOUS_COLOUR)
+        axes.axhline(1.0 / len(counts), color=GREY, linestyle="--", linewidth=1)
+        axes.set_xlabel("p-value (dashed: what photographs like the calibration's give)")
+        axes.set_ylabel("share of images")
+
+    return chart(draw)
+
+
+def pictured(
+    run: Run, rows: Iterable[dict[str, Any]], limits: ImageLimits, column: str | None = None
+) -> list[dict[str, Any]]:
+    """The `rows`, each with `image`: a thumbnail of its `row_id` as a data URI, or None where there is none.
+
+    The inputs are read again. `column` names the image bytes of parquet files.
+    """
+    wanted = list(rows)
+    ids = [row["row_id"] for row in wanted]
+    found = pads.field("row_id").isin(ids)
+    # one after another: files of a manifest are large
+    listed = [part.to_table(filter=found, batch_readahead=1, fragment_readahead=1) for part in run.parts(MANIFEST)]
+    manifest = pa.concat_tables(listed)
+    contents = dict(zip(manifest["row_id"].to_pylist(), read_bytes(manifest, run.s3, limits, column), strict=True))
+    return [row | {"image": _thumbnail(contents.get(row["row_id"]), limits)} for row in wanted]
+
+
+def percent(value: float | None) -> str:
+    """A share as people read it."""
+    return "none" if value is None else f"{100 * value:.2f} %"
+
+
+def interval(values: Iterable[float] | None) -> str:
+    """Both ends of an interval of shares."""
+    return "none" if values is None else " to ".join(percent(value) for value in values)
+
+
+def _thumbnail(content: bytes | ItemError | None, limits: ImageLimits) -> str | None:
+    if not isinstance(content, bytes):
+        return None
+    try:
+        image = Image.fromarray(sandbox.decode(content, limits).rgb)
+    except ItemError:
+        return None
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()

@@ -1,0 +1,102 @@
+"""Natural view -> proxy view: a photograph changed in ways in which generated images differ from photographs.
+
+Each family is a pure function `(view, rng, **ranges) -> view` on float32 [3, H, W] in 0..255, whose ranges
+come from `ProxyConfig.families`. All of them act on the view that the encoder sees, keep the mean colour,
+and end in the same clip and 8-bit rounding that natural views pass through, so the pipeline is not the cue.
+The operators follow the observations collected in Durall et al. 2020 (arXiv 2003.01826), Zhang et al. 2019
+(1907.06515), Corvi et al. 2023 (2304.06408) and Shiohara & Yamasaki 2022 (self-blended images); their
+strengths are our own. Frequencies are radii over Nyquist: 1.0 is half a cycle per pixel.
+"""
+
+import hashlib
+from collections.abc import Callable
+from inspect import signature
+from typing import Final
+
+import numpy as np
+from PIL import Image
+
+from clipflow_ray.config import ProxyConfig
+from clipflow_ray.errors import ConfigError
+from clipflow_ray.images import VIEW_SIZE, Pixels
+from clipflow_ray.proxies import spatial, spectral
+from clipflow_ray.proxies.planes import F32, Rng, channels_first, irfft, quantized, rfft
+
+Family = Callable[..., F32]
+
+NATURAL: Final = "natural"
+FAMILIES: Final[dict[str, Family]] = {
+    family.__name__: family
+    for family in (
+        spectral.radial_gain_up,
+        spectral.radial_gain_down,
+        spectral.low_pass,
+        spectral.slope,
+        spectral.lattice_peaks,
+        spectral.replicas,
+        spectral.log_amplitude_field,
+        spectral.phase_jitter,
+        spectral.rotated_amplitude,
+        spatial.resample,
+        spatial.self_blend,
+        spatial.texture_loss,
+        spatial.tone,
+        spatial.warp,
+        spatial.defocus,
+        spatial.halo,
+        spatial.glow,
+        spatial.chroma_bleed,
+        spatial.median,
+        spatial.palette,
+        spatial.patch_bottleneck,
+        spatial.patch_resynthesis,
+    )
+}
+
+
+def check(config: ProxyConfig) -> None:
+    """Raise ConfigError where `config` names no family, one that is not there, or other ranges than a family takes."""
+    unknown = sorted(set(config.families) - set(FAMILIES))
+    if unknown or not config.families:
+        raise ConfigError(f"Unknown proxy families {unknown}; there are: {', '.join(FAMILIES)}. Name at least one.")
+    for name, ranges in config.families.items():
+        wanted = list(signature(FAMILIES[name]).parameters)[2:]
+        if sorted(ranges) != sorted(wanted):
+            raise ConfigError(f"Proxy family {name} takes the ranges {', '.join(wanted)}; given: {sorted(ranges)}.")
+
+
+def generator(seed: int, row_id: str, *draw: int) -> Rng:
+    """The random stream of one image and draw: the same on every machine, worker and batch."""
+    digest = hashlib.blake2b(f"{seed}/{row_id}/{draw}".encode(), digest_size=16).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little"))
+
+
+def proxy(view: Pixels, family: str, rng: Rng, config: ProxyConfig) -> Pixels:
+    """One proxy of a natural view, uint8 [H, W, 3] to uint8 [H, W, 3]; mean colour kept up to clipping."""
+    source = channels_first(view)
+    changed = FAMILIES[family](source, rng, **config.families[family])
+    changed = changed + (source.mean(axis=(1, 2)) - changed.mean(axis=(1, 2)))[:, None, None]
+    return np.ascontiguousarray(quantized(changed).transpose(1, 2, 0))
+
+
+def natural(view: Pixels) -> Pixels:
+    """A natural view through the proxies' own round trip: spectrum and back, clip, 8-bit rounding."""
+    source = channels_first(view)
+    return np.ascontiguousarray(quantized(irfft(rfft(source), source.shape[1])).transpose(1, 2, 0))
+
+
+def augmented(rgb: Pixels, rng: Rng) -> Pixels:
+    """A second natural view of an image, uint8 [224, 224, 3]: a random square, mirrored half the time.
+
+    The square has 80 to 100 % of the short side and is never enlarged where the image has 224 pixels: an enlarged or
+    recompressed natural would teach that softness is natural, which is what proxies and generators share.
+    """
+    height, width = rgb.shape[:2]
+    short = min(height, width)
+    side = max(round(short * rng.uniform(0.8, 1.0)), min(short, VIEW_SIZE))
+    top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+    image = Image.fromarray(rgb[top : top + side, left : left + side])
+    image = image.resize((VIEW_SIZE, VIEW_SIZE), Image.Resampling.BICUBIC)
+    if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(image)

@@ -1,0 +1,59 @@
+"""Arithmetic on planes: float32 [3, H, W] in 0..255, and their half-plane spectra."""
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import fft, ndimage
+
+from clipflow_ray.images import Pixels
+
+F32 = NDArray[np.float32]
+C64 = NDArray[np.complex64]
+Rng = np.random.Generator
+
+
+def channels_first(view: Pixels) -> F32:
+    return np.ascontiguousarray(view.transpose(2, 0, 1), dtype=np.float32)
+
+
+def quantized(view: F32) -> Pixels:
+    return np.rint(np.clip(view, 0.0, 255.0)).astype(np.uint8)
+
+
+def f32(values: NDArray[np.floating]) -> F32:
+    return np.asarray(values, dtype=np.float32)
+
+
+def box(planes: F32, size: int) -> F32:
+    """Mean over size x size neighbours, per channel."""
+    return f32(ndimage.uniform_filter(planes, (0, size, size)))
+
+
+def rfft(view: F32) -> C64:
+    spectrum: C64 = fft.rfft2(view, axes=(1, 2))
+    return spectrum
+
+
+def irfft(spectrum: C64, size: int) -> F32:
+    return f32(fft.irfft2(spectrum, s=(size, size), axes=(1, 2)))
+
+
+def filtered(view: F32, transfer: NDArray[np.inexact]) -> F32:
+    """Multiply the half-plane spectrum of each channel by `transfer` [..., H, W // 2 + 1]; DC stays."""
+    kind = np.complex64 if np.iscomplexobj(transfer) else np.float32
+    transfer = transfer.astype(kind)
+    transfer[..., 0, 0] = 1.0
+    return irfft(rfft(view) * transfer, view.shape[1])
+
+
+@lru_cache(maxsize=4)
+def radii(size: int) -> F32:
+    """Radial frequency over Nyquist on the half plane, float32 [size, size // 2 + 1]; do not write to it."""
+    return f32(np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :]) * 2.0)
+
+
+def ramp(view: F32, start: float, width: float | None = None) -> F32:
+    """0 below `start`, rising linearly to 1 at Nyquist, or over `width` where it is given."""
+    reach = (1.0 - start) if width is None else width
+    return f32(np.clip((radii(view.shape[1]) - start) / reach, 0.0, 1.0))

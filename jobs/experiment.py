@@ -1,0 +1,31 @@
+"""`python jobs/experiment.py --config candidates.yaml`: held-out figures of many candidates; see `ExperimentConfig`."""
+
+import json
+import logging
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from clipflow_ray.config import ExperimentConfig, load_yaml
+from clipflow_ray.experiment import experiment
+
+
+def main(
+    config: Annotated[str, typer.Option(help="YAML: `train` as for `clipflow-ray train`, and `candidates`.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON alone.")] = False,
+) -> None:
+    """Fit every candidate with each proxy family held out in turn; writes results.parquet and experiment.html."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    result = experiment(load_yaml(ExperimentConfig, config, {}))
+    if as_json:
+        print(json.dumps(asdict(result)))
+        return
+    for line in result.summary:
+        told = line["failed"] or f"AUROC {line['auroc']:.3f}, worst {line['worst']} {line['worst_auroc']:.3f}"
+        print(f"{line['candidate']}: {told}")
+    print(f"{result.results}\n{result.page}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

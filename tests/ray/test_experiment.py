@@ -1,0 +1,125 @@
+"""Experiments on real embeddings of the tiny training, on a real cluster."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from scipy import stats
+
+from clipflow_ray.config import (
+    Candidate,
+    ExperimentConfig,
+    FitConfig,
+    ObjectiveConfig,
+    TrainConfig,
+    load_yaml,
+)
+from clipflow_ray.errors import ConfigError
+from clipflow_ray.experiment import Experimented, experiment, rank_correlation, summarized
+
+FIT = FitConfig(epochs=2, batch_size=32, learning_rate=2e-3)
+
+
+@pytest.fixture(scope="module")
+def config(tiny: TrainConfig) -> ExperimentConfig:
+    return ExperimentConfig(
+        train=tiny.model_copy(update={"fit": FIT}),
+        held_out=("low_pass", "tone"),
+        seeds=(0, 1),
+        candidates=(
+            Candidate(name="as it is"),
+            Candidate(name="without resample", without=("resample",)),
+            Candidate(name="too fast", fit=FIT.model_copy(update={"learning_rate": 1e30})),
+        ),
+        looks={"as it is": 0.7},
+    )
+
+
+@pytest.fixture(scope="module")
+def first(trained: str, config: ExperimentConfig) -> Experimented:
+    """After the training, whose embeddings it uses."""
+    return experiment(config)
+
+
+def test_every_candidate_is_fitted_once_for_each_family_and_seed(first: Experimented) -> None:
+    rows = pq.read_table(first.results).to_pylist()
+    assert sorted((row["candidate"], row["held_out"], row["seed"]) for row in rows) == sorted(
+        (name, family, seed)
+        for name in ("as it is", "without resample", "too fast")
+        for family in ("low_pass", "tone")
+        for seed in (0, 1)
+    )
+    for row in rows:
+        if row["candidate"] == "too fast":
+            assert "learning rate" in row["error"] and row["auroc"] is None
+        else:
+            assert row["error"] is None and 0.0 <= row["tpr_5"] <= 1.0 and 0.3 < row["auroc"] <= 1.0
+
+
+def test_the_summary_is_the_mean_of_its_rows_and_puts_failures_last(first: Experimented) -> None:
+    rows = pq.read_table(first.results).to_pylist()
+    assert [line["candidate"] for line in first.summary][-1] == "too fast"
+    assert "learning rate" in first.summary[-1]["failed"]
+    for line in first.summary[:-1]:
+        own = [row["auroc"] for row in rows if row["candidate"] == line["candidate"]]
+        assert line["auroc"] == pytest.approx(np.mean(own)) and line["auroc_sd"] >= 0.0
+        assert line["worst_auroc"] == min(line["families"].values())
+
+
+def test_the_page_names_each_candidate_and_asks_for_nothing(first: Experimented) -> None:
+    text = Path(first.page).read_text()
+    assert all(name in text for name in ("as it is", "without resample", "too fast"))
+    assert text.count("<svg") == text.count("</figure>") == 3
+    assert "default-src 'none'" in text and not re.search(r"(src|href)=\"https?:", text.replace("xlink:href", ""))
+
+
+def test_a_second_run_does_only_what_is_new_and_a_changed_candidate_is_fitted_anew(
+    first: Experimented, config: ExperimentConfig
+) -> None:
+    folder = Path(first.results).parent / "fits"
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    grown = config.model_copy(
+        update={
+            "candidates": (
+                *config.candidates[:1],
+                Candidate(name="renamed", without=("resample",)),
+                Candidate(name="natural alone", objective=ObjectiveConfig(kind="natural")),
+            ),
+            "seeds": (0,),
+            "looks": {},
+        }
+    )
+    second = experiment(grown)
+    after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert {name: after[name] for name in before} == before
+    assert len(after) == len(before) + 2
+    assert {line["candidate"] for line in second.summary} == {"as it is", "renamed", "natural alone"}
+
+
+def test_an_unknown_family_or_feature_is_refused_with_those_there_are(
+    first: Experimented, config: ExperimentConfig
+) -> None:
+    for change in ({"held_out": ("sepia",)}, {"candidates": (Candidate(name="a", feature=("block99.cls",)),)}):
+        with pytest.raises(ConfigError, match=r"sepia|block99\.cls"):
+            experiment(config.model_copy(update={**change, "looks": {}}))
+
+
+def test_two_candidates_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "e.yaml"
+    path.write_text("train: {output: here}\ncandidates: [{name: a}, {name: a}]\n")
+    with pytest.raises(ConfigError, match="names of their own"):
+        load_yaml(ExperimentConfig, str(path), {})
+
+
+def test_the_rank_correlation_is_spearmans_over_the_candidates_that_were_looked_at() -> None:
+    rows = [
+        {"candidate": name, "held_out": "f", "seed": 0, "error": None}
+        | dict.fromkeys(("auroc", "tpr_5", "nll_median", "auroc_seen"), value)
+        for name, value in (("a", 0.6), ("b", 0.7), ("c", 0.8), ("d", 0.9))
+    ]
+    looks = {"a": 0.71, "b": 0.70, "c": 0.75}
+    expected = stats.spearmanr([0.6, 0.7, 0.8], [0.71, 0.70, 0.75]).statistic
+    assert rank_correlation(summarized(rows), looks) == (pytest.approx(expected), 3)
+    assert rank_correlation(summarized(rows), {"a": 0.7, "b": 0.8}) is None

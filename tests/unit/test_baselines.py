@@ -1,0 +1,37 @@
+"""The detectors that stand beside the flow."""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from clipflow_ray.config import TEST_TOWER, EncoderConfig, FlowConfig
+from clipflow_ray.evaluate import metrics
+from clipflow_ray.evaluate.baselines import BASELINES, fit_baselines
+from clipflow_ray.model.checkpoint import Checkpoint
+from clipflow_ray.model.flow import Flow
+from clipflow_ray.train.probes import fit_probes
+
+
+def test_every_baseline_tells_what_lies_farther_out_and_an_older_checkpoint_has_no_mlp() -> None:
+    rng = np.random.default_rng(0)
+    centre = np.ones(8)  # far from the origin: only an embedding's direction counts
+    natural, proxy = ((centre + spread * rng.normal(size=(1500, 8))).astype(np.float32) for spread in (0.05, 0.15))
+    config = FlowConfig(blocks=2, hidden=16)
+    flow = Flow((8,), config)
+    flow.fit_standardizer(torch.from_numpy(natural))
+    checkpoint = Checkpoint(
+        encoder=EncoderConfig(model=TEST_TOWER, pretrained="seed:0"),
+        encoder_fingerprint="0" * 16,
+        segments=(8,),
+        flow_config=config,
+        flow_state=flow.state_dict(),
+        reference={"natural": torch.from_numpy(natural[:1000]), **fit_probes(flow, natural[:1000], proxy[:1000])},
+    )
+    scorers = fit_baselines(checkpoint)
+    assert tuple(scorers) == BASELINES
+    auroc = {name: metrics.auroc(scorer(natural[1000:]), scorer(proxy[1000:])) for name, scorer in scorers.items()}
+    assert min(auroc.values()) > 0.9
+    kept = {name: checkpoint.reference[name] for name in ("natural", "probe")}
+    without = dataclasses.replace(checkpoint, reference=kept)
+    assert tuple(fit_baselines(without)) == BASELINES[:-1]
