@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import matplotlib
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as pads
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from PIL import Image
@@ -86,7 +87,10 @@ def pictured(
     """
     wanted = list(rows)
     ids = [row["row_id"] for row in wanted]
-    manifest = run.table(MANIFEST).to_table(filter=pads.field("row_id").isin(ids))
+    found = pads.field("row_id").isin(ids)
+    # one after another: files of a manifest are large
+    listed = [part.to_table(filter=found, batch_readahead=1, fragment_readahead=1) for part in run.parts(MANIFEST)]
+    manifest = pa.concat_tables(listed)
     contents = dict(zip(manifest["row_id"].to_pylist(), read_bytes(manifest, run.s3, limits, column), strict=True))
     return [row | {"image": _thumbnail(contents.get(row["row_id"]), limits)} for row in wanted]
 

@@ -5,11 +5,12 @@ Scores are stored once; verdicts, q-values and rates are recomputed from them at
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy import stats
@@ -69,15 +70,13 @@ def finalize(run: Run, alpha: float, constants: dict[str, str], dedupe: bool = F
     same bytes; with `dedupe` the others are skipped_duplicate, keep their scores and count nowhere else. One file of
     the ledger belongs to one file of scores, so a repeated call replaces it.
     """
-    scored = run.table(SCORED)
     fs, path = filesystem(run.path(LEDGER), run.s3)
     fs.create_dir(path, recursive=True)
     counts: dict[str, Counter[str]] = {"status": Counter(), "error_code": Counter(), "verdict": Counter()}
     start = 0
-    with numbered(scored) as rows:
+    with numbered(run.parts(SCORED)) as rows:
         q_values = rows.q_values(dedupe)
-        for fragment in scored.get_fragments():
-            table = fragment.to_table(schema=scored.schema)
+        for fragment, table in _tables(run):
             table = _judged(table, q_values, rows.repeated(start, len(table)), dedupe, alpha, constants)
             start += len(table)
             pq.write_table(table, join(path, fragment.path.rsplit("/", 1)[-1]), filesystem=fs)
@@ -114,6 +113,13 @@ def calibration_card(calibration: Calibration, alpha: float) -> dict[str, Any]:
         "threshold": calibration.threshold(alpha),
         "false_positive_rate_95": list(calibration.false_positive_interval(alpha)),
     }
+
+
+def _tables(run: Run) -> Iterator[tuple[pads.Fragment, pa.Table]]:
+    """Each file of scores and its rows."""
+    for part in run.parts(SCORED):
+        for fragment in part.get_fragments():
+            yield fragment, fragment.to_table(schema=part.schema)
 
 
 def _judged(

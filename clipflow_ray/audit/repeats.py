@@ -1,7 +1,7 @@
 """What needs all rows of an audit at once, equal files and q-values, in bounded memory: the rows wait on disk."""
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from clipflow_ray.errors import ClipflowError
 
-_CACHE_KIB: Final = 32 * 1024
+_CACHE_KIB: Final = 8 * 1024
 _REPEATS: Final = """
 INSERT INTO repeats SELECT number, first FROM (
   SELECT number, FIRST_VALUE(id) OVER same AS first, ROW_NUMBER() OVER same AS place FROM rows
@@ -56,8 +56,8 @@ class Rows:
 
 
 @contextmanager
-def numbered(scored: pads.Dataset) -> Iterator[Rows]:
-    """The rows of `scored`, numbered from 0 in the order of its fragments.
+def numbered(scored: Iterable[pads.Dataset]) -> Iterator[Rows]:
+    """The rows of all parts of `scored`, numbered from 0 in their order.
 
     They take about 250 bytes each in the temporary directory while the block runs. Raises ClipflowError where that is
     full.
@@ -77,10 +77,10 @@ def numbered(scored: pads.Dataset) -> Iterator[Rows]:
         database.close()
 
 
-def _values(scored: pads.Dataset) -> Iterator[tuple[Any, ...]]:
+def _values(scored: Iterable[pads.Dataset]) -> Iterator[tuple[Any, ...]]:
     number = 0
-    for fragment in scored.get_fragments():
-        table = fragment.to_table(columns=["row_id", "sha256", "p_value"], schema=scored.schema)
-        for identity, digest, p in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
-            yield number, identity, digest and bytes.fromhex(digest), p
-            number += 1
+    for part in scored:
+        for batch in part.to_batches(columns=["row_id", "sha256", "p_value"]):
+            for identity, digest, p in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                yield number, identity, digest and bytes.fromhex(digest), p
+                number += 1

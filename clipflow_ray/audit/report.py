@@ -7,17 +7,17 @@ input again, small and few.
 import json
 import shlex
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
 from scipy import stats
 
 from clipflow_ray import pages
-from clipflow_ray.audit.distribution import Distribution, median
-from clipflow_ray.audit.ledger import LEDGER, flagged
+from clipflow_ray.audit.distribution import Distribution
+from clipflow_ray.audit.ledger import LEDGER, SCHEMA, flagged
 from clipflow_ray.config import DISCLAIMER, AuditConfig, ImageLimits
 from clipflow_ray.data.resumable import Run
 from clipflow_ray.model.calibration import Calibration
@@ -49,11 +49,10 @@ def write_report(run: Run, record: dict[str, Any], calibration: Calibration, gal
 def facts_of(run: Run, record: dict[str, Any], calibration: Calibration) -> dict[str, Any]:
     """All that the report says, as plain json values."""
     alpha = float(record["alpha"])
-    ledger = run.table(LEDGER)
     counts: Counter[tuple[str, str, str, str]] = Counter()
     examples: dict[str, list[dict[str, str]]] = defaultdict(list)
     columns = ["group", "stratum", "status", "verdict", "error_code", "error_message", "uri", "member"]
-    for batch in ledger.to_batches(columns=columns):
+    for batch in _batches(run, columns):
         rows = batch.to_pydict()
         keys = (rows[name] for name in ("group", "stratum", "status", "verdict"))
         counts.update((g or "", s or "", status, v or "") for g, s, status, v in zip(*keys, strict=True))
@@ -62,7 +61,7 @@ def facts_of(run: Run, record: dict[str, Any], calibration: Calibration) -> dict
                 place = rows["uri"][at] + (f" : {rows['member'][at]}" if rows["member"][at] else "")
                 examples[code].append({"place": place, "message": rows["error_message"][at]})
     scores = Distribution(calibration.scores)
-    for batch in ledger.to_batches(columns=["score", "p_value"], filter=_OK):
+    for batch in _batches(run, ["score", "p_value"], _OK):
         scores.add(batch["score"].to_numpy(), batch["p_value"].to_numpy())
     config = record["config"]
     return {
@@ -91,8 +90,13 @@ def facts_of(run: Run, record: dict[str, Any], calibration: Calibration) -> dict
         },
         "scores": scores.histogram(),
         "p_values": scores.p_values(),
-        "drift": _drift(ledger, scores, calibration),
+        "drift": _drift(scores, calibration),
     }
+
+
+def _batches(run: Run, columns: list[str], only: pc.Expression | None = None) -> Iterator[pa.RecordBatch]:
+    for part in run.parts(LEDGER):
+        yield from part.to_batches(columns=columns, filter=only)
 
 
 def _rates(counts: Counter[tuple[str, str, str, str]], place: int, alpha: float) -> list[dict[str, Any]]:
@@ -115,9 +119,9 @@ def _rates(counts: Counter[tuple[str, str, str, str]], place: int, alpha: float)
     return sorted(table, key=lambda row: (-row["share"], row["name"]))
 
 
-def _drift(ledger: pads.Dataset, scores: Distribution, calibration: Calibration) -> dict[str, Any] | None:
+def _drift(scores: Distribution, calibration: Calibration) -> dict[str, Any] | None:
     """Kolmogorov-Smirnov distance of the audit's scores from the calibration's, and both medians."""
-    middle = median(ledger, "score", _OK)
+    middle = scores.median()
     if middle is None:
         return None
     distance, p_value = scores.distance()
@@ -131,11 +135,9 @@ def _drift(ledger: pads.Dataset, scores: Distribution, calibration: Calibration)
 
 def _gallery(run: Run, size: int, column: str | None) -> dict[str, list[dict[str, Any]]]:
     """Thumbnails as data URIs: the `size` most suspicious images, and as many unflagged ones by row id."""
-    ledger = run.table(LEDGER)
-    scored = ledger.filter(_OK)
-    suspicious = _first(scored, "score", "descending", size)
+    suspicious = _first(run, _OK, "score", "descending", size)
     # ids are hashes: their order is random and stable
-    random = _first(scored.filter(pc.field("verdict") != "likely_ai"), "row_id", "ascending", size)
+    random = _first(run, _OK & (pc.field("verdict") != "likely_ai"), "row_id", "ascending", size)
     limits = ImageLimits(**(run.record() or {})["identity"]["limits"])
     return {
         "Most suspicious": pages.pictured(run, suspicious, limits, column),
@@ -143,11 +145,11 @@ def _gallery(run: Run, size: int, column: str | None) -> dict[str, list[dict[str
     }
 
 
-def _first(rows: pads.Dataset, column: str, order: str, size: int) -> list[dict[str, Any]]:
+def _first(run: Run, only: pc.Expression, column: str, order: str, size: int) -> list[dict[str, Any]]:
     """The first `size` rows in that order; a batch at a time, for a ledger may be long."""
     columns = ["row_id", "uri", "member", "p_value", "score", "verdict"]
-    best = rows.schema.empty_table().select(columns)
-    for batch in rows.to_batches(columns=columns):
+    best = pa.schema([SCHEMA.field(name) for name in columns]).empty_table()
+    for batch in _batches(run, columns, only):
         best = pa.concat_tables([best, pa.Table.from_batches([batch])]).sort_by([(column, order)]).slice(0, size)
     result: list[dict[str, Any]] = best.to_pylist()
     return result

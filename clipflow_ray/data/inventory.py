@@ -45,6 +45,7 @@ MANIFEST_SCHEMA: Final = pa.schema(
     ]
 )
 _ROWS_PER_FILE: Final = 100_000
+_ROWS_PER_GROUP: Final = 10_000
 _LISTS: Final = (".txt", ".csv", ".jsonl")
 _IMAGES: Final = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 _METADATA: Final = ("metadata.csv", "metadata.jsonl")
@@ -97,7 +98,8 @@ def write_source(
     count, listed = 0, rows(source, s3, options)
     while chunk := list(islice(listed, _ROWS_PER_FILE)):
         names.append(f"part-{number:05d}-{len(names):05d}.parquet")
-        pq.write_table(pa.Table.from_pylist(chunk, MANIFEST_SCHEMA), join(path, names[-1]), filesystem=fs)
+        table = pa.Table.from_pylist(chunk, MANIFEST_SCHEMA)
+        pq.write_table(table, join(path, names[-1]), filesystem=fs, row_group_size=_ROWS_PER_GROUP)
         count += len(chunk)
     return names, count
 

@@ -28,6 +28,8 @@ RUN: Final = "run.json"
 SUCCESS: Final = "_SUCCESS"
 MANIFEST: Final = "manifest"
 _MAX_ROWS_PER_TASK: Final = 1024
+_FILES_AT_ONCE: Final = 64
+_MAX_BLOCK: Final = 16 * 2**20
 _PENDING: Final = ".pending.parquet"  # Ray Data's note of a block that is being written; it is done again
 
 
@@ -89,10 +91,19 @@ class Run:
         files = sorted(f for f in names if f.endswith(".parquet") and not f.endswith(_PENDING))
         return pads.dataset(files, filesystem=fs, format="parquet")
 
+    def parts(self, name: str) -> Iterator[pads.Dataset]:
+        """The same files in their order, some at a time: a dataset keeps the footer of every file that it read."""
+        table = self.table(name)
+        for at in range(0, len(table.files), _FILES_AT_ONCE):
+            yield pads.dataset(table.files[at : at + _FILES_AT_ONCE], filesystem=table.filesystem, format="parquet")
+
+    def rows(self, name: str) -> int:
+        """How many rows the finished files of one part hold."""
+        return sum(int(part.count_rows()) for part in self.parts(name))
+
     def committed(self, name: str) -> int:
         """How many rows of one part a resumed run will not do again."""
-        table = self.table(f"resume/{name}")
-        return int(table.count_rows()) if table.files else 0
+        return self.rows(f"resume/{name}")
 
     def write(
         self, name: str, stages: Callable[[Dataset], Dataset], rows: int, rows_per_task: int | None = None
@@ -106,8 +117,16 @@ class Run:
         fs.create_dir(path, recursive=True)
         size = rows_per_task or max(8, min(_MAX_ROWS_PER_TASK, rows // 32))
         with self._resuming(name):  # a dataset keeps the context it was made in, so it is made in here
-            stages(self._manifest(size)).write_parquet(path, filesystem=fs)
-        written = self.table(name).count_rows()
+            stages(self._manifest(size)).write_parquet(
+                path,
+                filesystem=fs,
+                min_rows_per_file=size,
+                # A write is short. Where it has to wait for a CPU, readers and encoders take all until they are done,
+                # and what was scored by then is lost with the run.
+                ray_remote_args={"num_cpus": 0},
+                concurrency=max(2, int(ray.cluster_resources().get("CPU", 0)) // 4),
+            )
+        written = self.rows(name)
         if written != rows:
             raise ClipflowError(
                 f"{written} rows came out for {rows} objects in {self.path(name)}; keep it and report it."
@@ -128,6 +147,8 @@ class Run:
         fs.create_dir(path, recursive=True)
         context = DataContext.get_current()
         context.enable_progress_bars = sys.stderr.isatty()
+        # Views pass from readers to encoders in blocks of this size, whatever the unit of work: a worker holds several.
+        before, context.target_max_block_size = context.target_max_block_size, _MAX_BLOCK
         context.checkpoint_config = CheckpointConfig(
             id_column="row_id",
             checkpoint_path=path,
@@ -138,3 +159,4 @@ class Run:
             yield
         finally:
             context.checkpoint_config = None
+            context.target_max_block_size = before

@@ -191,17 +191,17 @@ def test_an_audit_whose_driver_was_killed_goes_on_without_loss_or_duplicate(
     file.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     command = [sys.executable, "-m", "clipflow_ray.cli", "audit", "--config", str(file)]
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    scored = output / "scored"
+
+    def committed() -> list[Path]:
+        return [path for path in (output / "resume" / "scored").glob("*.parquet") if ".pending." not in path.name]
+
     deadline = time.monotonic() + 180
-    while time.monotonic() < deadline and driver.poll() is None:
-        if scored.exists() and len(list(scored.glob("*.parquet"))) >= 3:
-            break
+    while time.monotonic() < deadline and driver.poll() is None and len(committed()) < 3:
         time.sleep(0.02)
     assert driver.poll() is None, "the audit ended before it could be killed"
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
-    committed = [path for path in (output / "resume" / "scored").glob("*.parquet") if ".pending." not in path.name]
-    done = sum(pq.read_metadata(path).num_rows for path in committed)
+    done = sum(pq.read_metadata(path).num_rows for path in committed())
     assert 0 < done < 44
     assert not (output / "_SUCCESS").exists()
     result = audit(settings)

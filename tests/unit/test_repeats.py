@@ -35,14 +35,15 @@ def table() -> pa.Table:
 
 
 @pytest.fixture
-def scored(table: pa.Table, tmp_path: Path) -> pads.Dataset:
+def scored(table: pa.Table, tmp_path: Path) -> list[pads.Dataset]:
     for at in range(0, ROWS, 800):
         pq.write_table(table.slice(at, 800), tmp_path / f"{at:05d}.parquet")
-    return pads.dataset(sorted(map(str, tmp_path.iterdir())))
+    files = sorted(map(str, tmp_path.iterdir()))
+    return [pads.dataset(files[:3]), pads.dataset(files[3:])]
 
 
 def test_a_repeated_row_names_the_smallest_id_among_the_rows_with_its_bytes(
-    table: pa.Table, scored: pads.Dataset
+    table: pa.Table, scored: list[pads.Dataset]
 ) -> None:
     first: dict[str, str] = {}
     for identity, digest in sorted(zip(table["row_id"].to_pylist(), table["sha256"].to_pylist(), strict=True)):
@@ -57,7 +58,7 @@ def test_a_repeated_row_names_the_smallest_id_among_the_rows_with_its_bytes(
 
 
 @pytest.mark.parametrize("dedupe", [False, True])
-def test_q_values_are_those_of_the_whole_table(table: pa.Table, scored: pads.Dataset, dedupe: bool) -> None:
+def test_q_values_are_those_of_the_whole_table(table: pa.Table, scored: list[pads.Dataset], dedupe: bool) -> None:
     p = table["p_value"].to_numpy().astype(np.float32)
     with numbered(scored) as rows:
         again = np.array([name is not None for name in rows.repeated(0, ROWS)])
@@ -70,11 +71,11 @@ def test_q_values_are_those_of_the_whole_table(table: pa.Table, scored: pads.Dat
 def test_an_audit_in_which_nothing_was_scored_has_no_q_values(tmp_path: Path) -> None:
     nothing = pa.table({"row_id": ["a"], "sha256": pa.nulls(1, pa.string()), "p_value": pa.nulls(1, pa.float32())})
     pq.write_table(nothing, tmp_path / "a.parquet")
-    with numbered(pads.dataset(str(tmp_path / "a.parquet"))) as rows:
+    with numbered([pads.dataset(str(tmp_path / "a.parquet"))]) as rows:
         assert np.isnan(rows.q_values(False)(np.array([np.nan], np.float32))).all()
 
 
-def test_a_full_disk_is_said_in_a_sentence(scored: pads.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said_in_a_sentence(scored: list[pads.Dataset], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repeats, "_CACHE_KIB", 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
