@@ -1,7 +1,7 @@
 """One directory format for a trained detector: safetensors and json, no pickle.
 
 checkpoint.json          configs, encoder fingerprint, training summary, metrics, sha256 of each tensor file
-flow.safetensors         the flow with the naturals' mean and std
+flow.safetensors         the flow with the naturals' mean and std (float16; it computes in float32)
 calibration.safetensors  scores of held-out naturals; absent means "not calibrated"
 reference.safetensors    natural embeddings (float16) and two probes, for the baselines of `evaluate`
 """

@@ -57,8 +57,9 @@ def train(config: TrainConfig) -> Trained:
     segments = features.widths(run, config.encoder.feature)
     log.info("fitting the flow on %d natural views and %d proxies", len(data.natural), len(data.proxy))
     fitted = fit.fit(config, run, segments)
+    state = {name: t.half() if t.is_floating_point() else t for name, t in fitted.flow_state.items()}
     flow = Flow(segments, config.flow)
-    flow.load_state_dict(fitted.flow_state)
+    flow.load_state_dict(state)  # as it will be loaded: everything below is calibrated to the rounded flow
     with torch.inference_mode():
         scores = -flow.eval()(torch.from_numpy(data.calibration.embedding)).per_dim.numpy()
     record = run.record() or {}
@@ -67,7 +68,7 @@ def train(config: TrainConfig) -> Trained:
         encoder_fingerprint=record["identity"]["encoder_fingerprint"],
         segments=segments,
         flow_config=config.flow,
-        flow_state=fitted.flow_state,
+        flow_state=state,
         limits=config.limits,
         objective=config.objective,
         proxies=config.proxies,

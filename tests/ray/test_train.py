@@ -79,7 +79,20 @@ def test_the_same_seed_and_worker_count_gives_the_same_weights(trained: str, tin
     first = load_checkpoint(trained).flow_state
     run = features.extract(tiny)
     again = fit.fit(tiny.model_copy(update={"output": str(tmp_path)}), run, (32,)).flow_state
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(torch.equal(first[name], again[name].to(first[name].dtype)) for name in first)
+
+
+def test_a_checkpoint_holds_half_precision_and_is_calibrated_to_the_flow_that_it_holds(
+    trained: str, tiny: TrainConfig
+) -> None:
+    checkpoint = load_checkpoint(trained)
+    kinds = {tensor.dtype for name, tensor in checkpoint.flow_state.items() if not name.endswith("permutation")}
+    assert kinds == {torch.float16}
+    data = split(features.load(features.extract(tiny), ("projected",), tiny.proxies), tiny.split)
+    with torch.inference_mode():
+        scores = -checkpoint.flow()(torch.from_numpy(data.calibration.embedding)).per_dim.numpy()
+    assert checkpoint.calibration is not None
+    assert np.array_equal(np.sort(scores), checkpoint.calibration.scores)
 
 
 def test_the_figures_of_an_epoch_can_be_computed_from_the_flow_again(trained: str, tiny: TrainConfig) -> None:

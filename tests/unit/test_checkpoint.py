@@ -271,7 +271,7 @@ def test_a_copied_checkpoint_is_the_same_checkpoint(saved: Path, tmp_path: Path)
 def test_the_config_of_the_packaged_training_is_what_the_packaged_checkpoint_was_made_with() -> None:
     config = load_yaml(TrainConfig, str(ROOT / "jobs/train_default.yaml"), {"output": "anywhere"})
     packaged = load_checkpoint(DEFAULT_CHECKPOINT)
-    assert config.proxies == packaged.proxies
+    assert config.encoder == packaged.encoder and config.proxies == packaged.proxies
     assert config.flow == packaged.flow_config and config.objective == packaged.objective
     assert config.split.model_dump(mode="json") == packaged.training["split"]
     assert config.fit.model_dump(mode="json") == packaged.training["fit"]
