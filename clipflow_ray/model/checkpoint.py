@@ -36,6 +36,8 @@ RECORD: Final = "checkpoint.json"
 class Checkpoint:
     """A flow with everything that is needed to use it; picklable, so that a driver can hand it to actors.
 
+    Its repr leaves the tensors out: Ray Data prints what it hands to actors, and that took a second.
+
     `segments` are the widths of the encoder's named features. `reference` holds `natural` (float16 [N, D], raw
     embeddings), `probe` (float32 [D + 1], logistic weights on standardised features and bias) and, since they are
     kept, `mlp.N.weight` [in, out] and `mlp.N.bias` (layers of a probe with ReLU between them), or is empty.
@@ -45,13 +47,13 @@ class Checkpoint:
     encoder_fingerprint: str
     segments: tuple[int, ...]
     flow_config: FlowConfig
-    flow_state: dict[str, Tensor]
+    flow_state: dict[str, Tensor] = field(repr=False)
     limits: ImageLimits = field(default_factory=ImageLimits)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     proxies: ProxyConfig = field(default_factory=ProxyConfig)
-    calibration: Calibration | None = None
-    reference: dict[str, Tensor] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = field(default=None, repr=False)
+    reference: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    training: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def model_id(self) -> str:
