@@ -8,12 +8,10 @@ import tarfile
 import time
 from collections import defaultdict
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 
 import psutil
 import pyarrow.dataset as pads
-import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import encoded, photo
@@ -63,15 +61,6 @@ def peaks(checkpoint: str, source: Path, output: Path) -> dict[str, int]:
             time.sleep(0.2)
     assert audit.returncode == 0
     return found
-
-
-def write_delays(output: Path) -> list[float]:
-    """Seconds from scoring the last row of each file to writing the file."""
-    files = list((output / "scored").glob("*.parquet"))
-    scored = [max(pq.read_table(file, columns=["scored_at"])["scored_at"].to_pylist()) for file in files]
-    return [
-        file.stat().st_mtime - datetime.fromisoformat(at).timestamp() for file, at in zip(files, scored, strict=True)
-    ]
 
 
 @pytest.mark.stress

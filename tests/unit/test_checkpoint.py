@@ -263,6 +263,10 @@ def test_a_checkpoint_travels_by_pickle_unchanged() -> None:
     assert plain(pickle.loads(pickle.dumps(whole()))) == plain(whole())
 
 
+def test_the_repr_of_a_checkpoint_holds_no_tensor() -> None:
+    assert "tensor" not in repr(whole())
+
+
 def test_a_copied_checkpoint_is_the_same_checkpoint(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "elsewhere")
     assert plain(load_checkpoint(tmp_path / "elsewhere")) == plain(load_checkpoint(saved))
