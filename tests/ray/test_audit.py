@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 
 import httpx
@@ -180,6 +181,24 @@ def test_an_s3_prefix_gives_the_same_scores_as_the_folder_it_was_copied_from(
         if row["score"] is not None:
             assert abs(remote[row["sha256"]] - row["score"]) <= 1e-4
     assert "SECRET" not in json.dumps(result).upper()
+
+
+def test_scores_are_written_while_later_images_are_still_read(
+    cluster: None, config: AuditConfig, tmp_path: Path
+) -> None:
+    images = tmp_path / "in"
+    images.mkdir()
+    (images / "0000.jpg").write_bytes(encoded(photo(0, (480, 640))))
+    for at in range(1, 600):
+        os.link(images / "0000.jpg", images / f"{at:04d}.jpg")
+    output = tmp_path / "run"
+    audit(config.model_copy(update={"input": (str(images),), "output": str(output), "rows_per_task": 16}))
+    files = list((output / "scored").glob("*.parquet"))
+    scored = [max(pq.read_table(file, columns=["scored_at"])["scored_at"].to_pylist()) for file in files]
+    last = max(datetime.fromisoformat(at).timestamp() for at in scored)
+    written = sorted(file.stat().st_mtime for file in files)
+    assert len(written) >= 15  # the encoder sees 32 rows at once
+    assert written[len(written) // 2] < last, [round(at - last, 1) for at in written]
 
 
 def test_an_audit_whose_driver_was_killed_goes_on_without_loss_or_duplicate(
