@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -77,11 +78,14 @@ def decode(data: bytes, limits: ImageLimits) -> DecodedImage:
             _check_size(image.width, image.height, limits)
             frames = min(structure.frames or int(getattr(image, "n_frames", 1)), 2**31 - 1)
             mode, quality = image.mode, _jpeg_quality(image)
-            image.load()
+            if image_format == "JPEG" and mode in ("RGB", "L"):
+                rgb = _upright(simplejpeg.decode_jpeg(data, "RGB", strict=False), image)  # libjpeg's pixels, sooner
+            else:
+                image.load()
+                if image_format == "PNG":
+                    _scale_transparency(image, data[24])
+                rgb = _upright(np.asarray(_to_rgb(image)), image)
             has_exif = "exif" in image.info  # a PNG may keep it behind its pixels
-            if image_format == "PNG":
-                _scale_transparency(image, data[24])
-            rgb = np.array(_to_rgb(_upright(image)))  # a copy: torch warns of arrays that are read-only
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("too_large_pixels", f"More than {limits.max_pixels} pixels.") from error
     except ImageError:
@@ -269,14 +273,15 @@ def _scale_transparency(image: Image.Image, bits: int) -> None:
         image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _upright(rgb: Pixels, image: Image.Image) -> Pixels:
+    """`rgb` turned as the EXIF data of `image` say; a copy of its own: torch warns of arrays that are read-only."""
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION)
     except Exception:  # Pillow's EXIF parser raises many types on crafted metadata; no orientation is known then
-        return image
-    if orientation not in _UPRIGHT:
-        return image
-    return image.transpose(_UPRIGHT[orientation])
+        orientation = None
+    if orientation in _UPRIGHT:
+        return np.array(Image.fromarray(rgb).transpose(_UPRIGHT[orientation]))
+    return rgb if rgb.flags.writeable else np.array(rgb)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -8,6 +8,7 @@ its environment holds nothing but what Python needs to start. Nothing is pickled
 
 import json
 import os
+import queue
 import resource
 import signal
 import socket
@@ -16,11 +17,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from PIL import Image
@@ -31,9 +32,11 @@ from clipflow_ray.errors import ImageError, ItemError
 from clipflow_ray.images import DecodedImage, ViewKind
 
 _HEADER: Final = struct.Struct(">IQ")  # bytes of json, bytes of payload
+_BUFFER: Final = 2**20  # a view fits: a child does not wait until its answer is taken
 _PID: Final = struct.Struct(">I")
 _START_SECONDS: Final = 60.0
 _ATTEMPTS: Final = 3
+_WINDOW: Final = 2  # images that a child has at a time: one at work, one to go on with
 _MEMORY: Final = 2 * 2**30
 _CPU_SECONDS_BEYOND: Final = 2  # where the parent died and cannot stop the child, the kernel does
 
@@ -44,6 +47,13 @@ def decode(data: bytes, limits: ImageLimits, kind: ViewKind | None = None) -> De
     Raises ImageError as `images.decode` does, and with decode_timeout or decoder_crash.
     """
     return _child().decode(data, limits, kind)
+
+
+def decode_all(
+    contents: Sequence[bytes], limits: ImageLimits, kind: ViewKind | None = None
+) -> list[DecodedImage | ItemError]:
+    """The same for several images, in their order: the next one is on its way to the child while it decodes."""
+    return _child().decode_all(contents, limits, kind)
 
 
 class DecodeChild:
@@ -61,27 +71,46 @@ class DecodeChild:
 
     def decode(self, data: bytes, limits: ImageLimits, kind: ViewKind | None = None) -> DecodedImage:
         """See the module's `decode`."""
-        request = {"limits": limits.model_dump(), "kind": kind}
+        (outcome,) = self.decode_all([data], limits, kind)
+        if isinstance(outcome, ItemError):
+            raise outcome
+        return outcome
+
+    def decode_all(
+        self, contents: Sequence[bytes], limits: ImageLimits, kind: ViewKind | None = None
+    ) -> list[DecodedImage | ItemError]:
+        """See the module's `decode_all`."""
+        request = json.dumps({"limits": limits.model_dump(), "kind": kind}).encode()
+        outcomes: list[DecodedImage | ItemError] = []
+        sent = attempts = 0
         with self._lock:
-            for _ in range(_ATTEMPTS):
-                connection = self._socket or self._start()
-                connection.settimeout(limits.max_seconds)
+            while len(outcomes) < len(contents):
                 try:
-                    _send(connection, request, data)
-                    answer, payload = _receive(connection, time.monotonic() + limits.max_seconds)
-                except TimeoutError as error:
+                    connection = self._socket or self._start()
+                    connection.settimeout(limits.max_seconds)
+                    for data in contents[sent : len(outcomes) + _WINDOW]:
+                        _send(connection, request, data)
+                        sent += 1
+                    outcome: DecodedImage | ItemError = _outcome(
+                        *_receive(connection, time.monotonic() + limits.max_seconds)
+                    )
+                except TimeoutError:
                     self._kill()
                     self._stop()
-                    message = f"Decoding took more than {limits.max_seconds:g} seconds."
-                    raise ImageError("decode_timeout", message) from error
-                except (EOFError, ConnectionError):
+                    outcome = ImageError("decode_timeout", f"Decoding took more than {limits.max_seconds:g} seconds.")
+                except (EOFError, ConnectionError):  # it died on the first image that it has not answered
                     self._stop()
-                    continue
-                if "error_code" in answer:
-                    raise ImageError(answer["error_code"], answer["message"])
-                rgb = np.frombuffer(payload, np.uint8).reshape(answer.pop("shape"))
-                return DecodedImage(rgb=rgb, **answer)
-        raise ImageError("decoder_crash", f"The decoder crashed on this image {_ATTEMPTS} times.")
+                    sent, attempts = len(outcomes), attempts + 1
+                    if attempts < _ATTEMPTS:
+                        continue
+                    outcome = ImageError("decoder_crash", f"The decoder crashed on this image {_ATTEMPTS} times.")
+                except ItemError as error:  # no child can be started
+                    outcome = error
+                outcomes.append(outcome)
+                attempts = 0
+                if self._socket is None:
+                    sent = len(outcomes)
+        return outcomes
 
     def close(self) -> None:
         """Stop the child; the next image starts another."""
@@ -118,6 +147,7 @@ class _Nursery:
             for _ in range(_ATTEMPTS):
                 control = self._control if self._process and self._process.poll() is None else self._start()
                 ours, theirs = socket.socketpair()
+                theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
                 try:
                     socket.send_fds(control, [b"c"], [theirs.fileno()])
                     (pid,) = _PID.unpack(_exactly(control, _PID.size, time.monotonic() + _START_SECONDS))
@@ -185,37 +215,58 @@ def _serve(connection: socket.socket) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))  # no file, no socket, no pipe beyond what is open
-    with suppress(EOFError, ConnectionError):
-        while True:
-            request, data = _receive(connection)
-            limits = ImageLimits(**request["limits"])
+    requests: queue.SimpleQueue[tuple[bytes, bytearray] | None] = queue.SimpleQueue()
+    # The next request is taken in while one is at work: its sender never waits for a child that waits to be heard.
+    threading.Thread(target=_listen, args=(connection, requests), daemon=True).start()
+    with suppress(ConnectionError):
+        while request := requests.get():
+            limits, kind = _settings(request[0])
             used = resource.getrusage(resource.RUSAGE_SELF)
             cpu = int(used.ru_utime + used.ru_stime + limits.max_seconds) + _CPU_SECONDS_BEYOND
             resource.setrlimit(resource.RLIMIT_CPU, (cpu, resource.RLIM_INFINITY))
-            _send(connection, *_answer(bytes(data), limits, request["kind"]))
+            _send(connection, *_answer(bytes(request[1]), limits, kind))
 
 
-def _answer(data: bytes, limits: ImageLimits, kind: ViewKind | None) -> tuple[dict[str, Any], bytes | memoryview]:
+def _listen(connection: socket.socket, requests: "queue.SimpleQueue[tuple[bytes, bytearray] | None]") -> None:
+    with suppress(EOFError, ConnectionError):
+        while True:
+            requests.put(_receive(connection))
+    requests.put(None)
+
+
+@lru_cache(maxsize=1)
+def _settings(request: bytes) -> tuple[ImageLimits, ViewKind | None]:
+    values = json.loads(request)
+    return ImageLimits(**values["limits"]), values["kind"]
+
+
+def _answer(data: bytes, limits: ImageLimits, kind: ViewKind | None) -> tuple[bytes, bytes | memoryview]:
     try:
         image = images.decode(data, limits)
     except ImageError as error:
-        return {"error_code": error.item_code, "message": str(error)}, b""
+        return json.dumps({"error_code": error.item_code, "message": str(error)}).encode(), b""
     rgb = np.ascontiguousarray(images.view(image.rgb, kind) if kind else image.rgb)
-    facts = asdict(replace(image, rgb=np.empty(0, np.uint8)))
-    del facts["rgb"]
-    return facts | {"shape": rgb.shape}, rgb.data.cast("B")
+    facts = {name: value for name, value in vars(image).items() if name != "rgb"}
+    return json.dumps(facts | {"shape": rgb.shape}).encode(), rgb.data.cast("B")
 
 
-def _send(connection: socket.socket, message: dict[str, Any], payload: bytes | memoryview) -> None:
-    text = json.dumps(message).encode()
-    connection.sendall(_HEADER.pack(len(text), len(payload)) + text)
+def _outcome(text: bytes, pixels: bytearray) -> DecodedImage | ImageError:
+    answer = json.loads(text)
+    if "error_code" in answer:
+        return ImageError(answer["error_code"], answer["message"])
+    return DecodedImage(rgb=np.frombuffer(pixels, np.uint8).reshape(answer.pop("shape")), **answer)
+
+
+def _send(connection: socket.socket, message: bytes, payload: bytes | memoryview) -> None:
+    connection.sendall(_HEADER.pack(len(message), len(payload)) + message)
     connection.sendall(payload)
 
 
-def _receive(connection: socket.socket, deadline: float | None = None) -> tuple[dict[str, Any], bytearray]:
+def _receive(connection: socket.socket, deadline: float | None = None) -> tuple[bytes, bytearray]:
+    """Message and payload of one `_send`."""
     length, size = _HEADER.unpack(_exactly(connection, _HEADER.size, deadline))
-    message = json.loads(_exactly(connection, length, deadline))
-    return message, _exactly(connection, size, deadline)
+    message = _exactly(connection, length, deadline)
+    return bytes(message), _exactly(connection, size, deadline)
 
 
 def _exactly(connection: socket.socket, count: int, deadline: float | None) -> bytearray:

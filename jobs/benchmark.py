@@ -19,7 +19,7 @@ def audit(objects: int = 512, rounds: Rounds = 5, as_json: AsJson = False) -> No
 
 
 @app.command()
-def pipeline(objects: int = 4096, rounds: Rounds = 5, as_json: AsJson = False) -> None:
+def pipeline(objects: int = 8192, rounds: Rounds = 5, as_json: AsJson = False) -> None:
     """Reading, decoding and scoring with the test tower over plain loops of Pillow and open_clip."""
     _print(benchmark.pipeline_against_plain_loops(objects, rounds), as_json)
 

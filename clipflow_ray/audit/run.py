@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any, Final
 
 import numpy as np
+import torch
 from ray.data import Dataset
 
 from clipflow_ray import __version__
@@ -113,14 +114,17 @@ def plan(config: AuditConfig) -> dict[str, Any]:
             size += row["bytes"] or 0
             names[os.path.splitext(row["member"] or row["uri"])[1].lower() or "none"] += 1
     resources.connect()
-    share = resources.plan_scoring()
-    encoder = Encoder(checkpoint.encoder)
+    scored = round(objects * config.sample)
+    share = resources.plan_scoring(scored, config.batch_size)
+    encoder = Encoder(checkpoint.encoder, threads=share.encoder_cpus)
     views = np.zeros((config.batch_size, VIEW_SIZE, VIEW_SIZE, 3), np.uint8)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in an audit
     encoder.embed(views[:1])
     start = time.perf_counter()
     encoder.embed(views)
     rate = share.encoders * len(views) / (time.perf_counter() - start)
-    scored = round(objects * config.sample)
+    torch.set_num_threads(threads)
     return {
         "objects": objects,
         "to_score": scored,
@@ -168,8 +172,8 @@ def _check_readable(config: AuditConfig, run: Run) -> None:
 
 def _score(config: AuditConfig, run: Run, checkpoint: Checkpoint, record: dict[str, Any]) -> None:
     resources.connect()
-    share = resources.plan_scoring()
     before = run.committed(SCORED)
+    share = resources.plan_scoring(record["manifest_rows"] - before, config.batch_size)
     log.info("scoring %d of %d objects", record["manifest_rows"] - before, record["manifest_rows"])
     reading = {
         "s3": config.s3,

@@ -42,7 +42,14 @@ def read_images(
     With `kind`, an image's `rgb` is its view of that kind. `column` names the image bytes of parquet files, where it
     is not the first column with bytes.
     """
-    return [_decoded(content, limits, kind) for content in read_bytes(table, s3, limits, column)]
+    contents = read_bytes(table, s3, limits, column)
+    decoded = iter(sandbox.decode_all([c for c in contents if isinstance(c, bytes)], limits, kind))
+    return [
+        ReadImage(hashlib.sha256(content).hexdigest(), len(content), next(decoded))
+        if isinstance(content, bytes)
+        else ReadImage(None, None, content)
+        for content in contents
+    ]
 
 
 def read_bytes(
@@ -122,14 +129,3 @@ def _status(image: DecodedImage | ItemError | None) -> str:
     if image is None:
         return "skipped_sample"
     return "error" if isinstance(image, ItemError) else "ok"
-
-
-def _decoded(content: bytes | ItemError, limits: ImageLimits, kind: ViewKind | None) -> ReadImage:
-    if isinstance(content, ItemError):
-        return ReadImage(None, None, content)
-    digest, size = hashlib.sha256(content).hexdigest(), len(content)
-    try:
-        image = sandbox.decode(content, limits, kind)
-    except ItemError as error:
-        return ReadImage(digest, size, error)
-    return ReadImage(digest, size, image)

@@ -20,6 +20,8 @@ from clipflow_ray.errors import ResourceError
 
 _FILTER_CPUS: Final = 1
 _READ_CPUS: Final = 1
+_ENCODER_CPUS: Final = 4  # more threads than this gain little within one batch; more encoders do
+_ENCODING_PER_READ_CPU: Final = 8  # decoding takes less than a tenth of what encoding takes
 DECODE_CPUS: Final = 0.5  # a task waits for storage half of its time, and one must not leave a core idle
 _EMBEDDED_OBJECT_STORE: Final = 2 * 2**30
 
@@ -75,26 +77,34 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def plan_scoring(nodes: list[dict[str, Any]] | None = None) -> ScoringPlan:
-    """Share out the live nodes (`ray.nodes()`): one encoder a GPU, or one a CPU node with all its cores but two.
+def plan_scoring(rows: int, batch_size: int, nodes: list[dict[str, Any]] | None = None) -> ScoringPlan:
+    """Share out the live nodes (`ray.nodes()`): one encoder a GPU; without GPUs, one for every few CPUs.
 
-    Raises ResourceError, with what to change, where reading would never find a free CPU.
+    There are no more encoders than `rows` fill batches. Raises ResourceError, with what to change, where reading would
+    never find a free CPU.
     """
     live = [node["Resources"] for node in (ray.nodes() if nodes is None else nodes) if node["Alive"]]
     cpus = [int(node.get("CPU", 0)) for node in live]
     gpus = sum(int(node.get("GPU", 0)) for node in live)
-    reserved = _FILTER_CPUS + _READ_CPUS
-    encoders = gpus or sum(count > reserved for count in cpus)
-    encoder_cpus = 1 if gpus else min((count for count in cpus if count > reserved), default=0) - reserved
-    needed = max(encoders, 1) * max(encoder_cpus, 1) + reserved
+    encoding = [_encoding_cpus(count) for count in cpus]
+    encoder_cpus = 1 if gpus else min(_ENCODER_CPUS, min((count for count in encoding if count > 0), default=0))
+    encoders = gpus or sum(count // encoder_cpus for count in encoding if count > 0)
+    needed = max(encoders, 1) * max(encoder_cpus, 1) + _FILTER_CPUS + _READ_CPUS
     if encoder_cpus < 1 or sum(cpus) < needed:
         raise ResourceError(
             f"The cluster has {sum(cpus)} logical CPUs on its {len(live)} nodes (largest {max(cpus, default=0)}); this "
             f"run needs {needed}, or it would wait for ever: one for each encoder, one to read, one to resume. "
             f"Logical CPUs may exceed the cores: start Ray with `--num-cpus={needed + 1}`, or add a node."
         )
+    encoders = min(encoders, max(1, -(-rows // batch_size)))
     spare = sum(cpus) - encoders * encoder_cpus - _FILTER_CPUS
     return ScoringPlan(encoders, encoder_cpus, 1 if gpus else 0, max(1, int(spare / DECODE_CPUS)))
+
+
+def _encoding_cpus(cpus: int) -> int:
+    """What reading and resuming leave of a node's CPUs."""
+    left = cpus - _FILTER_CPUS
+    return left - max(_READ_CPUS, left // _ENCODING_PER_READ_CPU)
 
 
 def check_training(workers: int, use_gpu: bool) -> dict[str, float]:

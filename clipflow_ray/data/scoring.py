@@ -33,8 +33,8 @@ class Score:
     """Actor: views -> log-likelihood, score and p-values, by the detector of one checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint, cpus: int) -> None:
-        torch.set_num_threads(cpus)
-        self._detector = Detector(checkpoint)
+        torch.set_num_threads(1)
+        self._detector = Detector(checkpoint, threads=cpus)
         self._images = Counter("clipflow_images", "Images by outcome.", ("status", "error_code"))
         self._encoding = Histogram("clipflow_encode_seconds", "Seconds of one encoder batch.", _SECONDS)
 
@@ -70,8 +70,8 @@ class Embed:
     """Actor: several views a row -> one flat float32 list a row and named feature, [views x width]."""
 
     def __init__(self, encoder: EncoderConfig, features: tuple[str, ...], fingerprint: str, cpus: int) -> None:
-        torch.set_num_threads(cpus)
-        self._encoder = Encoder(encoder, features=features)
+        torch.set_num_threads(1)
+        self._encoder = Encoder(encoder, features=features, threads=cpus)
         if self._encoder.fingerprint != fingerprint:
             raise EncoderMismatchError(
                 f"This node's encoder is {self._encoder.fingerprint}, the driver's {fingerprint}: other weights. "

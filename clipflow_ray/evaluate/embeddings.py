@@ -90,7 +90,7 @@ def _encoded(
     record = run.begin(identity, make_manifest)
     if run.finished:
         return
-    plan, encoder = resources.plan_scoring(), detector.encoder
+    plan, encoder = resources.plan_scoring(record["manifest_rows"], batch_size), detector.encoder
     run.write(
         EMBEDDINGS,
         lambda manifest: read_then_encode(

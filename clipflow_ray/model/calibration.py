@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import betaincinv
 
 from clipflow_ray.errors import CalibrationError
 
@@ -73,12 +73,14 @@ class Calibration:
     def false_positive_interval(self, alpha: float) -> tuple[float, float]:
         """95 % interval of the realised false-positive rate at `alpha` on exchangeable naturals."""
         k, n = self._rank(alpha), len(self.scores)
-        low, high = stats.beta.ppf([0.025, 0.975], k, n + 1 - k)
+        low, high = betaincinv(k, n + 1 - k, [0.025, 0.975])
         return float(low), float(high)
 
     def flagged_interval(self, alpha: float, n_test: int) -> tuple[float, float]:
         """95 % interval of the flagged share of `n_test` exchangeable naturals (beta-binomial)."""
         k, n = self._rank(alpha), len(self.scores)
+        from scipy import stats  # takes half a second to import, and encoders do not need it
+
         low, high = stats.betabinom.ppf([0.025, 0.975], n_test, k, n + 1 - k)
         return float(low) / n_test, float(high) / n_test
 

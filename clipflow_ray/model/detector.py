@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from clipflow_ray import images, sandbox
-from clipflow_ray.errors import CalibrationError, EncoderMismatchError, ImageError, ItemError
+from clipflow_ray.errors import CalibrationError, EncoderMismatchError, ItemError
 from clipflow_ray.images import DecodedImage, Pixels
 from clipflow_ray.model.calibration import Calibration, Verdict, verdict
 from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint
@@ -61,15 +61,15 @@ class Detector:
     """Encoder, flow and calibration of one checkpoint.
 
     Raises EncoderMismatchError when the encoder at hand is not the one of the checkpoint, and CalibrationError
-    when the checkpoint has no calibration.
+    when the checkpoint has no calibration. `threads` is the encoder's.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: str | None = None, threads: int = 1) -> None:
         if checkpoint.calibration is None:
             raise CalibrationError("The checkpoint has no calibration; train it with a calibration split.")
         self.checkpoint = checkpoint
         self.calibration: Calibration = checkpoint.calibration
-        self.encoder = Encoder(checkpoint.encoder, device)
+        self.encoder = Encoder(checkpoint.encoder, device, threads=threads)
         if self.encoder.fingerprint != checkpoint.encoder_fingerprint:
             raise EncoderMismatchError(
                 f"The checkpoint was made with encoder {checkpoint.encoder_fingerprint}, "
@@ -116,7 +116,7 @@ class Detector:
         return Scores(total, log_base, log_det, score, self.calibration.p_value(score))
 
     def _findings(self, chunk: Sequence[bytes], alpha: float, start: int) -> Iterator[Finding]:
-        decoded = [self._decode(data) for data in chunk]
+        decoded = sandbox.decode_all(chunk, self.checkpoint.limits, self.checkpoint.encoder.view)
         good = [image for image in decoded if isinstance(image, DecodedImage)]
         scores = self.score_views(np.stack([image.rgb for image in good])) if good else None
         row = 0
@@ -129,12 +129,6 @@ class Detector:
             score, p, total = scores.score[row], scores.p_value[row], scores.log_likelihood[row]
             row += 1
             yield judged(index, digest, image, float(total), float(score), float(p), alpha)
-
-    def _decode(self, data: bytes) -> DecodedImage | ImageError:
-        try:
-            return sandbox.decode(data, self.checkpoint.limits, self.checkpoint.encoder.view)
-        except ImageError as error:
-            return error
 
 
 def judged(

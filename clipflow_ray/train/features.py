@@ -74,7 +74,7 @@ def extract(config: TrainConfig) -> Run:
         return run
     identity["features"] = list(stored)
     record = run.begin(identity, lambda: write_manifest(config.input, run.path(MANIFEST), config.s3))
-    plan = resources.plan_scoring()
+    plan = resources.plan_scoring(record["manifest_rows"], _ENCODE_ROWS)
 
     run.write(
         PARTS,

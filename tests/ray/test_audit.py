@@ -22,7 +22,7 @@ import yaml
 from clipflow_ray.audit.ledger import SCHEMA
 from clipflow_ray.audit.run import audit
 from clipflow_ray.config import AuditConfig, S3Options
-from clipflow_ray.data.resources import plan_scoring
+from clipflow_ray.data.resources import ScoringPlan, plan_scoring
 from clipflow_ray.data.scoring import Score
 from clipflow_ray.errors import CalibrationError, CheckpointError, InputError, ResourceError, RunConflictError
 from clipflow_ray.model.calibration import verdict
@@ -271,12 +271,28 @@ def test_the_scoring_actors_metrics_are_on_rays_prometheus_endpoint(cluster: Non
 )
 def test_a_cluster_on_which_reading_would_never_start_is_refused(nodes: list[dict], reason: str) -> None:
     with pytest.raises(ResourceError, match=reason):
-        plan_scoring([{"Alive": True, "Resources": node} for node in nodes])
+        plan_scoring(1000, 32, [{"Alive": True, "Resources": node} for node in nodes])
 
 
 def test_a_plan_gives_each_gpu_an_encoder_and_leaves_cpus_to_read_and_resume() -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 64.0}}]
-    plan = plan_scoring(nodes)
-    assert (plan.encoders, plan.encoder_gpus, plan.encoder_cpus, plan.decoders) == (2, 1, 1, 10)
-    plan = plan_scoring([{"Alive": True, "Resources": {"CPU": 4.0}}])
-    assert (plan.encoders, plan.encoder_gpus, plan.encoder_cpus, plan.decoders) == (1, 0, 2, 2)
+    assert plan_scoring(1000, 32, nodes) == ScoringPlan(encoders=2, encoder_cpus=1, encoder_gpus=1, decoders=10)
+
+
+@pytest.mark.parametrize(
+    ("rows", "cpus", "encoders", "encoder_cpus", "decoders"),
+    [
+        (10_000, [3], 1, 1, 2),
+        (10_000, [4], 1, 2, 2),
+        (10_000, [4, 2], 1, 2, 6),
+        (10_000, [64], 14, 4, 14),
+        (10_000, [16, 16], 6, 4, 14),
+        (65, [64], 3, 4, 102),
+        (0, [8], 1, 4, 6),
+    ],
+)
+def test_a_plan_gives_encoders_a_few_cpus_each_as_far_as_reading_and_the_rows_go(
+    rows: int, cpus: list[int], encoders: int, encoder_cpus: int, decoders: int
+) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": float(count)}} for count in cpus]
+    assert plan_scoring(rows, 32, nodes) == ScoringPlan(encoders, encoder_cpus, 0, decoders)

@@ -202,6 +202,42 @@ def test_a_png_that_claims_billions_of_frames_still_fits_the_ledger() -> None:
     assert decode(png(NOISE.reshape(80, -1), 8, 2, size=(96, 80), before=control), LIMITS).frames <= INT32_MAX
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"subsampling": 2},
+        {"subsampling": "4:1:1"},
+        {"progressive": True},
+        {"optimize": True, "quality": 30},
+        {"restart_marker_blocks": 5},
+        {"keep_rgb": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("size", [(32, 33), (97, 61), (240, 320)])
+def test_jpegs_decode_to_the_very_pixels_of_pillow(mode: str, size: tuple[int, int], options: dict) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(photo(3, size)).convert(mode).save(buffer, "JPEG", **options)
+    np.testing.assert_array_equal(decode(buffer.getvalue(), LIMITS).rgb, np.asarray(Image.open(buffer).convert("RGB")))
+
+
+def test_damaged_jpegs_decode_to_the_very_pixels_of_pillow_or_are_refused() -> None:
+    data, rng, same = encoded(photo(4, (96, 128)), "JPEG", quality=85), np.random.default_rng(0), 0
+    for _ in range(300):
+        broken = bytearray(data)
+        broken[int(rng.integers(len(data) // 4, len(data)))] ^= 1 << int(rng.integers(8))
+        try:
+            ours = decode(bytes(broken), LIMITS)
+        except ImageError:
+            continue
+        np.testing.assert_array_equal(ours.rgb, np.asarray(Image.open(io.BytesIO(broken)).convert("RGB")))
+        same += 1
+    assert same > 200
+
+
 @pytest.mark.parametrize("quality", [50, 60, 70, 75, 80, 85, 90, 95])
 def test_jpeg_quality_is_estimated_within_two(quality: int) -> None:
     estimate = decode(encoded(NOISE, "JPEG", quality=quality), LIMITS).jpeg_quality

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import resource
 import signal
@@ -83,6 +84,30 @@ def test_a_scan_bomb_is_cut_off_and_the_next_image_decodes(child: DecodeChild) -
     assert caught.value.item_code == "decode_timeout"
     np.testing.assert_array_equal(child.decode(encoded("PNG"), LIMITS).rgb, PIXELS)
     assert child.pid != first and not alive(first)
+
+
+def test_images_beside_a_scan_bomb_and_a_broken_one_all_decode_in_their_order(child: DecodeChild) -> None:
+    pictures = [np.full((64, 48 + at, 3), at, np.uint8) for at in range(6)]
+    contents = [encoded("PNG", pixels) for pixels in pictures]
+    limits = NO_SCAN_LIMIT.model_copy(update={"max_seconds": 1.0})
+    outcomes = child.decode_all([*contents[:3], BOMB, b"text", *contents[3:]], limits)
+    assert [o.item_code for o in outcomes if isinstance(o, ImageError)] == ["decode_timeout", "unsupported_format"]
+    assert [isinstance(o, ImageError) for o in outcomes] == [False] * 3 + [True] * 2 + [False] * 3
+    for outcome, pixels in zip(outcomes[:3] + outcomes[5:], pictures, strict=True):
+        np.testing.assert_array_equal(outcome.rgb, pixels)
+    assert child.decode_all([], LIMITS) == []
+
+
+def test_images_on_their_way_to_a_child_that_dies_go_to_the_next_one(child: DecodeChild) -> None:
+    contents = [encoded("PNG", np.full((400, 400, 3), at, np.uint8)) for at in range(200)]
+    child.decode(contents[0], LIMITS)
+    first = child.pid
+    killer = threading.Timer(0.05, os.kill, (first, signal.SIGKILL))
+    killer.start()
+    outcomes = child.decode_all(contents, LIMITS)
+    killer.join()
+    assert [int(outcome.rgb[0, 0, 0]) for outcome in outcomes] == list(range(200))
+    assert child.pid != first
 
 
 def test_a_decoder_that_dies_each_time_is_tried_three_times(child: DecodeChild) -> None:
@@ -195,14 +220,14 @@ def test_the_child_can_open_no_file_and_no_socket() -> None:
             theirs.close()
             socket.send_fds(control, [b"c"], [childs.fileno()])
             childs.close()
-            sandbox._send(ours, {"limits": LIMITS.model_dump(), "kind": None}, b"")
+            sandbox._send(ours, json.dumps({"limits": LIMITS.model_dump(), "kind": None}).encode(), b"")
             answer, _ = sandbox._receive(ours)
             control.recv(4)
             control.close()
             ours.close()
             assert nursery.stdout is not None
             assert nursery.stdout.read().split() == [str(errno.EMFILE)] * 4
-    assert answer["error_code"] == "empty"
+    assert json.loads(answer)["error_code"] == "empty"
 
 
 def test_the_child_can_write_no_file_and_take_no_more_than_2_gib_more(child: DecodeChild) -> None:
