@@ -25,7 +25,7 @@ def pipeline(objects: int = 8192, rounds: Rounds = 5, as_json: AsJson = False) -
 
 
 @app.command()
-def sandbox(rounds: Rounds = 9, as_json: AsJson = False) -> None:
+def sandbox(rounds: Rounds = 41, as_json: AsJson = False) -> None:
     """Decoding in the killable child process over decoding in place."""
     _print(benchmark.sandboxed_decoding(rounds), as_json)
 

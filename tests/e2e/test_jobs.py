@@ -6,9 +6,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
@@ -105,11 +107,11 @@ def audit_job(environment: dict[str, str], checkpoint: str, store: list[str], so
     return submitted(environment, *command)
 
 
-def ledger(output: str, s3: S3Options) -> dict[str, float | None]:
+def ledger(output: str, s3: S3Options) -> list[dict[str, Any]]:
     fs, path = filesystem(f"{output}/ledger", s3)
     rows = pq.read_table(path, filesystem=fs).to_pylist()
     assert len({row["row_id"] for row in rows}) == len(rows)
-    return {row["row_id"]: row["score"] for row in rows}
+    return rows
 
 
 def test_training_and_auditing_run_as_submitted_jobs_and_fail_with_their_exit_code(
@@ -130,18 +132,22 @@ def test_a_client_without_the_token_is_refused(nodes: tuple[dict[str, str], list
     assert submitted(environment, "list").returncode != 0
 
 
-def test_a_node_that_dies_in_mid_audit_costs_nothing(
+def test_a_node_that_dies_in_mid_audit_costs_nothing_beside_poison_and_repeated_keys(
     nodes: tuple[dict[str, str], list[int]], checkpoint: str, store: list[str], s3: S3Options
 ) -> None:
     environment, pids = nodes
     client = s3_client(s3)
     client.create_bucket(Bucket="loss")
-    for at in range(160):
-        client.put_object(Bucket="loss", Key=f"in/{at}.jpg", Body=encoded(photo(7000 + at, (224, 230))))
+    keys = [f"in/{at}.jpg" for at in range(160)]
+    for at, key in enumerate(keys):
+        data = encoded(photo(7000 + at, (224, 230)))
+        client.put_object(Bucket="loss", Key=key, Body=data[: len(data) // 2] if at in (40, 120) else data)
+    lines = "\n".join(f"s3://loss/{key}" for key in [*keys, *keys[::10]])
+    client.put_object(Bucket="loss", Key="list.txt", Body=lines.encode())
     outcome: list[subprocess.CompletedProcess[str]] = []
 
     def run() -> None:
-        outcome.append(audit_job(environment, checkpoint, store, "s3://loss/in/", "s3://loss/out"))
+        outcome.append(audit_job(environment, checkpoint, store, "s3://loss/list.txt", "s3://loss/out"))
 
     job = threading.Thread(target=run)
     job.start()
@@ -152,4 +158,8 @@ def test_a_node_that_dies_in_mid_audit_costs_nothing(
     job.join(300)
     assert outcome and outcome[0].returncode == 0, outcome
     rows = ledger("s3://loss/out", s3)
-    assert len(rows) == 160 and all(score is not None for score in rows.values())
+    counts = Counter((row["uri"], row["error_code"]) for row in rows)
+    poison = {f"s3://loss/{key}": "truncated" for key in (keys[40], keys[120])}
+    expected = {f"s3://loss/{key}": 2 if at % 10 == 0 else 1 for at, key in enumerate(keys)}
+    assert counts == {(uri, poison.get(uri)): count for uri, count in expected.items()}
+    assert all((row["score"] is None) == (row["uri"] in poison) for row in rows)
