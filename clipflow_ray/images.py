@@ -78,8 +78,10 @@ def decode(data: bytes, limits: ImageLimits) -> DecodedImage:
             _check_size(image.width, image.height, limits)
             frames = min(structure.frames or int(getattr(image, "n_frames", 1)), 2**31 - 1)
             mode, quality = image.mode, _jpeg_quality(image)
-            if image_format == "JPEG" and mode in ("RGB", "L"):
-                rgb = _upright(simplejpeg.decode_jpeg(data, "RGB", strict=False), image)  # libjpeg's pixels, sooner
+            if image_format == "JPEG" and mode in ("RGB", "L"):  # the pixels of Pillow, in half the time
+                height, width, *_ = simplejpeg.decode_jpeg_header(data)
+                _check_size(width, height, limits)  # whatever Pillow made of the header
+                rgb = _upright(simplejpeg.decode_jpeg(data, "RGB", strict=False), image)
             else:
                 image.load()
                 if image_format == "PNG":

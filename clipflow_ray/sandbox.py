@@ -106,6 +106,9 @@ class DecodeChild:
                     outcome = ImageError("decoder_crash", f"The decoder crashed on this image {_ATTEMPTS} times.")
                 except ItemError as error:  # no child can be started
                     outcome = error
+                except BaseException:
+                    self._stop()  # what it still answers would be taken for answers to the images of another call
+                    raise
                 outcomes.append(outcome)
                 attempts = 0
                 if self._socket is None:

@@ -43,7 +43,7 @@ class Encoder:
         self.config = config
         self.features = tuple(features or config.feature)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="encode")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
         weights = load_weights(config)
         tower = _loaded(config.model, weights.state)
         self._tower = tower.eval().requires_grad_(False).to(self.device)
@@ -70,7 +70,7 @@ class Encoder:
     def embed_each(self, views: Pixels) -> dict[str, F32]:
         """uint8 [N, 224, 224, 3] -> float32 [N, D_i] for each named feature; N is at least 1."""
         size = _CPU_CHUNK if self.device.type == "cpu" else len(views)
-        chunks = list(self._threads.map(self._embedded, (views[at : at + size] for at in range(0, len(views), size))))
+        chunks = list(self._pool.map(self._embedded, (views[at : at + size] for at in range(0, len(views), size))))
         return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in self.features}
 
     def _embedded(self, views: Pixels) -> dict[str, F32]:

@@ -110,6 +110,25 @@ def test_images_on_their_way_to_a_child_that_dies_go_to_the_next_one(child: Deco
     assert child.pid != first
 
 
+def test_a_call_that_is_interrupted_leaves_no_answer_to_the_next_one(child: DecodeChild) -> None:
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise Interrupted
+
+    child.decode(encoded("PNG"), LIMITS)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(Interrupted):
+            child.decode_all([BOMB, encoded("PNG", PIXELS[::-1])], NO_SCAN_LIMIT)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+    np.testing.assert_array_equal(child.decode(encoded("PNG"), LIMITS).rgb, PIXELS)
+
+
 def test_a_decoder_that_dies_each_time_is_tried_three_times(child: DecodeChild) -> None:
     killed: set[int] = set()
     done = threading.Event()
