@@ -103,7 +103,7 @@ def pipeline_against_plain_loops(objects: int, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = _untrained(encoder, os.path.join(folder, "checkpoint"))
         files = _write_files(Path(folder))
-        looped = [files[at % len(files)] for at in range(objects // 8)]
+        looped = [files[at % len(files)] for at in range(max(len(files), objects // 8))]
         config = AuditConfig(input=(), output="", checkpoint=checkpoint, alpha=0.1, gallery=0)
         resources.connect()
         torch.set_num_threads(resources.cores())

@@ -52,7 +52,10 @@ def decode(data: bytes, limits: ImageLimits, kind: ViewKind | None = None) -> De
 def decode_all(
     contents: Sequence[bytes], limits: ImageLimits, kind: ViewKind | None = None
 ) -> list[DecodedImage | ItemError]:
-    """The same for several images, in their order: the next one is on its way to the child while it decodes."""
+    """The same for several images, in their order; an error stands in its image's place instead of being raised.
+
+    The next image is on its way to the child while one decodes.
+    """
     return _child().decode_all(contents, limits, kind)
 
 

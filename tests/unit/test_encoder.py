@@ -107,9 +107,8 @@ def test_an_embedding_does_not_depend_on_its_batch_mates(names: tuple[str, ...],
 
 
 def test_embeddings_of_many_views_on_several_threads_are_those_of_one_view_at_a_time(views: np.ndarray) -> None:
-    many = np.concatenate([np.roll(views, shift, axis=2) for shift in range(0, 60, 10)])[
-        :33
-    ]  # four chunks and one more
+    shifted = [np.roll(views, shift, axis=2) for shift in range(0, 60, 10)]
+    many = np.concatenate(shifted)[:33]  # four chunks and one more
     one_by_one = Encoder(TOWER, device="cpu", features=ALL)
     expected = np.concatenate([one_by_one.embed(view[None]) for view in many])
     assert np.abs(np.diff(expected, axis=0)).max(axis=1).min() > 1e-2  # no two alike: order shows
