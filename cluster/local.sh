@@ -30,18 +30,25 @@ stop() {
 }
 trap stop EXIT INT TERM
 
+await() {  # until the node of this log and process runs
+  for _ in $(seq 240); do
+    grep -q "Ray runtime started" "$1" && return
+    kill -0 "$2" 2>/dev/null || break
+    sleep 0.5
+  done
+  cat "$1" >&2
+  exit 1
+}
+
 common=(--block --num-cpus "$CPUS" --object-store-memory "$STORE" --disable-usage-stats)
 $RAY start --head "${common[@]}" --node-ip-address 127.0.0.1 --port "$PORT" \
   --dashboard-host 127.0.0.1 --dashboard-port "$DASHBOARD_PORT" --ray-client-server-port "$CLIENT_PORT" > "$folder/head.log" 2>&1 &
 nodes+=($!)
-for _ in $(seq 120); do
-  $RAY status --address "127.0.0.1:$PORT" > /dev/null 2>&1 && break
-  kill -0 "${nodes[0]}" 2>/dev/null || { cat "$folder/head.log" >&2; exit 1; }
-  sleep 0.5
-done
-for number in 1 2; do
+await "$folder/head.log" "${nodes[0]}"
+for number in 1 2; do  # one after the other: two that start at once take the same sockets, and both die
   $RAY start --address "127.0.0.1:$PORT" "${common[@]}" --node-ip-address 127.0.0.1 > "$folder/worker-$number.log" 2>&1 &
   nodes+=($!)
+  await "$folder/worker-$number.log" "${nodes[$number]}"
 done
 
 echo "export RAY_ADDRESS=http://127.0.0.1:$DASHBOARD_PORT RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$RAY_AUTH_TOKEN_PATH"
