@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,7 +71,9 @@ class Ingress:
         self.config = config
         self.metrics = IngressMetrics()
         self.admission = Admission(config)
-        self._detector = detector
+        # The handle took Ray's default in the process that bound it; here holds the one of this cluster (see `launch`).
+        by_grpc = os.environ.get("RAY_SERVE_USE_GRPC_BY_DEFAULT") == "1"
+        self._detector = detector.options(_by_reference=not by_grpc)
         self.decoders = DecoderPool(config.decoders or cores(), self.metrics)
         self._decoding: Decoding | None = None
 

@@ -21,12 +21,15 @@ from clipflow_ray.serve.app import build_app
 from clipflow_ray.serve.edge import edge, nginx_path
 
 _LOOPBACK: Final = "127.0.0.1"
-# Ray's own switches for a short way between replicas: 150 kB of pixels by gRPC (with Ray's token) rather than through
-# the object store, and no hop between threads.
-_SHORT_WAY: Final = {
+# A short way between replicas: 150 kB of pixels an image by gRPC (with Ray's token) rather than through the object
+# store, with room for those of a whole request, and no hop between threads. And torch's threads sleep between their
+# tasks: spinning, they take the time of those that decode.
+_SWITCHES: Final = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**30),
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 # The service ends a request in its own words after `timeout_seconds`; Serve, which answers in plain text, comes later.
 _SERVE_TIMEOUT_BEYOND: Final = 10.0
@@ -69,7 +72,7 @@ def run(config: ServeConfig, host: str, port: int) -> None:
 @contextmanager
 def endpoint(config: ServeConfig, host: str, port: int) -> Iterator[str]:
     """The URL of an endpoint that answers, with a Ray of its own; on leaving, what is under way is finished."""
-    for name, value in _SHORT_WAY.items():
+    for name, value in _SWITCHES.items():
         os.environ.setdefault(name, value)
     with ExitStack() as stack:
         resources.connect()
