@@ -24,7 +24,7 @@ _LOOPBACK: Final = "127.0.0.1"
 # A short way between replicas: 150 kB of pixels an image by gRPC (with Ray's token) rather than through the object
 # store, with room for those of a whole request, and no hop between threads. And torch's threads sleep between their
 # tasks: spinning, they take the time of those that decode.
-_SWITCHES: Final = {
+SWITCHES: Final = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**30),
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -72,7 +72,7 @@ def run(config: ServeConfig, host: str, port: int) -> None:
 @contextmanager
 def endpoint(config: ServeConfig, host: str, port: int) -> Iterator[str]:
     """The URL of an endpoint that answers, with a Ray of its own; on leaving, what is under way is finished."""
-    for name, value in _SWITCHES.items():
+    for name, value in SWITCHES.items():
         os.environ.setdefault(name, value)
     with ExitStack() as stack:
         resources.connect()

@@ -1,5 +1,6 @@
 """One small embedded Ray cluster and one small trained checkpoint for the whole session."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,13 +19,15 @@ from clipflow_ray.config import (
 )
 from clipflow_ray.data import resources
 from clipflow_ray.demo import s3_server
+from clipflow_ray.serve.launch import SWITCHES
 
 FAMILIES = ("low_pass", "radial_gain_down", "resample", "tone")
 
 
 @pytest.fixture(scope="session")
 def cluster(s3: S3Options) -> Iterator[None]:
-    """Started after the S3 server, so that its workers inherit the credentials."""
+    """Started after the S3 server, so that its workers inherit the credentials; and as `clipflow-ray serve` does it."""
+    os.environ.update(SWITCHES)
     resources.connect()
     yield
     ray.shutdown()

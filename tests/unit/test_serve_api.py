@@ -47,6 +47,9 @@ class ScriptedDetector:
         self.decoding = Decoding(ImageLimits(), "resize")
         self.judge, self.describe, self.reproduces = Method(self._judge), Method(self._describe), Method(self._probe)
 
+    def options(self, **_: object) -> "ScriptedDetector":
+        return self
+
     async def _judge(self, images: list[ToJudge], alpha: float | None) -> Judged | Refused:
         await asyncio.sleep(self.delay)
         if self.errors:
