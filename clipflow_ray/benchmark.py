@@ -45,6 +45,7 @@ from clipflow_ray.model.flow import Flow
 from clipflow_ray.model.weights import build_tower, load_weights
 from clipflow_ray.serve.edge import nginx_path
 from clipflow_ray.serve.launch import endpoint
+from clipflow_ray.serve.upstreams import upstreams
 from clipflow_ray.storage import s3_client
 
 _BUCKET: Final = "clipflow-benchmark"
@@ -225,7 +226,7 @@ def _added_latency(contents: list[bytes], rounds: int) -> dict[str, float]:
                 "edge": lambda data: edge.detect([data]),
             }
             if nginx_path():
-                through_serve = Client(f"http://127.0.0.1:{_PORT + 1}")
+                through_serve = Client(f"http://{upstreams(f'127.0.0.1:{_PORT + 1}')[0]}")
                 ways["serve"] = lambda data: through_serve.detect([data])
             seconds: dict[str, list[float]] = {name: [] for name in ways}
             for at in range(rounds + 1):  # the first is to warm up

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import re
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
@@ -27,10 +29,10 @@ class Encoder:
     """The image tower in float32, in eval mode, on `device` (CUDA when there is one).
 
     `fingerprint` is 16 hex digits over weights, model name, preprocessing and view. Embeddings do not depend on
-    batch-mates beyond float rounding. `threads` of them on a CPU embed a few images each at a time: on cores that do
-    other work too they get further than one with as many threads of torch, which wait for the slowest at every step;
-    give each one of torch (`torch.set_num_threads(1)`). Raises WeightsError when the weights are missing or do not fit
-    the model.
+    batch-mates beyond float rounding. With `threads` above 1, that many on a CPU embed a few images each at a time,
+    with one thread of torch each: on cores that do other work too they get further than one with as many threads of
+    torch, which wait for the slowest at every step. What is one image is left to the caller's thread and torch's own.
+    Raises WeightsError when the weights are missing or do not fit the model.
     """
 
     def __init__(
@@ -43,7 +45,8 @@ class Encoder:
         self.config = config
         self.features = tuple(features or config.feature)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
+        self._threads = threads
+        self._pool = _pool(threads) if threads > 1 else None
         weights = load_weights(config)
         tower = _loaded(config.model, weights.state)
         self._tower = tower.eval().requires_grad_(False).to(self.device)
@@ -69,8 +72,10 @@ class Encoder:
 
     def embed_each(self, views: Pixels) -> dict[str, F32]:
         """uint8 [N, 224, 224, 3] -> float32 [N, D_i] for each named feature; N is at least 1."""
-        size = _CPU_CHUNK if self.device.type == "cpu" else len(views)
-        chunks = list(self._pool.map(self._embedded, (views[at : at + size] for at in range(0, len(views), size))))
+        size = min(_CPU_CHUNK, math.ceil(len(views) / self._threads)) if self.device.type == "cpu" else len(views)
+        parts = [views[at : at + size] for at in range(0, len(views), size)]
+        each = self._pool.map if self._pool and len(parts) > 1 else map
+        chunks = list(each(self._embedded, parts))
         return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in self.features}
 
     def _embedded(self, views: Pixels) -> dict[str, F32]:
@@ -98,6 +103,21 @@ class Encoder:
             outputs[f"block{index + 1}.cls"] = result["image_intermediates_prefix"][at][:, 0]
             outputs[f"block{index + 1}.mean"] = result["image_intermediates"][at].mean(dim=1)
         return outputs
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads with one thread of torch each. All start now: one that torch meets later gets what was set last."""
+    number, started = torch.get_num_threads(), threading.Barrier(threads)
+
+    def one() -> None:
+        torch.get_num_threads()  # torch has met this thread now, and what it is told stays
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(threads, "encode", initializer=one)
+    list(pool.map(abs, range(threads)))
+    torch.set_num_threads(number)
+    return pool
 
 
 def _loaded(model: str, state: State) -> torch.nn.Module:

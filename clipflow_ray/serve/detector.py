@@ -67,9 +67,10 @@ class DetectorReplica:
         from clipflow_ray.model.checkpoint import load_checkpoint
         from clipflow_ray.model.detector import Detector, judged
 
-        torch.set_num_threads(max(1, int(config.detector_cpus)))
+        threads = max(1, int(config.detector_cpus))
+        torch.set_num_threads(threads)
         checkpoint = load_checkpoint(config.checkpoint, config.s3)
-        self._detector = Detector(checkpoint)
+        self._detector = Detector(checkpoint, threads=threads)
         self._judged = judged
         self._model = {
             "model_id": checkpoint.model_id,

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -30,13 +30,55 @@ def nginx_path() -> str | None:
     return shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
 
 
+class Edge:
+    """A running nginx; `url` is where clients reach it."""
+
+    def __init__(self, listen: str, home: Path, program: str) -> None:
+        self.url = f"http://{listen}"
+        self._listen = listen
+        self._home = home
+        self._translation = f"127.0.0.1:{_free_port()}"
+        self._program = program
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def point_to(self, upstreams: Sequence[str]) -> None:
+        """Send requests to these, each host:port; to the last only where no other can be reached.
+
+        What is under way is finished where it is.
+        """
+        text = rendered(self._listen, upstreams, self._translation)
+        fresh = self._home / "nginx.conf.new"
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(self._home / "nginx.conf")
+        if self._process is not None:
+            self._process.send_signal(signal.SIGHUP)
+
+    def start(self) -> None:
+        """Returns once nginx listens; raises EdgeError with its last words where it does not."""
+        command = [self._program, "-p", "./", "-c", "nginx.conf", "-e", "stderr", "-g", "daemon off;"]
+        with (self._home / "access.log").open("ab") as access, (self._home / "error.log").open("ab") as errors:
+            self._process = subprocess.Popen(
+                command, cwd=self._home, stdin=subprocess.DEVNULL, stdout=access, stderr=errors, start_new_session=True
+            )
+        _wait_for(self._process, self._listen, self._home)
+
+    def stop(self) -> None:
+        """Finish the requests that nginx has, for 20 seconds at most."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGQUIT)
+            try:
+                self._process.wait(_DRAIN_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.terminate()
+                self._process.wait()
+
+
 @contextmanager
-def edge(listen: str, upstream: str, folder: str) -> Iterator[str]:
-    """Run the edge on `listen` (host:port) in front of Serve on `upstream`; yields its base URL.
+def edge(listen: str, upstreams: Sequence[str], folder: str) -> Iterator[Edge]:
+    """Run the edge on `listen` (host:port) in front of `upstreams`, as `Edge.point_to` takes them.
 
     `folder` is made where missing; it takes the rendered configuration, buffered bodies, `access.log` (json) and
-    `error.log`. On exit nginx finishes the requests it has, for 20 seconds at most. Raises EdgeError when nginx is
-    missing or does not start.
+    `error.log`. On exit nginx finishes the requests it has. Raises EdgeError when nginx is missing or does not start.
     """
     program = nginx_path()
     if program is None:
@@ -46,23 +88,26 @@ def edge(listen: str, upstream: str, folder: str) -> Iterator[str]:
     if os.geteuid() == 0:
         # Workers give up root. They reach their files from here, whatever the folders above allow.
         home.chmod(home.stat().st_mode | 0o011)
-    (home / "nginx.conf").write_text(rendered(listen, upstream, f"127.0.0.1:{_free_port()}"), encoding="utf-8")
-    command = [program, "-p", "./", "-c", "nginx.conf", "-e", "stderr", "-g", "daemon off;"]
-    with (home / "access.log").open("ab") as access, (home / "error.log").open("ab") as errors:
-        process = subprocess.Popen(
-            command, cwd=home, stdin=subprocess.DEVNULL, stdout=access, stderr=errors, start_new_session=True
-        )
+    made = Edge(listen, home, program)
+    made.point_to(upstreams)
     try:
-        _wait_for(process, listen, home)
-        yield f"http://{listen}"
+        made.start()
+        yield made
     finally:
-        _stop(process)
+        made.stop()
 
 
-def rendered(listen: str, upstream: str, translation: str) -> str:
-    """The packaged configuration with other addresses, each host:port."""
+def rendered(listen: str, upstreams: Sequence[str], translation: str) -> str:
+    """The packaged configuration with other addresses, each host:port; the last upstream backs the others up."""
+    *first, last = upstreams
+    servers = [f"server {each};" for each in first] + [f"server {last} backup;" if first else f"server {last};"]
     text = CONFIG.read_text(encoding="utf-8")
-    addresses = {_LISTEN: listen, _UPSTREAM: upstream, _TRANSLATION: translation}
+    addresses = {
+        f"server {_UPSTREAM};": "\n        ".join(servers),
+        _UPSTREAM: last,
+        _LISTEN: listen,
+        _TRANSLATION: translation,
+    }
     return "\n".join(_replaced(line, addresses) for line in text.splitlines()) + "\n"
 
 
@@ -90,13 +135,3 @@ def _wait_for(process: "subprocess.Popen[bytes]", listen: str, home: Path) -> No
         time.sleep(0.02)
     said = (home / "error.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     raise EdgeError(f"nginx does not start on {listen}: {said[-1] if said else 'it says nothing'}")
-
-
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    if process.poll() is None:
-        process.send_signal(signal.SIGQUIT)
-        try:
-            process.wait(_DRAIN_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            process.wait()

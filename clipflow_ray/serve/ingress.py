@@ -3,13 +3,13 @@
 import asyncio
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
 from ray.exceptions import RayError
+from ray.serve._private.constants import RAY_SERVE_USE_GRPC_BY_DEFAULT
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
@@ -72,8 +72,7 @@ class Ingress:
         self.metrics = IngressMetrics()
         self.admission = Admission(config)
         # The handle took Ray's default in the process that bound it; here holds the one of this cluster (see `launch`).
-        by_grpc = os.environ.get("RAY_SERVE_USE_GRPC_BY_DEFAULT") == "1"
-        self._detector = detector.options(_by_reference=not by_grpc)
+        self._detector = detector.options(_by_reference=not RAY_SERVE_USE_GRPC_BY_DEFAULT)
         self.decoders = DecoderPool(config.decoders or cores(), self.metrics)
         self._decoding: Decoding | None = None
 

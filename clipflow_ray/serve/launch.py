@@ -18,17 +18,19 @@ from clipflow_ray.config import ServeConfig
 from clipflow_ray.data import resources
 from clipflow_ray.errors import ConfigError
 from clipflow_ray.serve.app import build_app
-from clipflow_ray.serve.edge import edge, nginx_path
+from clipflow_ray.serve.edge import nginx_path
+from clipflow_ray.serve.upstreams import edge_of_serve
 
 _LOOPBACK: Final = "127.0.0.1"
-# A short way between replicas: 150 kB of pixels an image by gRPC (with Ray's token) rather than through the object
-# store, with room for those of a whole request, and no hop between threads. And torch's threads sleep between their
-# tasks: spinning, they take the time of those that decode.
+# Ray's own set for short ways: the edge asks replicas without Serve's proxy (see `upstreams`), and pixels, 150 kB an
+# image, reach the detector by gRPC (with Ray's token), here with room for those of a whole request. A replica that is
+# to stop answers for three more seconds, in which the edge learns of it. Our logs stay in the workers' own files. And
+# torch's threads sleep between their tasks: spinning, they take the time of those that decode.
 SWITCHES: Final = {
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**30),
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
+    "RAY_SERVE_LOG_TO_STDERR": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 # The service ends a request in its own words after `timeout_seconds`; Serve, which answers in plain text, comes later.
@@ -95,7 +97,7 @@ def _start(config: ServeConfig, host: str, port: int, stack: ExitStack) -> str:
         _say("nginx is not installed: you talk to Serve itself, without the edge's limits.")
         return f"http://{host}:{port}"
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="clipflow-edge-"))
-    return stack.enter_context(edge(f"{host}:{port}", f"{upstream[0]}:{upstream[1]}", folder))
+    return stack.enter_context(edge_of_serve(f"{host}:{port}", f"{upstream[0]}:{upstream[1]}", folder))
 
 
 def _sized(config: ServeConfig) -> ServeConfig:

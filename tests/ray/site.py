@@ -13,6 +13,7 @@ from ray import serve
 
 from clipflow_ray.serve.app import build_app
 from clipflow_ray.serve.edge import edge
+from clipflow_ray.serve.upstreams import edge_of_serve
 
 ALPHA = 0.1  # the tiny calibration supports it
 
@@ -73,9 +74,9 @@ def edge_before(upstream: int) -> Iterator[Site]:
     port = free_port()
     with (
         tempfile.TemporaryDirectory() as folder,
-        edge(f"127.0.0.1:{port}", f"127.0.0.1:{upstream}", folder) as url,
+        edge(f"127.0.0.1:{port}", [f"127.0.0.1:{upstream}"], folder) as made,
     ):
-        yield Site(url, port, Path(folder))
+        yield Site(made.url, port, Path(folder))
 
 
 @contextmanager
@@ -85,8 +86,12 @@ def whole_site(checkpoint: str) -> Iterator[Site]:
     serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 40})
     settings: dict[str, Any] = {"ingress_cpus": 0.2, "detector_cpus": 0.2, "decoders": 2}
     serve.run(build_app({"checkpoint": checkpoint, "alpha": ALPHA, **settings}), name="clipflow", route_prefix="/")
+    front = free_port()
     try:
-        with edge_before(port) as site:
-            yield site
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            edge_of_serve(f"127.0.0.1:{front}", f"127.0.0.1:{port}", folder) as url,
+        ):
+            yield Site(url, front, Path(folder))
     finally:
         serve.shutdown()

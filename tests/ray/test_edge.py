@@ -293,7 +293,7 @@ def test_a_port_in_use_is_said_and_nothing_is_left(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with (
             pytest.raises(EdgeError, match=f"does not start on 127.0.0.1:{port}"),
-            edge(f"127.0.0.1:{port}", "127.0.0.1:1", str(tmp_path)),
+            edge(f"127.0.0.1:{port}", ["127.0.0.1:1"], str(tmp_path)),
         ):
             raise AssertionError
     assert not (tmp_path / "nginx.pid").exists()

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,17 @@ def test_embeddings_of_many_views_on_several_threads_are_those_of_one_view_at_a_
     expected = np.concatenate([one_by_one.embed(view[None]) for view in many])
     assert np.abs(np.diff(expected, axis=0)).max(axis=1).min() > 1e-2  # no two alike: order shows
     np.testing.assert_allclose(Encoder(TOWER, "cpu", ALL, threads=3).embed(many), expected, atol=1e-5)
+
+
+def test_threads_of_an_encoder_leave_other_threads_their_number_of_torch_threads(views: np.ndarray) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        Encoder(TOWER, "cpu", threads=2).embed(np.concatenate([views] * 3))
+        with ThreadPoolExecutor(1) as later:
+            assert (torch.get_num_threads(), later.submit(torch.get_num_threads).result()) == (5, 5)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_views_are_not_written_to_and_may_be_read_only_or_strided(views: np.ndarray) -> None:

@@ -56,6 +56,17 @@ def test_the_edges_file_is_the_packaged_one() -> None:
 
 def test_rendering_changes_the_addresses_and_nothing_else() -> None:
     before = edge.CONFIG.read_text().splitlines()
-    after = edge.rendered("127.0.0.1:8001", "127.0.0.1:9", "127.0.0.1:7").splitlines()
+    after = edge.rendered("127.0.0.1:8001", ["127.0.0.1:9"], "127.0.0.1:7").splitlines()
     changed = [new.strip() for old, new in zip(before, after, strict=True) if old != new and not old.startswith("#")]
     assert changed == ["server 127.0.0.1:7;", "server 127.0.0.1:9;", "listen 127.0.0.1:8001;", "listen 127.0.0.1:7;"]
+
+
+def test_with_replicas_to_ask_the_proxy_is_asked_only_where_none_answers() -> None:
+    lines = edge.rendered("127.0.0.1:8000", ["127.0.0.1:7", "127.0.0.1:8", "127.0.0.1:9"], "127.0.0.1:6").splitlines()
+    servers = [line.strip() for line in lines if line.strip().startswith("server 127")]
+    assert servers == [
+        "server 127.0.0.1:6;",
+        "server 127.0.0.1:7;",
+        "server 127.0.0.1:8;",
+        "server 127.0.0.1:9 backup;",
+    ]
