@@ -53,7 +53,8 @@ def build_api(ingress: Ingress) -> ASGIApp:
     async def detect(request: Request) -> Response:
         declared = request.headers.get("content-length", "")
         size = int(declared) if declared.isdecimal() and len(declared) < 16 else config.max_body_bytes
-        with ingress.admission.hold(requests=1, bytes=min(size, config.max_body_bytes)):
+        # One item now, so that a full server refuses before it reads; the others when their number is known.
+        with ingress.admission.hold(requests=1, bytes=min(size, config.max_body_bytes), items=1):
             try:
                 async with asyncio.timeout(config.timeout_seconds):
                     submission = await body.read(request, config)
