@@ -2,7 +2,7 @@
 
 stdout carries data, stderr carries progress. Exit codes: 0 done, 1 failure, 2 usage, 3 more errors than
 --max-error-rate, 4 more flagged than --fail-if-flag-rate-above. Heavy modules are imported by the
-command that needs them, so that `--help` answers at once.
+command that needs them, once its settings are right, so that `--help` and a wrong flag are answered at once.
 """
 
 import json
@@ -109,9 +109,6 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Score every image of a dataset and write a ledger. A run that was cut off goes on where it stopped."""
-    from clipflow_ray.audit.run import audit as run
-    from clipflow_ray.audit.run import error_rate, plan
-
     settings = load_yaml(
         AuditConfig,
         config,
@@ -135,6 +132,9 @@ def audit(
             "max_error_rate": max_error_rate,
         },
     )
+    from clipflow_ray.audit.run import audit as run
+    from clipflow_ray.audit.run import error_rate, plan
+
     if dry_run:
         print(json.dumps(plan(settings), indent=1))
         return
@@ -204,11 +204,12 @@ def serve(
     """Answer over HTTP until stopped, and then finish what is under way; prints its URL."""
     if context.invoked_subcommand:
         return
-    from clipflow_ray.serve.launch import run
     from clipflow_ray.serve.tokens import read_hashes
 
     hashes = read_hashes(tokens) if tokens else ()
     settings = load_yaml(ServeConfig, config, {"checkpoint": checkpoint, "alpha": alpha, "tokens": hashes})
+    from clipflow_ray.serve.launch import run
+
     run(settings, host, port)
 
 
@@ -278,9 +279,6 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a checkpoint on labelled images, beside its baselines. Folders below an input name the generators."""
-    from clipflow_ray.evaluate import report
-    from clipflow_ray.evaluate.protocol import evaluate as run
-
     with nullcontext(output) if output else tempfile.TemporaryDirectory() as folder:
         settings = load_yaml(
             EvaluateConfig,
@@ -296,6 +294,9 @@ def evaluate(
                 "s3": _s3(endpoint_url, region, unsigned),
             },
         )
+        from clipflow_ray.evaluate import report
+        from clipflow_ray.evaluate.protocol import evaluate as run
+
         result = run(settings)
     print(json.dumps(result) if as_json else report.text(result))
     if output:

@@ -33,6 +33,14 @@ CLIENTS = 48
 
 
 @dataclass
+class Body:
+    """A request's body, made once: what clients take of the machine is not the server's doing."""
+
+    content: bytes
+    headers: dict[str, str]
+
+
+@dataclass
 class Answered:
     status: int
     seconds: float
@@ -45,18 +53,25 @@ def site(trained: str) -> Iterator[Site]:
         yield site
 
 
+def made(images: list[bytes]) -> Body:
+    request = httpx.Request(
+        "POST", "http://x", files=[("files", (f"{at}.jpg", image)) for at, image in enumerate(images)]
+    )
+    return Body(request.read(), {"Content-Type": request.headers["Content-Type"]})
+
+
 @pytest.fixture(scope="module")
-def request_body() -> list[tuple[str, tuple[str, bytes]]]:
-    return [("files", (f"{at}.jpg", encoded(photo(at, (224, 224))))) for at in range(IMAGES)]
+def full() -> Body:
+    return made([encoded(photo(at, (224, 224))) for at in range(IMAGES)])
 
 
-def asked(client: httpx.Client, body: list[tuple[str, tuple[str, bytes]]]) -> Answered:
+def asked(client: httpx.Client, body: Body) -> Answered:
     start = time.monotonic()
-    answer = client.post("/v1/detect", files=body)
+    answer = client.post("/v1/detect", content=body.content, headers=body.headers)
     return Answered(answer.status_code, time.monotonic() - start, answer.headers.get("Retry-After"))
 
 
-def offered(site: Site, body: list[tuple[str, tuple[str, bytes]]], rate: float, seconds: float) -> list[Answered]:
+def offered(site: Site, body: Body, rate: float, seconds: float) -> list[Answered]:
     """Answers to requests that come at `rate` a second, whatever became of the ones before."""
     answers: list[Answered] = []
     with httpx.Client(base_url=site.url, timeout=60) as client, ThreadPoolExecutor(CLIENTS) as pool:
@@ -70,17 +85,17 @@ def offered(site: Site, body: list[tuple[str, tuple[str, bytes]]], rate: float, 
     return answers
 
 
-@pytest.mark.parametrize("seconds", [8, pytest.param(120, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("seconds", [5, pytest.param(120, marks=pytest.mark.stress)])
 def test_at_four_times_capacity_the_admitted_succeed_and_the_rest_are_told_to_wait(
-    site: Site, request_body: list[tuple[str, tuple[str, bytes]]], seconds: float
+    site: Site, full: Body, seconds: float
 ) -> None:
     with httpx.Client(base_url=site.url, timeout=60) as client, ThreadPoolExecutor(3) as pool:
         start = time.monotonic()
-        assert {each.status for each in pool.map(lambda _: asked(client, request_body), range(12))} == {200}
+        assert {each.status for each in pool.map(lambda _: asked(client, full), range(12))} == {200}
         capacity = 12 / (time.monotonic() - start)
-        answers = offered(site, request_body, 4 * capacity, seconds)
+        answers = offered(site, full, 4 * capacity, seconds)
         ended = time.monotonic()
-        while asked(client, request_body).status != 200:
+        while asked(client, full).status != 200:
             assert time.monotonic() - ended < 10
     statuses = Counter(each.status for each in answers)
     rejects = [each for each in answers if each.status == 429]
@@ -90,9 +105,9 @@ def test_at_four_times_capacity_the_admitted_succeed_and_the_rest_are_told_to_wa
     assert all(int(each.retry_after or 0) >= 1 for each in rejects)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.stress)])
 def test_a_replica_killed_every_ten_seconds_gives_no_500(site: Site, kills: int) -> None:
-    body = [("files", ("a.jpg", encoded(photo(5))))]
+    body = made([encoded(photo(5))])
     done = threading.Event()
     answers: list[Answered] = []
 
@@ -129,9 +144,11 @@ def test_a_replica_killed_every_ten_seconds_gives_no_500(site: Site, kills: int)
 
 @pytest.mark.parametrize("count", [10, pytest.param(50, marks=pytest.mark.stress)])
 def test_scan_bombs_fail_nobody_elses_request(site: Site, count: int) -> None:
-    bomb, body = scan_bomb(), [("files", ("a.jpg", encoded(photo(6))))]
+    bomb, body = made([scan_bomb()]), made([encoded(photo(6))])
     with httpx.Client(base_url=site.url, timeout=60) as client, ThreadPoolExecutor(count) as pool:
-        bombs = [pool.submit(client.post, "/v1/detect", files=[("files", ("b.jpg", bomb))]) for _ in range(count)]
+        bombs = [
+            pool.submit(client.post, "/v1/detect", content=bomb.content, headers=bomb.headers) for _ in range(count)
+        ]
         normal = []
         while not all(each.done() for each in bombs):
             normal.append(asked(client, body))

@@ -5,7 +5,7 @@ import base64
 import hashlib
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -271,6 +271,27 @@ def test_above_its_limits_the_ingress_refuses_at_once_and_recovers() -> None:
         answers = service.together([("POST", "/v1/detect", {"files": files(PHOTO, PHOTO)})] * 2)
         assert sorted(a.status_code for a in answers) == [200, 429]
         assert service.detect(files=files(PHOTO, PHOTO, PHOTO)).status_code == 200
+
+
+def test_a_full_ingress_refuses_before_it_reads() -> None:
+    one = LIMITS.model_copy(update={"max_items": 1, "max_images": 1})
+    read = 0
+
+    async def content() -> AsyncIterator[bytes]:
+        nonlocal read
+        for _ in range(8):
+            read += 1
+            yield bytes(1000)
+
+    headers = {"Content-Type": "multipart/form-data; boundary=x", "Content-Length": "8000"}
+    with served(one, delay=0.3) as service:
+        answers = service.together(
+            [
+                ("POST", "/v1/detect", {"files": files(PHOTO)}),
+                ("POST", "/v1/detect", {"content": content(), "headers": headers}),
+            ]
+        )
+    assert ([a.status_code for a in answers], read) == ([200, 429], 0)
 
 
 def test_a_checkpoint_with_another_view_is_decoded_for_again(service: Service) -> None:
