@@ -79,13 +79,18 @@ def edge_before(upstream: int) -> Iterator[Site]:
         yield Site(made.url, port, Path(folder))
 
 
+def deploy(checkpoint: str, **changes: Any) -> None:
+    """The application with small replicas; returns when those of these settings are up."""
+    settings = {"checkpoint": checkpoint, "alpha": ALPHA, "ingress_cpus": 0.2, "detector_cpus": 0.2, "decoders": 2}
+    serve.run(build_app(settings | changes), name="clipflow", route_prefix="/")
+
+
 @contextmanager
 def whole_site(checkpoint: str) -> Iterator[Site]:
     """Serve with one small replica of each kind, behind the edge."""
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 40})
-    settings: dict[str, Any] = {"ingress_cpus": 0.2, "detector_cpus": 0.2, "decoders": 2}
-    serve.run(build_app({"checkpoint": checkpoint, "alpha": ALPHA, **settings}), name="clipflow", route_prefix="/")
+    deploy(checkpoint)
     front = free_port()
     try:
         with (

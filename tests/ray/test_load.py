@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from clipflow_ray.config import AuditConfig
 from clipflow_ray.model.detector import Detector
 from clipflow_ray.serve.edge import nginx_path
 from tests.conftest import encoded, photo, scan_bomb
-from tests.ray.site import ALPHA, Site, whole_site
+from tests.ray.site import ALPHA, Site, deploy, whole_site
 
 pytestmark = pytest.mark.skipif(nginx_path() is None, reason="no nginx: install Debian's `nginx` to test the edge")
 
@@ -71,6 +72,33 @@ def asked(client: httpx.Client, body: Body) -> Answered:
     return Answered(answer.status_code, time.monotonic() - start, answer.headers.get("Retry-After"))
 
 
+@contextmanager
+def asking(site: Site, body: Body) -> Iterator[list[Answered]]:
+    """Three clients that never stop asking; yields their answers."""
+    done = threading.Event()
+    answers: list[Answered] = []
+
+    def ask() -> None:
+        with httpx.Client(base_url=site.url, timeout=60) as client:
+            while not done.is_set():
+                answers.append(asked(client, body))
+
+    with ThreadPoolExecutor(3) as pool:
+        clients = [pool.submit(ask) for _ in range(3)]
+        try:
+            yield answers
+        finally:
+            done.set()
+        for each in clients:
+            each.result()
+
+
+def replicas(deployment: str) -> list[tuple[str, str]]:
+    """Name and namespace of each."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return [(each["name"], each["namespace"]) for each in named if f"#{deployment}#" in each["name"]]
+
+
 def offered(site: Site, body: Body, rate: float, seconds: float) -> list[Answered]:
     """Answers to requests that come at `rate` a second, whatever became of the ones before."""
     answers: list[Answered] = []
@@ -108,38 +136,34 @@ def test_at_four_times_capacity_the_admitted_succeed_and_the_rest_are_told_to_wa
 @pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.stress)])
 def test_a_replica_killed_every_ten_seconds_gives_no_500(site: Site, kills: int) -> None:
     body = made([encoded(photo(5))])
-    done = threading.Event()
-    answers: list[Answered] = []
-
-    def ask() -> None:
-        with httpx.Client(base_url=site.url, timeout=60) as client:
-            while not done.is_set():
-                answers.append(asked(client, body))
-
-    with ThreadPoolExecutor(3) as pool:
-        asking = [pool.submit(ask) for _ in range(3)]
-        try:
-            for at in range(kills):
-                deployment = ("Ingress", "Detector")[at % 2]
-                for actor in ray.util.list_named_actors(all_namespaces=True):
-                    if f"#{deployment}#" in actor["name"]:
-                        ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
-                time.sleep(10)
-            until = time.monotonic() + 60
-            while httpx.get(f"{site.url}/readyz", timeout=30).status_code != 200:
-                assert time.monotonic() < until
-                time.sleep(0.5)
-            time.sleep(2)
-        finally:
-            done.set()
-        for each in asking:
-            each.result()
+    with asking(site, body) as answers:
+        for at in range(kills):
+            for name, namespace in replicas(("Ingress", "Detector")[at % 2]):
+                ray.kill(ray.get_actor(name, namespace=namespace))
+            time.sleep(10)
+        until = time.monotonic() + 60
+        while httpx.get(f"{site.url}/readyz", timeout=30).status_code != 200:
+            assert time.monotonic() < until
+            time.sleep(0.5)
+        time.sleep(2)
     statuses = Counter(each.status for each in answers)
     print(f"{kills} kills: {dict(statuses)}")
     # 504: on a busy machine the successor can take longer to start than a request may.
     assert set(statuses) <= {200, 503, 504} and statuses[200] > 0, statuses
     assert all(int(each.retry_after or 0) >= 1 for each in answers if each.status == 503)
     assert answers[-1].status == 200
+
+
+def test_an_update_of_both_deployments_fails_no_request(site: Site, trained: str) -> None:
+    before = {name for kind in ("Ingress", "Detector") for name, _ in replicas(kind)}
+    with asking(site, made([encoded(photo(7))])) as answers:
+        deploy(trained, timeout_seconds=25)
+        until = time.monotonic() + 60
+        while before & {name for kind in ("Ingress", "Detector") for name, _ in replicas(kind)}:
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        time.sleep(2)
+    assert Counter(each.status for each in answers) == {200: len(answers)}
 
 
 @pytest.mark.parametrize("count", [10, pytest.param(50, marks=pytest.mark.stress)])
