@@ -184,8 +184,8 @@ def sandboxed_decoding(rounds: int) -> dict[str, Any]:
 def serving(images: int, rounds: int) -> dict[str, Any]:
     """Images per second of a saturated endpoint with real weights over a bare encoder loop on the same cores.
 
-    `added_ms` is what the way through Serve, and through the edge and Serve, adds to the median time of one image over
-    `Detector.detect`, with the test tower.
+    `added_ms` is what the way to a replica of Serve, as the edge asks it, and the way through the edge add to the
+    median time of one image over `Detector.detect`, with the test tower.
     """
     contents = list(_jpegs(images))
     encoder = Encoder(load_checkpoint(ServeConfig().checkpoint).encoder)
@@ -226,7 +226,8 @@ def _added_latency(contents: list[bytes], rounds: int) -> dict[str, float]:
                 "edge": lambda data: edge.detect([data]),
             }
             if nginx_path():
-                through_serve = Client(f"http://{upstreams(f'127.0.0.1:{_PORT + 1}')[0]}")
+                replica = upstreams(f"127.0.0.1:{_PORT + 1}")[0]
+                through_serve = Client(f"http://{replica}")
                 ways["serve"] = lambda data: through_serve.detect([data])
             seconds: dict[str, list[float]] = {name: [] for name in ways}
             for at in range(rounds + 1):  # the first is to warm up

@@ -31,46 +31,49 @@ def nginx_path() -> str | None:
 
 
 class Edge:
-    """A running nginx; `url` is where clients reach it."""
+    """A running nginx before `upstreams`, as `point_to` takes them; `url` is where clients reach it.
 
-    def __init__(self, listen: str, home: Path, program: str) -> None:
+    Raises EdgeError with nginx's last words where it does not start.
+    """
+
+    def __init__(self, program: str, listen: str, upstreams: Sequence[str], home: Path) -> None:
         self.url = f"http://{listen}"
         self._listen = listen
         self._home = home
         self._translation = f"127.0.0.1:{_free_port()}"
-        self._program = program
-        self._process: subprocess.Popen[bytes] | None = None
+        self._configure(upstreams)
+        command = [program, "-p", "./", "-c", "nginx.conf", "-e", "stderr", "-g", "daemon off;"]
+        with (home / "access.log").open("ab") as access, (home / "error.log").open("ab") as errors:
+            self._process = subprocess.Popen(
+                command, cwd=home, stdin=subprocess.DEVNULL, stdout=access, stderr=errors, start_new_session=True
+            )
+        try:
+            _wait_for(self._process, listen, home)
+        except EdgeError:
+            self.stop()
+            raise
 
     def point_to(self, upstreams: Sequence[str]) -> None:
         """Send requests to these, each host:port; to the last only where no other can be reached.
 
         What is under way is finished where it is.
         """
-        text = rendered(self._listen, upstreams, self._translation)
-        fresh = self._home / "nginx.conf.new"
-        fresh.write_text(text, encoding="utf-8")
-        fresh.replace(self._home / "nginx.conf")
-        if self._process is not None:
-            self._process.send_signal(signal.SIGHUP)
-
-    def start(self) -> None:
-        """Returns once nginx listens; raises EdgeError with its last words where it does not."""
-        command = [self._program, "-p", "./", "-c", "nginx.conf", "-e", "stderr", "-g", "daemon off;"]
-        with (self._home / "access.log").open("ab") as access, (self._home / "error.log").open("ab") as errors:
-            self._process = subprocess.Popen(
-                command, cwd=self._home, stdin=subprocess.DEVNULL, stdout=access, stderr=errors, start_new_session=True
-            )
-        _wait_for(self._process, self._listen, self._home)
+        self._configure(upstreams)
+        self._process.send_signal(signal.SIGHUP)
 
     def stop(self) -> None:
         """Finish the requests that nginx has, for 20 seconds at most."""
-        if self._process is not None and self._process.poll() is None:
+        if self._process.poll() is None:
             self._process.send_signal(signal.SIGQUIT)
             try:
                 self._process.wait(_DRAIN_SECONDS)
             except subprocess.TimeoutExpired:
                 self._process.terminate()
                 self._process.wait()
+
+    def _configure(self, upstreams: Sequence[str]) -> None:
+        text = rendered(self._listen, upstreams, self._translation)
+        (self._home / "nginx.conf").write_text(text, encoding="utf-8")
 
 
 @contextmanager
@@ -88,10 +91,8 @@ def edge(listen: str, upstreams: Sequence[str], folder: str) -> Iterator[Edge]:
     if os.geteuid() == 0:
         # Workers give up root. They reach their files from here, whatever the folders above allow.
         home.chmod(home.stat().st_mode | 0o011)
-    made = Edge(listen, home, program)
-    made.point_to(upstreams)
+    made = Edge(program, listen, upstreams, home)
     try:
-        made.start()
         yield made
     finally:
         made.stop()

@@ -84,7 +84,7 @@ class Ingress:
     async def detect(self, submission: Submission, request_id: str) -> DetectResponse:
         """Judge the images of one request; raises RequestError where the request as a whole cannot be answered."""
         start = time.monotonic()
-        with self.admission.hold(items=len(submission.uploads) - 1):
+        with self.admission.hold(items=len(submission.uploads) - 1):  # `api` holds one since before it read
             decoding = self._decoding or await self._learn()
             judged, results = await self._judge(submission, decoding, start)
             if judged.decoding != decoding:  # an update brought a checkpoint that looks at images in another way

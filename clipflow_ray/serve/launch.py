@@ -19,7 +19,7 @@ from clipflow_ray.data import resources
 from clipflow_ray.errors import ConfigError
 from clipflow_ray.serve.app import build_app
 from clipflow_ray.serve.edge import nginx_path
-from clipflow_ray.serve.upstreams import edge_of_serve
+from clipflow_ray.serve.upstreams import APPLICATION, edge_of_serve
 
 _LOOPBACK: Final = "127.0.0.1"
 # Ray's own set for short ways: the edge asks replicas without Serve's proxy (see `upstreams`), and pixels, 150 kB an
@@ -92,7 +92,7 @@ def _start(config: ServeConfig, host: str, port: int, stack: ExitStack) -> str:
     }
     serve.start(http_options=options)
     stack.callback(serve.shutdown)
-    serve.run(build_app(_sized(config)), name="clipflow", route_prefix="/")
+    serve.run(build_app(_sized(config)), name=APPLICATION, route_prefix="/")
     if not behind:
         _say("nginx is not installed: you talk to Serve itself, without the edge's limits.")
         return f"http://{host}:{port}"

@@ -15,15 +15,19 @@ from ray.serve.context import _get_global_client
 
 from clipflow_ray.serve.edge import edge
 
+APPLICATION: Final = "clipflow"
 _LOOK_SECONDS: Final = 1.0  # well within the time that a replica which is to stop still answers
 _ANSWER_SECONDS: Final = 10.0
 
 
 def upstreams(proxy: str) -> list[str]:
-    """host:port of each ingress replica on this machine, then `proxy`. Raises RayError where Serve does not answer."""
+    """host:port of each of the application's ingress replicas on this machine, then `proxy`.
+
+    Raises RayError where Serve does not answer.
+    """
     client = _get_global_client()
     assert client is not None
-    groups = ray.get(client._controller.get_target_groups.remote(), timeout=_ANSWER_SECONDS)
+    groups = ray.get(client._controller.get_target_groups.remote(APPLICATION), timeout=_ANSWER_SECONDS)
     here, host = ray.util.get_node_ip_address(), proxy.rpartition(":")[0]
     ports = {each.port for group in groups if group.protocol == "HTTP" for each in group.targets if each.ip == here}
     return [*sorted({f"{host}:{port}" for port in ports} - {proxy}), proxy]
@@ -31,7 +35,10 @@ def upstreams(proxy: str) -> list[str]:
 
 @contextmanager
 def edge_of_serve(listen: str, proxy: str, folder: str) -> Iterator[str]:
-    """The edge on `listen` before Serve, whose proxy is at `proxy`; yields its URL. It follows replicas that change."""
+    """The edge on `listen` before Serve, whose proxy is at `proxy`; yields its URL. It follows replicas that change.
+
+    Raises EdgeError where nginx does not start, and RayError where Serve does not answer.
+    """
     known = upstreams(proxy)
     with edge(listen, known, folder) as front:
         left = threading.Event()

@@ -3,18 +3,24 @@
 import json
 import socket
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import httpx
+import ray
 from ray import serve
 
 from clipflow_ray.serve.app import build_app
 from clipflow_ray.serve.edge import edge
-from clipflow_ray.serve.upstreams import edge_of_serve
+from clipflow_ray.serve.upstreams import APPLICATION, edge_of_serve
 
+T = TypeVar("T")
 ALPHA = 0.1  # the tiny calibration supports it
 
 
@@ -79,10 +85,44 @@ def edge_before(upstream: int) -> Iterator[Site]:
         yield Site(made.url, port, Path(folder))
 
 
+@contextmanager
+def asking(client: Callable[[], httpx.Client], ask: Callable[[httpx.Client], T]) -> Iterator[list[T]]:
+    """Three clients that never stop asking; yields their answers."""
+    answers: list[T] = []
+    done = threading.Event()
+
+    def go_on() -> None:
+        with client() as own:
+            while not done.is_set():
+                answers.append(ask(own))
+
+    with ThreadPoolExecutor(3) as pool:
+        clients = [pool.submit(go_on) for _ in range(3)]
+        try:
+            yield answers
+        finally:
+            done.set()
+        for each in clients:
+            each.result()
+
+
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s"
+        time.sleep(0.1)
+
+
+def replicas(deployment: str) -> set[str]:
+    """Names of its actors, in the namespace `serve`."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return {actor["name"] for actor in named if f"#{deployment}#" in actor["name"]}
+
+
 def deploy(checkpoint: str, **changes: Any) -> None:
     """The application with small replicas; returns when those of these settings are up."""
     settings = {"checkpoint": checkpoint, "alpha": ALPHA, "ingress_cpus": 0.2, "detector_cpus": 0.2, "decoders": 2}
-    serve.run(build_app(settings | changes), name="clipflow", route_prefix="/")
+    serve.run(build_app(settings | changes), name=APPLICATION, route_prefix="/")
 
 
 @contextmanager

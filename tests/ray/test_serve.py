@@ -3,12 +3,11 @@
 import io
 import os
 import socket
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from clipflow_ray.model.checkpoint import load_checkpoint, save_checkpoint
 from clipflow_ray.model.detector import Detector
 from clipflow_ray.serve.tokens import new_token
 from tests.conftest import encoded, photo
+from tests.ray.site import asking, replicas, until
 
 ALPHA = 0.05
 CANARY = "canary-5f0c"
@@ -90,18 +90,6 @@ def other(trained: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return path
 
 
-def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "not within a minute"
-        time.sleep(0.1)
-
-
-def replicas(deployment: str) -> set[str]:
-    named = ray.util.list_named_actors(all_namespaces=True)
-    return {actor["name"] for actor in named if f"#{deployment}#" in actor["name"]}
-
-
 def contents(naturals: Path) -> list[bytes]:
     """Files of all formats and sizes, and broken ones among them."""
     jpegs = [path.read_bytes() for path in sorted(naturals.glob("*/*.jpg"))[::4]]
@@ -115,25 +103,8 @@ def contents(naturals: Path) -> list[bytes]:
     return mixed
 
 
-@contextmanager
-def load(endpoint: Endpoint, data: Sequence[bytes]) -> Iterator[list[httpx.Response]]:
-    """Three clients that never stop asking; yields their answers."""
-    answers: list[httpx.Response] = []
-    done = threading.Event()
-
-    def ask() -> None:
-        with endpoint.client() as client:
-            while not done.is_set():
-                answers.append(endpoint.detect(client, *data))
-
-    with ThreadPoolExecutor(3) as pool:
-        asking = [pool.submit(ask) for _ in range(3)]
-        try:
-            yield answers
-        finally:
-            done.set()
-        for future in asking:
-            future.result()
+def load(endpoint: Endpoint, data: Sequence[bytes]) -> AbstractContextManager[list[httpx.Response]]:
+    return asking(endpoint.client, lambda client: endpoint.detect(client, *data))
 
 
 def test_http_gives_the_detector_s_own_findings_in_request_order(endpoint: Endpoint, naturals: Path) -> None:
