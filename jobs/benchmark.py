@@ -1,6 +1,9 @@
 """`python jobs/benchmark.py audit|pipeline|sandbox|serve|listing|proxies`: ratios of one run, JSON on the last line."""
 
 import json
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import Annotated
 
 import typer
@@ -15,40 +18,42 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the JSON line alone.
 @app.command()
 def audit(objects: int = 512, rounds: Rounds = 5, as_json: AsJson = False) -> None:
     """Whole audits from S3 over a bare encoder loop."""
-    _print(benchmark.audit_against_bare_encoder(objects, rounds), as_json)
+    _print(lambda: benchmark.audit_against_bare_encoder(objects, rounds), as_json)
 
 
 @app.command()
 def pipeline(objects: int = 8192, rounds: Rounds = 5, as_json: AsJson = False) -> None:
     """Reading, decoding and scoring with the test tower over plain loops of Pillow and open_clip."""
-    _print(benchmark.pipeline_against_plain_loops(objects, rounds), as_json)
+    _print(lambda: benchmark.pipeline_against_plain_loops(objects, rounds), as_json)
 
 
 @app.command()
 def sandbox(rounds: Rounds = 41, as_json: AsJson = False) -> None:
     """Decoding in the killable child process over decoding in place."""
-    _print(benchmark.sandboxed_decoding(rounds), as_json)
+    _print(lambda: benchmark.sandboxed_decoding(rounds), as_json)
 
 
 @app.command()
 def serve(images: int = 128, rounds: Rounds = 5, as_json: AsJson = False) -> None:
     """The endpoint at saturation over a bare encoder loop, and what HTTP adds to the time of one image."""
-    _print(benchmark.serving(images, rounds), as_json)
+    _print(lambda: benchmark.serving(images, rounds), as_json)
 
 
 @app.command()
 def listing(keys: int = 1_000_000, rounds: Rounds = 5, as_json: AsJson = False) -> None:
     """Keys per second of a long list over those of an eighth of it, and the driver's peak memory."""
-    _print(benchmark.listing(keys, rounds), as_json)
+    _print(lambda: benchmark.listing(keys, rounds), as_json)
 
 
 @app.command()
 def proxies(rounds: Rounds = 5, as_json: AsJson = False) -> None:
     """The slowest proxy family on one core over the rate that training asks for."""
-    _print(benchmark.slowest_proxy_family(rounds), as_json)
+    _print(lambda: benchmark.slowest_proxy_family(rounds), as_json)
 
 
-def _print(result: dict[str, object], as_json: bool) -> None:
+def _print(benchmarked: Callable[[], dict[str, object]], as_json: bool) -> None:
+    with redirect_stdout(sys.stderr):  # Ray prints what it has to say while it works
+        result = benchmarked()
     if not as_json:
         print(f"{result['name']}: ratio {result['ratio']:.3f}, median of {result['n']}, spread {result['spread']}")
     print(json.dumps(result))

@@ -203,5 +203,5 @@ def test_http_an_audit_and_the_detector_give_the_same_scores(
             here = np.array([finding.score for finding in detector.detect(data, ALPHA)])
             served = np.array([result.score for result in client.detect(data).results])
             batch = np.array([audited[path.name] for path in part])
-            np.testing.assert_allclose(served, here, rtol=1e-4, atol=1e-4)
-            np.testing.assert_allclose(batch, here, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(served, here, rtol=1e-5)
+            np.testing.assert_allclose(batch, here, rtol=1e-5)
