@@ -1,4 +1,4 @@
-# make demo | serve | test | stress | train-default | lock     The first run installs into .venv; later runs start at once.
+# make demo | serve | test | stress | train-default | autoencoders | lock     The first run installs into .venv; later runs start at once.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ NATURAL ?= ../shared/data/natural
 WORK ?= runs/default
 SEEDS := 0 1 2
 
-.PHONY: setup demo serve test stress train-default lock
+.PHONY: setup demo serve test stress train-default autoencoders lock
 
 setup: $(VENV)/.installed
 
@@ -41,6 +41,11 @@ train-default: setup
 	  && rm -rf $(WORK)/seed-$$seed && mv $(WORK)/checkpoint $(WORK)/seed-$$seed || exit 1; \
 	done
 	cp $(WORK)/seed-0/* clipflow_ray/assets/default/
+
+# The auto-encoders of the learned proxy families, on the sources that train the packaged checkpoint.
+autoencoders: setup
+	$(BIN)/python jobs/autoencoders.py --config jobs/train_default.yaml --input "$(NATURAL)" \
+	  --output clipflow_ray/assets/autoencoders
 
 # Exact versions of what is installed now. torch pins its own CUDA packages, which differ by platform.
 lock: setup

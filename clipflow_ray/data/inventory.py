@@ -166,7 +166,7 @@ def _file_row(source: Source, item: StoredObject, options: InventoryOptions) -> 
         item.uri.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{item.uri!a} is not a UTF-8 name: rename it.") from error
-    group = _group(source.base, item.uri, options.group_depth)
+    group = group_of(source.base, item.uri, options.group_depth)
     return _row(item.uri, group=group, bytes=item.bytes, etag=item.etag)
 
 
@@ -175,7 +175,7 @@ def _row(uri: str, member: str = "", identity: str | None = None, **values: Any)
     return row | {"row_id": identity or row_id(uri, member), "uri": uri, "member": member, "container": ""} | values
 
 
-def _group(base: str, uri: str, depth: int) -> str:
+def group_of(base: str, uri: str, depth: int) -> str:
     """The first `depth` folders below `base`, or the name of `base` where there are none."""
     folders = uri.removeprefix(base).lstrip("/").split("/")[:-1][:depth]
     return "/".join(folders) or base.rstrip("/").rsplit("/", 1)[-1]
@@ -209,7 +209,7 @@ def _listed(source: Source, s3: S3Options, options: InventoryOptions) -> Iterato
         if uri and "://" not in uri and not uri.startswith("/"):
             uri = join(folder, uri)
         base = "/".join(uri.split("/")[:3]) if is_s3(uri) else "/"
-        group = _group(base, uri, options.group_depth)
+        group = group_of(base, uri, options.group_depth)
         yield _row(uri, identity=row_id(uri, f"{source.uri}:{count}"), group=group) | _passed(record, options)
     if count == 0:
         raise InputError(f"{source.uri} lists nothing.")
@@ -246,7 +246,7 @@ def _records(uri: str, s3: S3Options, column: str) -> Iterator[dict[str, Any]]:
 def _tar_members(source: Source, s3: S3Options, options: InventoryOptions) -> Iterator[dict[str, Any]]:
     """Image members of a shard, by name, offset and size; headers alone are read where the file can seek."""
     fs, path = filesystem(source.uri, s3)
-    group = _group(source.base, source.uri, options.group_depth)
+    group = group_of(source.base, source.uri, options.group_depth)
     seen: dict[str, int] = {}
     try:
         with fs.open_input_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
@@ -291,7 +291,7 @@ def _parquet_rows(source: Source, s3: S3Options, options: InventoryOptions) -> I
                         row = _row(uri, identity=row_id(uri, f"{source.uri}:{number}"))
                     else:
                         row = _row(source.uri, str(number), container=PARQUET, offset=number, etag=source.etag)
-                    row["group"] = _group(source.base, source.uri, options.group_depth)
+                    row["group"] = group_of(source.base, source.uri, options.group_depth)
                     yield row | _passed(record, options)
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{source.uri} does not read as parquet: {error}.") from error

@@ -19,7 +19,7 @@ from PIL import Image
 from clipflow_ray.config import ProxyConfig
 from clipflow_ray.errors import ConfigError
 from clipflow_ray.images import VIEW_SIZE, Pixels
-from clipflow_ray.proxies import spatial, spectral
+from clipflow_ray.proxies import learned, spatial, spectral
 from clipflow_ray.proxies.planes import F32, Rng, channels_first, irfft, quantized, rfft
 
 Family = Callable[..., F32]
@@ -50,6 +50,9 @@ FAMILIES: Final[dict[str, Family]] = {
         spatial.palette,
         spatial.patch_bottleneck,
         spatial.patch_resynthesis,
+        learned.learned_transposed,
+        learned.learned_nearest,
+        learned.learned_shuffle,
     )
 }
 

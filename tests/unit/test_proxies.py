@@ -11,7 +11,8 @@ from clipflow_ray.errors import ConfigError
 from clipflow_ray.proxies import FAMILIES
 
 SIZE = 224
-CONFIG = ProxyConfig()
+LEARNED = [name for name in FAMILIES if name.startswith("learned_")]
+CONFIG = ProxyConfig(families=ProxyConfig().families | {name: {"mix": (0.5, 1.0)} for name in LEARNED})
 radii = 2.0 * np.hypot(np.fft.fftfreq(SIZE)[:, None], np.fft.fftfreq(SIZE)[None, :])
 DRAWS = range(24)
 each_family = pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -105,6 +106,7 @@ def test_resampling_stripes_out_of_existence_keeps_their_mean_colour() -> None:
         ("palette", {"colours": (16.0, 16.0), "mix": (0.0, 0.0)}),
         ("patch_bottleneck", {"sides": (4, 8), "kept": (1.0, 1.0)}),
         ("patch_resynthesis", {"sides": (4, 8), "mix": (0.0, 0.0)}),
+        *((name, {"mix": (0.0, 0.0)}) for name in LEARNED),
     ],
 )
 def test_a_family_of_no_strength_changes_nothing(family: str, nothing: dict[str, tuple[float, ...]]) -> None:
@@ -249,6 +251,7 @@ def test_an_unknown_family_or_none_is_refused_with_the_list_of_those_there(famil
 def test_the_default_families_are_all_there() -> None:
     proxies.check(CONFIG)
     assert set(CONFIG.families) == set(FAMILIES)
+    assert not set(LEARNED) & set(ProxyConfig().families)
 
 
 def test_each_seed_row_and_draw_has_its_own_random_stream() -> None:

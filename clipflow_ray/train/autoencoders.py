@@ -1,0 +1,91 @@
+"""Fitting the small auto-encoders of the learned proxy families, on the photographs that train a flow."""
+
+import logging
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import l1_loss
+
+from clipflow_ray import sandbox
+from clipflow_ray.config import TrainConfig
+from clipflow_ray.data.inventory import group_of
+from clipflow_ray.errors import InputError, ItemError
+from clipflow_ray.proxies.autoencoder import DECODERS, Autoencoder, Decoder, save
+from clipflow_ray.storage import ObjectReader, list_objects, normalized
+
+log = logging.getLogger(__name__)
+
+_SIDE: Final = 64
+_BATCH: Final = 16
+_RATE: Final = 2e-3
+_EDGES: Final = 1.0
+_TOLD: Final = 200
+
+
+def make(config: TrainConfig, steps: int) -> int:
+    """Fit one for each decoder on the sources that `config` trains on, and write them to its `output`, a local folder.
+
+    Returns on how many images; those that cannot be read are left out. Raises InputError where none can be read.
+    """
+    views = _training_views(config)
+    for decoder in DECODERS:
+        save(fit(views, decoder, steps, config.fit.seed), decoder, Path(config.output))
+    return len(views)
+
+
+def fit(views: NDArray[np.uint8], decoder: Decoder, steps: int, seed: int = 0) -> Autoencoder:
+    """Fit on random squares of natural views, uint8 [N, H, W, 3]; the same for a seed on one machine.
+
+    The loss is the mean absolute difference of pixels, and of their differences to their neighbours.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    autoencoder = Autoencoder(decoder)
+    optimizer = torch.optim.Adam(autoencoder.parameters(), lr=_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
+    for step in range(steps):
+        original = _squares(views, rng)
+        loss = _difference(autoencoder(original), original)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % _TOLD == 0:
+            log.info("%s, step %d of %d: %.4f", decoder, step + 1, steps, loss.item())
+    return autoencoder
+
+
+def _training_views(config: TrainConfig) -> NDArray[np.uint8]:
+    """uint8 [N, 224, 224, 3] of the images whose source neither validates nor calibrates."""
+    kept_out = {*config.split.validation, *config.split.calibration}
+    reader, views = ObjectReader(config.s3), []
+    for base in map(normalized, config.input):
+        for item in list_objects(base, config.s3):
+            if group_of(base, item.uri, 1) in kept_out:
+                continue
+            try:
+                data = reader.read(item.uri, config.limits.max_bytes)
+                views.append(sandbox.decode(data, config.limits, config.encoder.view).rgb)
+            except ItemError as error:
+                log.warning("%s is left out: %s", item.uri, error)
+    if not views:
+        raise InputError(f"No readable image to train on under {', '.join(config.input)}.")
+    return np.stack(views)
+
+
+def _difference(rebuilt: Tensor, original: Tensor) -> Tensor:
+    edges = sum(l1_loss(rebuilt.diff(dim=axis), original.diff(dim=axis)) for axis in (2, 3))
+    return l1_loss(rebuilt, original) + _EDGES * edges
+
+
+def _squares(views: NDArray[np.uint8], rng: np.random.Generator) -> Tensor:
+    squares = []
+    for at in rng.integers(len(views), size=_BATCH):
+        top, left = rng.integers(views.shape[1] - _SIDE + 1), rng.integers(views.shape[2] - _SIDE + 1)
+        square = views[at, top : top + _SIDE, left : left + _SIDE]
+        squares.append(square[:, ::-1] if rng.random() < 0.5 else square)
+    return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2) / 255.0

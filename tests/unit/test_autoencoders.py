@@ -1,0 +1,57 @@
+"""The auto-encoders of the learned proxy families: what they are fitted on, and that they learn."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from clipflow_ray.config import SplitConfig, TrainConfig
+from clipflow_ray.errors import InputError
+from clipflow_ray.proxies.autoencoder import DECODERS, Autoencoder, Decoder, load
+from clipflow_ray.train import autoencoders
+from tests.conftest import encoded, photo
+
+VIEWS = np.stack([photo(at, (224, 224)) for at in range(4)])
+
+
+def error(autoencoder: Autoencoder) -> float:
+    views = torch.from_numpy(VIEWS).permute(0, 3, 1, 2) / 255.0
+    with torch.inference_mode():
+        return float((autoencoder(views) - views).abs().mean())
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    for at, source in enumerate(("alpine", "harbour", "studio")):
+        folder = tmp_path / "photos" / source
+        folder.mkdir(parents=True)
+        (folder / "0.jpg").write_bytes(encoded(photo(at, (224, 224))))
+        (folder / "broken.jpg").write_bytes(b"text")
+    return tmp_path / "photos"
+
+
+def config(sources: Path, output: Path, **split: tuple[str, ...]) -> TrainConfig:
+    return TrainConfig(input=(str(sources),), output=str(output), split=SplitConfig(**split))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_few_steps_rebuild_better_than_none_and_the_same_seed_gives_the_same_weights(decoder: Decoder) -> None:
+    none, some, again = (autoencoders.fit(VIEWS, decoder, steps) for steps in (1, 30, 30))
+    assert error(some) < 0.7 * error(none)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in some.state_dict().items())
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_the_packaged_ones_rebuild_an_image_that_they_never_saw(decoder: Decoder) -> None:
+    assert error(load(decoder)) < 0.08 < error(Autoencoder(decoder).eval())
+
+
+def test_broken_files_are_left_out_and_so_are_sources_that_validate_or_calibrate(sources: Path, tmp_path: Path) -> None:
+    split = config(sources, tmp_path / "out", validation=("alpine",), calibration=("studio",))
+    assert autoencoders.make(split, steps=1) == 1
+    assert all(load(decoder, tmp_path / "out") for decoder in DECODERS)
+    assert autoencoders.make(config(sources, tmp_path / "out"), steps=1) == 3
+    nothing = config(sources, tmp_path / "out", validation=("alpine", "harbour"), calibration=("studio",))
+    with pytest.raises(InputError, match="No readable image"):
+        autoencoders.make(nothing, steps=1)
