@@ -16,10 +16,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import ray
 import torch
-from numpy.typing import NDArray
 from scipy import stats
 
-from clipflow_ray import pages
+from clipflow_ray import pages, proxies
 from clipflow_ray.config import Candidate, ExperimentConfig, TrainConfig, stable_hash
 from clipflow_ray.data import resources
 from clipflow_ray.data.resumable import Run
@@ -33,7 +32,20 @@ from clipflow_ray.train.split import Split, split
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
 
-_FIGURES: Final = {"auroc": SELECTION, "tpr_5": "tpr_5", "nll_median": "nll_natural_median", "auroc_seen": "auroc_seen"}
+_FIGURES: Final = {
+    "auroc": SELECTION,
+    "tpr_5": "tpr_5",
+    "auroc_sources": "auroc_sources",
+    "nll_median": "nll_natural_median",
+    "auroc_seen": "auroc_seen",
+}
+_DEFINITION: Final = 2  # of the figures: a finished fit with an older one is done again
+# What may predict looks, and how the page calls it.
+_SIGNALS: Final = {
+    "auroc": "AUROC on held-out families",
+    "tpr_5": "recall of held-out families at the calibrated 5 %",
+    "auroc_sources": "AUROC between natural sources",
+}
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,9 @@ def summarized(rows: list[Row]) -> list[Row]:
                 for family in dict.fromkeys(row["held_out"] for row in own)
             }
             worst = min(by_family, key=lambda family: by_family[family])
-            line |= {figure: float(np.mean([row[figure] for row in own])) for figure in _FIGURES}
+            for figure in _FIGURES:
+                values = [row[figure] for row in own]
+                line[figure] = None if None in values else float(np.mean(values))
             line |= {
                 "auroc_sd": float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None,
                 "worst": worst,
@@ -115,12 +129,12 @@ def summarized(rows: list[Row]) -> list[Row]:
     return sorted(summary, key=lambda line: -line.get("auroc", -1.0))
 
 
-def rank_correlation(summary: list[Row], looks: dict[str, float]) -> tuple[float, int] | None:
-    """Spearman's rho between held-out AUROC and the AUROC of looks, and how many candidates; None below three."""
+def rank_correlation(summary: list[Row], looks: dict[str, float], figure: str = "auroc") -> tuple[float, int] | None:
+    """Spearman's rho between a figure and the AUROC of looks, and how many candidates have both; None below three."""
     pairs = [
-        (line["auroc"], looks[line["candidate"]])
+        (line[figure], looks[line["candidate"]])
         for line in summary
-        if not line["failed"] and line["candidate"] in looks
+        if not line["failed"] and line["candidate"] in looks and line[figure] is not None
     ]
     if len(pairs) < 3:
         return None
@@ -157,7 +171,8 @@ def _fit(candidate: Candidate, base: TrainConfig, run: Run, family: str, seed: i
         }
     )
     shape = changed.model_dump(mode="json", include={"encoder", "flow", "objective", "fit", "split"})
-    key = stable_hash(shape | {"features": run.folder.rsplit("/", 1)[-1], "without": sorted(candidate.without)})
+    made = {"features": run.folder.rsplit("/", 1)[-1], "without": sorted(candidate.without), "figures": _DEFINITION}
+    key = stable_hash(shape | made)
     return Fit(key, candidate.name, family, seed, changed, candidate.without)
 
 
@@ -206,12 +221,11 @@ def _held_out_figures(
         figures = [loop.epoch(number) for number in range(config.fit.epochs)][-1]
     except TrainingError as error:
         return dict.fromkeys(_FIGURES) | {"error": str(error)}
-    return {name: figures[source] for name, source in _FIGURES.items()} | {"error": None}
+    return {name: figures.get(source) for name, source in _FIGURES.items()} | {"error": None}
 
 
 def _less(data: Split, without: tuple[str, ...]) -> Split:
-    keep: NDArray[np.bool_] = ~np.isin(data.proxy.family, without)
-    return Split(**(vars(data) | {"proxy": data.proxy.where(keep)}))
+    return Split(**(vars(data) | {"proxy": data.proxy.where(~proxies.involves(data.proxy.family, without))}))
 
 
 def _page(config: ExperimentConfig, rows: list[Row], summary: list[Row]) -> str:
@@ -225,14 +239,17 @@ def _page(config: ExperimentConfig, rows: list[Row], summary: list[Row]) -> str:
         charts.append(
             {"svg": _families(good), "label": "Held-out AUROC of each candidate and family, as in the table."}
         )
-    correlation = rank_correlation(summary, config.looks)
-    if config.looks and good:
-        told = f"Spearman's rho {correlation[0]:.2f}, n {correlation[1]}" if correlation else "fewer than three looks"
-        charts.append({"svg": _looks(good, config.looks), "label": f"Held-out AUROC against looks: {told}."})
+    correlations = {}
+    for figure, name in _SIGNALS.items() if config.looks else ():
+        correlations[name] = rank_correlation(summary, config.looks, figure)
+        if shown := [line for line in good if line["candidate"] in config.looks and line[figure] is not None]:
+            charts.append(
+                {"svg": _looks(shown, config.looks, figure), "label": f"{name} against looks, as in the text."}
+            )
     return (
         pages.environment("clipflow_ray")
         .get_template("experiment.html.j2")
-        .render(config=config, summary=summary, charts=charts, correlation=correlation)
+        .render(config=config, summary=summary, charts=charts, correlations=correlations)
     )
 
 
@@ -262,13 +279,13 @@ def _families(good: list[Row]) -> str:
     return pages.chart(draw, (6.4, 2.2 + 0.3 * len(good)))
 
 
-def _looks(good: list[Row], looks: dict[str, float]) -> str:
+def _looks(shown: list[Row], looks: dict[str, float], figure: str) -> str:
     def draw(axes: Any) -> None:
-        for line in good:
-            if line["candidate"] in looks:
-                axes.plot([line["auroc"]], [looks[line["candidate"]]], "o", color=pages.SUSPICIOUS_COLOUR)
-                axes.annotate(line["candidate"], (line["auroc"], looks[line["candidate"]]), color=pages.GREY)
-        axes.set_xlabel("AUROC on held-out families")
+        for line in shown:
+            at = (line[figure], looks[line["candidate"]])
+            axes.plot(*[[value] for value in at], "o", color=pages.SUSPICIOUS_COLOUR)
+            axes.annotate(line["candidate"], at, color=pages.GREY)
+        axes.set_xlabel(_SIGNALS[figure])
         axes.set_ylabel("AUROC on AI-generated images")
 
     return pages.chart(draw)

@@ -5,26 +5,29 @@ come from `ProxyConfig.families`. All of them act on the view that the encoder s
 and end in the same clip and 8-bit rounding that natural views pass through, so the pipeline is not the cue.
 The operators follow the observations collected in Durall et al. 2020 (arXiv 2003.01826), Zhang et al. 2019
 (1907.06515), Corvi et al. 2023 (2304.06408) and Shiohara & Yamasaki 2022 (self-blended images); their
-strengths are our own, and so are the families from `warp` on.
+strengths are our own, and so are the families from `warp` to `patch_resynthesis`.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from inspect import signature
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from clipflow_ray.config import ProxyConfig
 from clipflow_ray.errors import ConfigError
 from clipflow_ray.images import VIEW_SIZE, Pixels
-from clipflow_ray.proxies import learned, spatial, spectral
+from clipflow_ray.proxies import denoised, learned, spatial, spectral
 from clipflow_ray.proxies.planes import F32, Rng, channels_first, irfft, quantized, rfft
 
 Family = Callable[..., F32]
 
 NATURAL: Final = "natural"
+PAIRS: Final = "pairs"
+_PAIR: Final = "+"
 FAMILIES: Final[dict[str, Family]] = {
     family.__name__: family
     for family in (
@@ -37,6 +40,8 @@ FAMILIES: Final[dict[str, Family]] = {
         spectral.log_amplitude_field,
         spectral.phase_jitter,
         spectral.rotated_amplitude,
+        spectral.amplitude_transplant,
+        spectral.chroma_gain,
         spatial.resample,
         spatial.self_blend,
         spatial.texture_loss,
@@ -50,6 +55,10 @@ FAMILIES: Final[dict[str, Family]] = {
         spatial.palette,
         spatial.patch_bottleneck,
         spatial.patch_resynthesis,
+        denoised.dct_shrinkage,
+        denoised.total_variation,
+        denoised.non_local_means,
+        denoised.bilateral,
         learned.learned_transposed,
         learned.learned_nearest,
         learned.learned_shuffle,
@@ -80,6 +89,28 @@ def proxy(view: Pixels, family: str, rng: Rng, config: ProxyConfig) -> Pixels:
     changed = FAMILIES[family](source, rng, **config.families[family])
     changed = changed + (source.mean(axis=(1, 2)) - changed.mean(axis=(1, 2)))[:, None, None]
     return np.ascontiguousarray(quantized(changed).transpose(1, 2, 0))
+
+
+def drawn(view: Pixels, family: str, rng: Rng, config: ProxyConfig) -> tuple[str, Pixels]:
+    """A proxy by `family` and, for the share `pairs` of them, by another one on top; labelled `first+second` then."""
+    made = proxy(view, family, rng, config)
+    others = sorted(set(config.families) - {family})
+    if not config.pairs or not others or rng.random() >= config.pairs:
+        return family, made
+    second = str(rng.choice(others))
+    return f"{family}{_PAIR}{second}", proxy(made, second, rng, config)
+
+
+def involves(labels: NDArray[np.str_], families: Collection[str]) -> NDArray[np.bool_]:
+    """Which of the labels [N] name one of `families`, alone or in a pair."""
+    kinds, place = np.unique(labels, return_inverse=True)
+    named = np.array([not set(families).isdisjoint(str(kind).split(_PAIR)) for kind in kinds], bool)
+    return named[place]
+
+
+def merged(labels: NDArray[np.str_]) -> NDArray[np.str_]:
+    """The labels [N], with `pairs` for each pair."""
+    return np.where(np.char.find(labels, _PAIR) < 0, labels, PAIRS)
 
 
 def natural(view: Pixels) -> Pixels:

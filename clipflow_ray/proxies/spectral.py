@@ -1,11 +1,20 @@
 """Families that act on the spectrum. Frequencies are radii over Nyquist: 1.0 is half a cycle per pixel."""
 
+from functools import lru_cache
+from pathlib import Path
+from typing import Final
+
 import numpy as np
+import skimage.data
 from PIL import Image
 from scipy import ndimage
 
+from clipflow_ray import images
 from clipflow_ray.config import Range
-from clipflow_ray.proxies.planes import F32, Rng, f32, filtered, irfft, radii, ramp, rfft
+from clipflow_ray.proxies.planes import F32, Rng, channels_first, f32, filtered, irfft, radii, ramp, rfft
+
+# Photographs that scikit-image ships: a proxy depends on its own image and seed alone, not on what else is read.
+_DONORS: Final = ("astronaut.png", "chelsea.png", "coffee.png", "gravel.png", "motorcycle_left.png", "rocket.jpg")
 
 
 def radial_gain_up(view: F32, rng: Rng, start: Range, log_gain: Range) -> F32:
@@ -90,7 +99,28 @@ def phase_jitter(view: F32, rng: Rng, start: Range, sigma: Range) -> F32:
 
 def rotated_amplitude(view: F32, rng: Rng, start: Range, mix: Range) -> F32:
     """Move the amplitude above `start` towards that of the transposed view: power changes with angle alone."""
-    turned = np.abs(rfft(view.transpose(0, 2, 1)))
-    own = np.abs(rfft(view))
-    band = rng.uniform(*mix) * ramp(view, rng.uniform(*start), width=0.1)
-    return filtered(view, np.exp(band * (np.log(turned + 1.0) - np.log(own + 1.0))))
+    return _towards(view, np.abs(rfft(view.transpose(0, 2, 1))), rng.uniform(*start), rng.uniform(*mix))
+
+
+def amplitude_transplant(view: F32, rng: Rng, start: Range, mix: Range) -> F32:
+    """Keep the phase and move the amplitude above `start` towards that of another photograph (`mix` 1: all the way)."""
+    donor = channels_first(images.view(_donor(str(rng.choice(_DONORS))), "resize"))
+    return _towards(view, np.abs(rfft(donor)), rng.uniform(*start), rng.uniform(*mix))
+
+
+def chroma_gain(view: F32, rng: Rng, start: Range, log_gain: Range) -> F32:
+    """Amplify or damp the colour around grey above `start`, by exp(+-log_gain) at Nyquist; luminance stays."""
+    grey = view.mean(axis=0)
+    gain = rng.choice((-1.0, 1.0)) * rng.uniform(*log_gain) * ramp(view, rng.uniform(*start))
+    return f32(grey + filtered(view - grey, np.exp(gain)))
+
+
+def _towards(view: F32, amplitude: F32, start: float, mix: float) -> F32:
+    """Move the log-amplitude above `start` by the share `mix` of the way to `amplitude`, of the shape of `rfft`."""
+    band = mix * ramp(view, start, width=0.1)
+    return filtered(view, np.exp(band * (np.log(amplitude + 1.0) - np.log(np.abs(rfft(view)) + 1.0))))
+
+
+@lru_cache(maxsize=len(_DONORS))
+def _donor(name: str) -> images.Pixels:
+    return np.asarray(Image.open(Path(skimage.data.__file__).parent / name).convert("RGB"))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any, Final
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
+from clipflow_ray import proxies
 from clipflow_ray.config import FitConfig, TrainConfig
 from clipflow_ray.errors import TrainingError
 from clipflow_ray.model.flow import Flow
@@ -17,6 +19,7 @@ from clipflow_ray.train.features import Features
 from clipflow_ray.train.split import Split
 
 SELECTION: Final = "selection"
+_MIN_OF_SOURCE: Final = 10
 _CPU: Final = torch.device("cpu")
 
 
@@ -106,7 +109,8 @@ def validate(flow: Flow, data: Split, device: torch.device) -> dict[str, float]:
     `auroc_<family>` ranks validation naturals against that family's proxies; `selection` is the held-out family's, or
     the mean over families where none is held out. `tpr_5` is the share of held-out proxies (of all proxies where none
     is held out) beyond the threshold that flags 5 % of the calibration naturals: of other sources than theirs, as in
-    use. `nll_*` are nats per dimension.
+    use. `auroc_sources` says how far apart the scores of natural sources lie, see `source_separation`; it is not there
+    with fewer than two sources. `nll_*` are nats per dimension.
     """
     flow.eval()
     with torch.inference_mode():
@@ -117,26 +121,42 @@ def validate(flow: Flow, data: Split, device: torch.device) -> dict[str, float]:
             )
             return result
 
-        natural = suspicion(data.validation_natural)
-        threshold = np.quantile(suspicion(data.calibration), 0.95)
-        scores = {
-            str(family): suspicion(part.where(part.family == family))
-            for part in (data.validation_proxy, data.held_out)
-            for family in np.unique(part.family)
-        }
+        natural, calibration = suspicion(data.validation_natural), suspicion(data.calibration)
+        scores: dict[str, np.ndarray[Any, Any]] = {}
+        for part in (data.validation_proxy, data.held_out):
+            family = proxies.merged(part.family)
+            scores |= {str(name): suspicion(part.where(family == name)) for name in np.unique(family)}
     flow.train()
     auroc = {family: auroc_of(natural, proxy) for family, proxy in scores.items()}
-    held_out = [auroc[str(family)] for family in np.unique(data.held_out.family)]
-    chosen = [str(family) for family in np.unique(data.held_out.family)] or list(scores)
-    seen = [value for family, value in auroc.items() if family not in data.held_out.family]
+    held_out = [str(family) for family in np.unique(data.held_out.family)]
+    beyond = np.concatenate([scores[name] for name in held_out or scores]) > np.quantile(calibration, 0.95)
+    seen = [value for family, value in auroc.items() if family not in held_out]
+    plain = data.validation_natural.view == 0
+    apart = source_separation(
+        np.r_[natural[plain], calibration], np.r_[data.validation_natural.group[plain], data.calibration.group]
+    )
     return {
         "nll_natural": float(natural.mean()),
         "nll_natural_median": float(np.median(natural)),
-        "tpr_5": float(np.mean(np.concatenate([scores[name] for name in chosen]) > threshold)),
+        "tpr_5": float(np.mean(beyond)),
         "auroc_seen": float(np.mean(seen)),
-        SELECTION: float(np.mean(held_out or seen)),
+        SELECTION: float(np.mean([auroc[name] for name in held_out] or seen)),
+        **({} if apart is None else {"auroc_sources": apart}),
         **{f"auroc_{family}": value for family, value in auroc.items()},
     }
+
+
+def source_separation(score: np.ndarray[Any, Any], group: np.ndarray[Any, Any]) -> float | None:
+    """How well scores [N] tell natural sources apart: the mean over pairs of sources of AUROC or 1 - AUROC, the larger.
+
+    A likelihood that knows how a picture was made differs between cameras and pipelines too; this is what predicts,
+    over sets of features, how well AI-generated images are told from photographs (see the model card). Only sources
+    of ten images or more count; None where there are fewer than two.
+    """
+    names, counts = np.unique(group, return_counts=True)
+    parts = [score[group == name] for name in names[counts >= _MIN_OF_SOURCE]]
+    pairs = [auroc_of(one, other) for one, other in combinations(parts, 2)]
+    return float(np.mean([max(value, 1.0 - value) for value in pairs])) if pairs else None
 
 
 def auroc_of(natural: np.ndarray[Any, Any], suspicious: np.ndarray[Any, Any]) -> float:

@@ -7,9 +7,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from clipflow_ray import proxies
 from clipflow_ray.config import SplitConfig
 from clipflow_ray.errors import ConfigError, TrainingError
-from clipflow_ray.proxies import NATURAL
+from clipflow_ray.proxies import NATURAL, PAIRS
 from clipflow_ray.train.features import Features
 
 _MIN_SOURCES: Final = 5
@@ -17,7 +18,10 @@ _MIN_SOURCES: Final = 5
 
 @dataclass(frozen=True)
 class Split:
-    """Disjoint parts of the features. `held_out` are validation proxies of the family that training never sees."""
+    """Disjoint parts of the features. `held_out` are validation proxies of the family that training never sees.
+
+    A pair that involves that family is in no part.
+    """
 
     natural: Features
     proxy: Features
@@ -50,7 +54,7 @@ def split(features: Features, config: SplitConfig) -> Split:
         raise ConfigError(
             f"The split must name sources that exist, each once; unknown: {unknown}. There are: {', '.join(sources)}."
         )
-    families = sorted(set(map(str, np.unique(features.family))) - {NATURAL})
+    families = sorted(set(map(str, np.unique(proxies.merged(features.family)))) - {NATURAL, PAIRS})
     if config.held_out_family not in (None, *families):
         raise ConfigError(f"No proxies of family {config.held_out_family!r}; there are: {', '.join(families)}.")
     named = bool(config.validation or config.calibration)
@@ -64,11 +68,12 @@ def split(features: Features, config: SplitConfig) -> Split:
     train = ~validation & ~calibration
     natural = features.family == NATURAL
     held_out = features.family == (config.held_out_family or "")
+    unseen = proxies.involves(features.family, [config.held_out_family or ""])
     parts = {
         "natural": features.where(train & natural),
-        "proxy": features.where(train & ~natural & ~held_out),
+        "proxy": features.where(train & ~natural & ~unseen),
         "validation_natural": features.where(validation & natural),
-        "validation_proxy": features.where(validation & ~natural & ~held_out),
+        "validation_proxy": features.where(validation & ~natural & ~unseen),
         "held_out": features.where(validation & held_out),
         "calibration": features.where(calibration & natural & (features.view == 0)),
     }

@@ -51,5 +51,5 @@ def distorted(
         if not plain:
             count = config.proxies_per_view
             chosen = rng.choice(names, size=count, replace=count > len(names))
-            made += [(str(name), proxies.proxy(view, str(name), rng, config)) for name in chosen]
+            made += [proxies.drawn(view, str(name), rng, config) for name in chosen]
     return made

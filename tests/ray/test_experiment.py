@@ -33,7 +33,7 @@ def config(tiny: TrainConfig) -> ExperimentConfig:
             Candidate(name="without resample", without=("resample",)),
             Candidate(name="too fast", fit=FIT.model_copy(update={"learning_rate": 1e30})),
         ),
-        looks={"as it is": 0.7},
+        looks={"as it is": 0.7, "too fast": 0.6},
     )
 
 
@@ -56,6 +56,7 @@ def test_every_candidate_is_fitted_once_for_each_family_and_seed(first: Experime
             assert "learning rate" in row["error"] and row["auroc"] is None
         else:
             assert row["error"] is None and 0.0 <= row["tpr_5"] <= 1.0 and 0.3 < row["auroc"] <= 1.0
+            assert 0.5 <= row["auroc_sources"] <= 1.0
 
 
 def test_what_a_candidate_changes_and_the_seed_change_the_figures(first: Experimented) -> None:
@@ -79,7 +80,9 @@ def test_the_summary_is_the_mean_of_its_rows_and_puts_failures_last(first: Exper
 def test_the_page_names_each_candidate_and_asks_for_nothing(first: Experimented) -> None:
     text = Path(first.page).read_text()
     assert all(name in text for name in ("as it is", "without resample", "too fast"))
-    assert text.count("<svg") == text.count("</figure>") == 3
+    assert text.count("<svg") == text.count("</figure>") == 5  # the ranking, the families, and looks over each signal
+    for signal in ("AUROC on held-out families", "recall of held-out families", "AUROC between natural sources"):
+        assert re.search(f"{signal}[^;.]* none, with fewer than three candidates", text)
     assert "default-src 'none'" in text and not re.search(r"(src|href)=\"https?:", text.replace("xlink:href", ""))
 
 
@@ -122,12 +125,17 @@ def test_two_candidates_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_rank_correlation_is_spearmans_over_the_candidates_that_were_looked_at() -> None:
+    values = {"a": (0.6, 0.9, 0.7), "b": (0.7, 0.8, None), "c": (0.8, 0.7, 0.9), "d": (0.9, 0.6, 0.8)}
     rows = [
-        {"candidate": name, "held_out": "f", "seed": 0, "error": None}
-        | dict.fromkeys(("auroc", "tpr_5", "nll_median", "auroc_seen"), value)
-        for name, value in (("a", 0.6), ("b", 0.7), ("c", 0.8), ("d", 0.9))
+        {"candidate": name, "held_out": "f", "seed": 0, "error": None, "nll_median": 1.0, "auroc_seen": 1.0}
+        | dict(zip(("auroc", "tpr_5", "auroc_sources"), figures, strict=True))
+        for name, figures in values.items()
     ]
     looks = {"a": 0.71, "b": 0.70, "c": 0.75}
     expected = stats.spearmanr([0.6, 0.7, 0.8], [0.71, 0.70, 0.75]).statistic
-    assert rank_correlation(summarized(rows), looks) == (pytest.approx(expected), 3)
-    assert rank_correlation(summarized(rows), {"a": 0.7, "b": 0.8}) is None
+    summary = summarized(rows)
+    assert rank_correlation(summary, looks) == (pytest.approx(expected), 3)
+    assert rank_correlation(summary, looks, "tpr_5") == (pytest.approx(-expected), 3)
+    assert rank_correlation(summary, {"a": 0.7, "b": 0.8}) is None
+    assert rank_correlation(summary, looks, "auroc_sources") is None  # of b it is not known
+    assert rank_correlation(summary, looks | {"d": 0.73}, "auroc_sources") == (pytest.approx(1.0), 3)

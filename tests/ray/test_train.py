@@ -19,7 +19,7 @@ from clipflow_ray.errors import ConfigError, ResourceError, TrainingError
 from clipflow_ray.model.checkpoint import load_checkpoint
 from clipflow_ray.model.detector import Detector
 from clipflow_ray.train import features, fit
-from clipflow_ray.train.loop import SELECTION, Loop, validate
+from clipflow_ray.train.loop import SELECTION, Loop, source_separation, validate
 from clipflow_ray.train.run import train
 from clipflow_ray.train.split import split
 
@@ -110,6 +110,12 @@ def test_the_figures_of_an_epoch_can_be_computed_from_the_flow_again(trained: st
     assert (
         figures["auroc_low_pass"] == figures["selection"] == pytest.approx(np.mean(pairs > 0) + np.mean(pairs == 0) / 2)
     )
+    with torch.inference_mode():
+        calibration = -loop.flow(torch.from_numpy(data.calibration.embedding)).per_dim.numpy()
+    plain = data.validation_natural.view == 0
+    scores = np.r_[natural[plain], calibration]
+    groups = np.r_[data.validation_natural.group[plain], data.calibration.group]
+    assert figures["auroc_sources"] == pytest.approx(source_separation(scores, groups), abs=1e-6)
 
 
 def test_the_recall_of_held_out_proxies_is_that_at_the_threshold_of_the_calibration(

@@ -107,6 +107,19 @@ def test_an_embedding_does_not_depend_on_its_batch_mates(names: tuple[str, ...],
     assert np.abs(alone[0] - alone[1]).max() > 100e-5 * scale
 
 
+def test_an_encoder_switches_tf32_off_whatever_was_set_before() -> None:
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = True
+        encoder("projected")
+        assert [backend.allow_tf32 for backend in backends] == [False, False]
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
+
+
 def test_embeddings_of_many_views_on_several_threads_are_those_of_one_view_at_a_time(views: np.ndarray) -> None:
     shifted = [np.roll(views, shift, axis=2) for shift in range(0, 60, 10)]
     many = np.concatenate(shifted)[:33]  # four chunks and one more

@@ -106,6 +106,12 @@ def test_resampling_stripes_out_of_existence_keeps_their_mean_colour() -> None:
         ("palette", {"colours": (16.0, 16.0), "mix": (0.0, 0.0)}),
         ("patch_bottleneck", {"sides": (4, 8), "kept": (1.0, 1.0)}),
         ("patch_resynthesis", {"sides": (4, 8), "mix": (0.0, 0.0)}),
+        ("amplitude_transplant", {"start": (0.1, 0.1), "mix": (0.0, 0.0)}),
+        ("chroma_gain", {"start": (0.1, 0.1), "log_gain": (0.0, 0.0)}),
+        ("dct_shrinkage", {"sides": (2, 4, 8, 16), "level": (0.0, 0.0)}),
+        ("total_variation", {"level": (0.0, 0.0)}),
+        ("non_local_means", {"level": (0.0, 0.0)}),
+        ("bilateral", {"sigma": (2.0, 2.0), "level": (0.0, 0.0)}),
         *((name, {"mix": (0.0, 0.0)}) for name in LEARNED),
     ],
 )
@@ -292,6 +298,83 @@ def test_rotated_amplitude_swaps_power_between_directions_and_keeps_phases() -> 
     band = radii > 0.2
     np.testing.assert_allclose(np.abs(after)[:, band], np.abs(before.transpose(0, 2, 1))[:, band], rtol=0.1, atol=50.0)
     assert np.abs(np.angle(after / before)[:, band]).max() < 0.1
+
+
+def test_an_amplitude_transplant_keeps_phases_and_takes_the_amplitude_of_one_of_several_photographs() -> None:
+    ranges = {"start": (0.2, 0.2), "mix": (1.0, 1.0)}
+    before, band = spectrum(SOURCE), radii > 0.35
+    taken = set()
+    for seed in range(12):
+        after = spectrum(applied("amplitude_transplant", seed, **ranges))
+        assert np.abs(np.angle(after / before)[:, band & (np.abs(after[0]) > 100.0)]).max() < 0.1
+        np.testing.assert_allclose(after[:, radii < 0.19], before[:, radii < 0.19], rtol=1e-3, atol=1.0)
+        taken.add(round(float(np.abs(after)[:, band].mean()), 1))
+    assert 3 <= len(taken) <= 6 and round(float(np.abs(before)[:, band].mean()), 1) not in taken
+
+
+def test_chroma_gain_moves_colour_up_and_down_and_keeps_luminance() -> None:
+    ranges = {"start": (0.2, 0.2), "log_gain": (1.5, 1.5)}
+    colour = np.square(np.abs(spectrum(SOURCE - SOURCE.mean(axis=0))))[:, radii > 0.7].mean()
+    gains = []
+    for seed in DRAWS:
+        changed = applied("chroma_gain", seed, **ranges)
+        np.testing.assert_allclose(changed.mean(axis=0), SOURCE.mean(axis=0), atol=0.01)
+        now = np.square(np.abs(spectrum(changed - changed.mean(axis=0))))[:, radii > 0.7].mean()
+        gains.append(0.5 * np.log(now / colour))
+    assert -1.5 < min(gains) < -0.5 and 0.5 < max(gains) < 1.5
+
+
+@pytest.mark.parametrize(
+    ("family", "ranges"),
+    [
+        ("dct_shrinkage", {"sides": (8,), "level": (16.0, 16.0)}),
+        ("total_variation", {"level": (25.0, 25.0)}),
+        ("non_local_means", {"level": (10.0, 10.0)}),
+        ("bilateral", {"sigma": (2.0, 2.0), "level": (40.0, 40.0)}),
+    ],
+)
+def test_a_denoiser_takes_weak_noise_and_leaves_edges(family: str, ranges: dict[str, tuple[float, ...]]) -> None:
+    rng = np.random.default_rng(0)
+    step = np.repeat(np.where(np.arange(SIZE) < SIZE // 2, 60.0, 190.0)[None, :], SIZE, axis=0)
+    noisy = np.repeat((step + 5.0 * rng.standard_normal((SIZE, SIZE)))[None], 3, axis=0).astype(np.float32)
+    smooth = FAMILIES[family](noisy, rng, **ranges)
+    assert (smooth - step)[:, 20:-20, 20:80].std() < 0.5 * (noisy - step)[:, 20:-20, 20:80].std()
+    edge = smooth[:, :, SIZE // 2 + 1].mean() - smooth[:, :, SIZE // 2 - 2].mean()
+    assert edge > 0.8 * 130.0
+
+
+def test_a_dct_shrinkage_in_blocks_of_two_takes_haar_details_below_its_level() -> None:
+    pixels = np.zeros((3, SIZE, SIZE), np.float32) + 128.0
+    pixels[:, ::2, ::2] += 8.0  # details of 4 in each block, whatever the grid's shift
+    ranges = {"sides": (2,), "level": (5.0, 5.0)}
+    changed = FAMILIES["dct_shrinkage"](pixels, np.random.default_rng(0), **ranges)
+    np.testing.assert_allclose(changed, 130.0, atol=1e-3)
+
+
+def test_pairs_are_as_frequent_as_asked_and_apply_one_family_after_another() -> None:
+    families = {name: CONFIG.families[name] for name in ("low_pass", "tone", "resample")}
+    config = ProxyConfig(families=families, pairs=0.4)
+    made = [proxies.drawn(VIEW, "tone", proxies.generator(0, "a", number), config) for number in range(200)]
+    labels = [label for label, _ in made]
+    assert set(labels) == {"tone", "tone+low_pass", "tone+resample"}
+    assert 50 < sum("+" in label for label in labels) < 110
+    for number, (label, view) in enumerate(made[:40]):
+        rng = proxies.generator(0, "a", number)
+        expected = proxies.proxy(VIEW, "tone", rng, config)
+        if "+" in label:
+            assert rng.random() < 0.4
+            second = str(rng.choice(["low_pass", "resample"]))
+            assert label == f"tone+{second}"
+            expected = proxies.proxy(expected, second, rng, config)
+        np.testing.assert_array_equal(view, expected)
+
+
+def test_a_pair_involves_both_of_its_families() -> None:
+    labels = np.array(["tone", "tone+low_pass", "natural", "low_pass+resample"])
+    assert proxies.involves(labels, ["low_pass"]).tolist() == [False, True, False, True]
+    assert proxies.involves(labels, ["tone", "resample"]).tolist() == [True, True, False, True]
+    assert proxies.involves(labels, ["pass"]).tolist() == [False] * 4
+    assert proxies.merged(labels).tolist() == ["tone", "pairs", "natural", "pairs"]
 
 
 def test_warp_moves_pixels_by_about_the_shift_and_makes_no_new_colours() -> None:

@@ -1,0 +1,51 @@
+"""Families that smooth as denoisers do: weak noise and texture go, edges stay. Levels are grey levels of 0..255."""
+
+import numpy as np
+from scipy import fft
+from skimage import restoration
+
+from clipflow_ray.config import Range
+from clipflow_ray.proxies.planes import F32, Rng, f32
+
+_TV_STEPS = 60
+
+
+def dct_shrinkage(view: F32, rng: Rng, sides: tuple[float, ...], level: Range) -> F32:
+    """Soft-threshold the DCT of blocks of one of `sides` pixels, on a shifted grid (Donoho 1995; a side of 2 is Haar's
+    wavelet). The blocks' means stay."""
+    side = int(rng.choice(sides))
+    shift = tuple(int(at) for at in rng.integers(side, size=2))
+    count = view.shape[1] // side
+    blocks = np.roll(view, shift, axis=(1, 2)).reshape(3, count, side, count, side)
+    found = fft.dctn(blocks, axes=(2, 4), norm="ortho")
+    shrunk = np.sign(found) * np.maximum(np.abs(found) - _log_uniform(rng, level), 0.0)
+    shrunk[:, :, 0, :, 0] = found[:, :, 0, :, 0]
+    smooth = fft.idctn(shrunk, axes=(2, 4), norm="ortho").reshape(view.shape)
+    return f32(np.roll(smooth, (-shift[0], -shift[1]), axis=(1, 2)))
+
+
+def total_variation(view: F32, rng: Rng, level: Range) -> F32:
+    """Total-variation denoising (Chambolle 2004) of a weight of `level`."""
+    weight = max(_log_uniform(rng, level) / 255.0, 1e-6)
+    smooth = restoration.denoise_tv_chambolle(view / 255.0, weight, channel_axis=0, max_num_iter=_TV_STEPS)
+    return f32(255.0 * smooth)
+
+
+def non_local_means(view: F32, rng: Rng, level: Range) -> F32:
+    """Non-local means (Buades et al. 2005) of patches of 5 pixels; patches that differ by `level` hardly count."""
+    strength = max(_log_uniform(rng, level) / 255.0, 1e-6)
+    smooth = restoration.denoise_nl_means(view / 255.0, 5, 5, strength, fast_mode=True, channel_axis=0)
+    return f32(255.0 * smooth)
+
+
+def bilateral(view: F32, rng: Rng, sigma: Range, level: Range) -> F32:
+    """Bilateral filter (Tomasi and Manduchi 1998) of `sigma` pixels; neighbours that differ by `level` hardly count."""
+    strength = max(_log_uniform(rng, level) / 255.0, 1e-6)
+    pixels = np.ascontiguousarray(np.clip(view.transpose(1, 2, 0) / 255.0, 0.0, 1.0))
+    smooth = restoration.denoise_bilateral(pixels, 7, strength, rng.uniform(*sigma), channel_axis=-1)
+    return f32(255.0 * smooth.transpose(2, 0, 1))
+
+
+def _log_uniform(rng: Rng, range_: Range) -> float:
+    low, high = np.log(np.maximum(range_, 1e-9))
+    return float(np.exp(rng.uniform(low, high)))

@@ -1,0 +1,67 @@
+"""Which rows train, and which figures are told, on features made by hand."""
+
+import numpy as np
+import pytest
+
+from clipflow_ray.config import ProxyConfig, SplitConfig
+from clipflow_ray.errors import ConfigError
+from clipflow_ray.train.features import Features
+from clipflow_ray.train.loop import source_separation
+from clipflow_ray.train.split import split
+from clipflow_ray.train.views import distorted
+
+KINDS = ("natural", "tone", "low_pass", "tone+low_pass", "tone+resample")
+SPLIT = SplitConfig(validation=("b",), calibration=("c",), held_out_family="low_pass")
+
+
+def features() -> Features:
+    """One row of each kind in each of three sources."""
+    group, family = (column.ravel() for column in np.meshgrid(("a", "b", "c"), KINDS, indexing="ij"))
+    count = len(group)
+    return Features(
+        embedding=np.zeros((count, 4), np.float32),
+        row_id=np.arange(count).astype(str),
+        group=group,
+        stratum=np.full(count, ""),
+        family=family,
+        view=np.zeros(count, np.int64),
+    )
+
+
+def test_a_pair_that_involves_the_held_out_family_is_in_no_part() -> None:
+    data = split(features(), SPLIT)
+    assert sorted(data.proxy.family) == sorted(data.validation_proxy.family) == ["tone", "tone+resample"]
+    assert list(data.held_out.family) == ["low_pass"]
+    kept = split(features(), SPLIT.model_copy(update={"held_out_family": None}))
+    assert sorted(kept.proxy.family) == sorted(set(KINDS) - {"natural"})
+
+
+def test_pairs_are_no_family_that_can_be_held_out() -> None:
+    for name in ("tone+low_pass", "pairs"):
+        with pytest.raises(ConfigError, match=r"there are: low_pass, tone\."):
+            split(features(), SPLIT.model_copy(update={"held_out_family": name}))
+
+
+def test_pairs_change_proxies_and_leave_natural_views_as_they_are() -> None:
+    rgb = np.random.default_rng(0).integers(60, 200, (300, 260, 3), dtype=np.uint8)
+    families = {name: ProxyConfig().families[name] for name in ("low_pass", "tone")}
+    single, paired = (
+        distorted(rgb, "a.jpg", "resize", ProxyConfig(families=families, pairs=share)) for share in (0.0, 1.0)
+    )
+    assert [label for label, _ in single][::2] == [label for label, _ in paired][::2] == ["natural", "natural"]
+    for (label, alone), (both, changed) in zip(single, paired, strict=True):
+        assert both == (label if label == "natural" else f"{label}+{'tone' if label == 'low_pass' else 'low_pass'}")
+        assert (alone == changed).all() == (label == "natural")
+
+
+def test_the_separation_of_sources_is_the_mean_over_pairs_of_the_better_side_of_their_auroc() -> None:
+    low, high, both = np.arange(10.0), np.arange(20.0, 30.0), np.r_[np.arange(5.0) - 9.0, np.arange(5.0) + 90.0]
+    score, group = np.r_[low, high, both, 1e9], np.repeat(["low", "high", "both", "too few"], [10, 10, 10, 1])
+    assert source_separation(score, group) == pytest.approx((1.0 + 0.5 + 0.5) / 3)
+    assert source_separation(-score, group) == pytest.approx((1.0 + 0.5 + 0.5) / 3)
+    assert source_separation(score[:20], group[:20]) == 1.0
+
+
+def test_fewer_than_two_sources_of_ten_images_have_no_separation() -> None:
+    group = np.repeat(["many", "few"], [30, 9])
+    assert source_separation(np.arange(39.0), group) is None
