@@ -114,7 +114,7 @@ def _default_families() -> dict[str, dict[str, tuple[float, ...]]]:
         "dct_shrinkage": {"sides": (2, 4, 8, 16), "level": (4.0, 24.0)},
         "total_variation": {"level": (10.0, 50.0)},
         "non_local_means": {"level": (8.0, 25.0)},
-        "bilateral": {"sigma": (1.5, 3.0), "level": (25.0, 80.0)},
+        "bilateral": {"sigma": (1.0, 2.0), "level": (40.0, 120.0)},
         "resample": {"factor": (1.3, 3.0)},
         "self_blend": {"shift": (1.0, 4.0), "mix": (0.4, 1.0)},
         "texture_loss": {"radius": (2.0, 5.0), "level": (8.0, 32.0), "mix": (0.7, 1.0)},
@@ -136,7 +136,7 @@ class ProxyConfig(Config):
 
     natural_views: int = Field(2, ge=1)
     proxies_per_view: int = Field(1, ge=1)
-    pairs: float = Field(0.0, ge=0, le=1, description="share of proxies that a second family changes as well")
+    pairs: float = Field(0.0, ge=0, lt=1, description="share of proxies that a second family changes as well")
     seed: int = 0
     families: dict[str, dict[str, tuple[float, ...]]] = Field(default_factory=_default_families)
 

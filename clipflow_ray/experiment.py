@@ -130,13 +130,16 @@ def summarized(rows: list[Row]) -> list[Row]:
 
 
 def rank_correlation(summary: list[Row], looks: dict[str, float], figure: str = "auroc") -> tuple[float, int] | None:
-    """Spearman's rho between a figure and the AUROC of looks, and how many candidates have both; None below three."""
+    """Spearman's rho between a figure and the AUROC of looks, and how many candidates have both.
+
+    None below three of them, or where all have the same figure.
+    """
     pairs = [
         (line[figure], looks[line["candidate"]])
         for line in summary
         if not line["failed"] and line["candidate"] in looks and line[figure] is not None
     ]
-    if len(pairs) < 3:
+    if len(pairs) < 3 or len({value for value, _ in pairs}) == 1:
         return None
     return float(stats.spearmanr(*zip(*pairs, strict=True)).statistic), len(pairs)
 
@@ -216,8 +219,8 @@ def _held_out_figures(
     config: TrainConfig, loaded: Features, segments: tuple[int, ...], without: tuple[str, ...]
 ) -> Row:
     torch.set_num_threads(1)
-    loop = Loop(config, _less(split(loaded, config.split), without), segments)
     try:
+        loop = Loop(config, _less(split(loaded, config.split), without), segments)
         figures = [loop.epoch(number) for number in range(config.fit.epochs)][-1]
     except TrainingError as error:
         return dict.fromkeys(_FIGURES) | {"error": str(error)}

@@ -1,5 +1,8 @@
 """Families that smooth as denoisers do: weak noise and texture go, edges stay. Levels are grey levels of 0..255."""
 
+import math
+from typing import Final
+
 import numpy as np
 from scipy import fft
 from skimage import restoration
@@ -7,12 +10,14 @@ from skimage import restoration
 from clipflow_ray.config import Range
 from clipflow_ray.proxies.planes import F32, Rng, f32
 
-_TV_STEPS = 60
+_TV_STEPS: Final = 60
 
 
 def dct_shrinkage(view: F32, rng: Rng, sides: tuple[float, ...], level: Range) -> F32:
-    """Soft-threshold the DCT of blocks of one of `sides` pixels, on a shifted grid (Donoho 1995; a side of 2 is Haar's
-    wavelet). The blocks' means stay."""
+    """Soft-threshold the DCT of blocks at `level` (Donoho 1995); their means stay.
+
+    Blocks have one of `sides` pixels a side, which must divide the view's, on a shifted grid; 2 is Haar's wavelet.
+    """
     side = int(rng.choice(sides))
     shift = tuple(int(at) for at in rng.integers(side, size=2))
     count = view.shape[1] // side
@@ -26,26 +31,27 @@ def dct_shrinkage(view: F32, rng: Rng, sides: tuple[float, ...], level: Range) -
 
 def total_variation(view: F32, rng: Rng, level: Range) -> F32:
     """Total-variation denoising (Chambolle 2004) of a weight of `level`."""
-    weight = max(_log_uniform(rng, level) / 255.0, 1e-6)
+    weight = _log_uniform(rng, level) / 255.0
     smooth = restoration.denoise_tv_chambolle(view / 255.0, weight, channel_axis=0, max_num_iter=_TV_STEPS)
     return f32(255.0 * smooth)
 
 
 def non_local_means(view: F32, rng: Rng, level: Range) -> F32:
-    """Non-local means (Buades et al. 2005) of patches of 5 pixels; patches that differ by `level` hardly count."""
-    strength = max(_log_uniform(rng, level) / 255.0, 1e-6)
+    """Non-local means (Buades et al. 2005): patches of 5 pixels a side that differ by `level` weigh 1 / e."""
+    strength = _log_uniform(rng, level) / 255.0
     smooth = restoration.denoise_nl_means(view / 255.0, 5, 5, strength, fast_mode=True, channel_axis=0)
     return f32(255.0 * smooth)
 
 
 def bilateral(view: F32, rng: Rng, sigma: Range, level: Range) -> F32:
-    """Bilateral filter (Tomasi and Manduchi 1998) of `sigma` pixels; neighbours that differ by `level` hardly count."""
-    strength = max(_log_uniform(rng, level) / 255.0, 1e-6)
+    """Bilateral filter (Tomasi and Manduchi 1998) of `sigma` pixels and `level`, the deviations of its two kernels."""
+    strength = _log_uniform(rng, level) / 255.0 / math.sqrt(3.0)  # skimage divides by the number of channels
     pixels = np.ascontiguousarray(np.clip(view.transpose(1, 2, 0) / 255.0, 0.0, 1.0))
-    smooth = restoration.denoise_bilateral(pixels, 7, strength, rng.uniform(*sigma), channel_axis=-1)
+    smooth = restoration.denoise_bilateral(
+        pixels, sigma_color=strength, sigma_spatial=rng.uniform(*sigma), mode="symmetric", channel_axis=-1
+    )
     return f32(255.0 * smooth.transpose(2, 0, 1))
 
 
-def _log_uniform(rng: Rng, range_: Range) -> float:
-    low, high = np.log(np.maximum(range_, 1e-9))
-    return float(np.exp(rng.uniform(low, high)))
+def _log_uniform(rng: Rng, level: Range) -> float:
+    return float(np.exp(rng.uniform(*np.log(np.maximum(level, 1e-4)))))

@@ -99,13 +99,12 @@ def phase_jitter(view: F32, rng: Rng, start: Range, sigma: Range) -> F32:
 
 def rotated_amplitude(view: F32, rng: Rng, start: Range, mix: Range) -> F32:
     """Move the amplitude above `start` towards that of the transposed view: power changes with angle alone."""
-    return _towards(view, np.abs(rfft(view.transpose(0, 2, 1))), rng.uniform(*start), rng.uniform(*mix))
+    return _towards(view, np.abs(rfft(view.transpose(0, 2, 1))), rng.uniform(*mix), rng.uniform(*start))
 
 
 def amplitude_transplant(view: F32, rng: Rng, start: Range, mix: Range) -> F32:
-    """Keep the phase and move the amplitude above `start` towards that of another photograph (`mix` 1: all the way)."""
-    donor = channels_first(images.view(_donor(str(rng.choice(_DONORS))), "resize"))
-    return _towards(view, np.abs(rfft(donor)), rng.uniform(*start), rng.uniform(*mix))
+    """Move the amplitude above `start` to that of another photograph, by `mix` of the way (Yang and Soatto 2020)."""
+    return _towards(view, _donor(str(rng.choice(_DONORS))), rng.uniform(*mix), rng.uniform(*start))
 
 
 def chroma_gain(view: F32, rng: Rng, start: Range, log_gain: Range) -> F32:
@@ -115,12 +114,14 @@ def chroma_gain(view: F32, rng: Rng, start: Range, log_gain: Range) -> F32:
     return f32(grey + filtered(view - grey, np.exp(gain)))
 
 
-def _towards(view: F32, amplitude: F32, start: float, mix: float) -> F32:
+def _towards(view: F32, amplitude: F32, mix: float, start: float) -> F32:
     """Move the log-amplitude above `start` by the share `mix` of the way to `amplitude`, of the shape of `rfft`."""
     band = mix * ramp(view, start, width=0.1)
     return filtered(view, np.exp(band * (np.log(amplitude + 1.0) - np.log(np.abs(rfft(view)) + 1.0))))
 
 
 @lru_cache(maxsize=len(_DONORS))
-def _donor(name: str) -> images.Pixels:
-    return np.asarray(Image.open(Path(skimage.data.__file__).parent / name).convert("RGB"))
+def _donor(name: str) -> F32:
+    """The amplitude of a photograph of `_DONORS`, of the shape of `rfft`; do not write to it."""
+    photograph = np.array(Image.open(Path(skimage.data.__file__).parent / name).convert("RGB"))
+    return np.abs(rfft(channels_first(images.view(photograph, "resize"))))

@@ -20,6 +20,7 @@ from clipflow_ray.train.split import Split
 
 SELECTION: Final = "selection"
 _MIN_OF_SOURCE: Final = 10
+_MAX_SOURCES: Final = 32  # 496 pairs take a second
 _CPU: Final = torch.device("cpu")
 
 
@@ -106,11 +107,11 @@ class Loop:
 def validate(flow: Flow, data: Split, device: torch.device) -> dict[str, float]:
     """Figures on sources that training never saw; none of them involves an AI-generated image.
 
-    `auroc_<family>` ranks validation naturals against that family's proxies; `selection` is the held-out family's, or
-    the mean over families where none is held out. `tpr_5` is the share of held-out proxies (of all proxies where none
-    is held out) beyond the threshold that flags 5 % of the calibration naturals: of other sources than theirs, as in
-    use. `auroc_sources` says how far apart the scores of natural sources lie, see `source_separation`; it is not there
-    with fewer than two sources. `nll_*` are nats per dimension.
+    `auroc_<family>` ranks validation naturals against that family's proxies, `auroc_pairs` against all that two
+    families made; `selection` is the held-out family's, or the mean over these where none is held out. `tpr_5` is the
+    share of held-out proxies (of all proxies where none is held out) beyond the threshold that flags 5 % of the
+    calibration naturals: of other sources than theirs, as in use. `auroc_sources` is `source_separation`, and not
+    there where that is None. `nll_*` are nats per dimension.
     """
     flow.eval()
     with torch.inference_mode():
@@ -150,11 +151,12 @@ def source_separation(score: np.ndarray[Any, Any], group: np.ndarray[Any, Any]) 
     """How well scores [N] tell natural sources apart: the mean over pairs of sources of AUROC or 1 - AUROC, the larger.
 
     A likelihood that knows how a picture was made differs between cameras and pipelines too; this is what predicts,
-    over sets of features, how well AI-generated images are told from photographs (see the model card). Only sources
-    of ten images or more count; None where there are fewer than two.
+    over sets of features, how well AI-generated images are told from photographs (see the model card). The 32 largest
+    sources of at least ten images count; None where there are fewer than two.
     """
     names, counts = np.unique(group, return_counts=True)
-    parts = [score[group == name] for name in names[counts >= _MIN_OF_SOURCE]]
+    largest = np.argsort(-counts, kind="stable")[:_MAX_SOURCES]
+    parts = [score[group == name] for name in names[largest][counts[largest] >= _MIN_OF_SOURCE]]
     pairs = [auroc_of(one, other) for one, other in combinations(parts, 2)]
     return float(np.mean([max(value, 1.0 - value) for value in pairs])) if pairs else None
 

@@ -45,8 +45,8 @@ def draw(inputs: Sequence[str], path: str, config: ProxyConfig, count: int = 16)
     radius = np.linspace(0, 1, len(natural))
     shades = plt.get_cmap("tab20")
     for at, name in enumerate(config.families):
-        line = {"color": shades(at % shades.N), "linestyle": ("-", "--")[at // shades.N % 2]}
-        axes.plot(radius, _mean_profile(made[name]) - natural, label=name.replace("_", " "), **line)
+        profile, dashes = _mean_profile(made[name]) - natural, ("-", "--")[at // shades.N % 2]
+        axes.plot(radius, profile, color=shades(at % shades.N), linestyle=dashes, label=name.replace("_", " "))
     axes.axhline(0.0, color="black", linewidth=0.8, label="natural")
     axes.set_xlabel("radial frequency / Nyquist")
     axes.set_ylabel("mean log amplitude minus that of naturals (nats)")

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from clipflow_ray import proxies
 from clipflow_ray.config import SplitConfig
 from clipflow_ray.errors import ConfigError, TrainingError
-from clipflow_ray.proxies import NATURAL, PAIRS
 from clipflow_ray.train.features import Features
 
 _MIN_SOURCES: Final = 5
@@ -54,7 +53,7 @@ def split(features: Features, config: SplitConfig) -> Split:
         raise ConfigError(
             f"The split must name sources that exist, each once; unknown: {unknown}. There are: {', '.join(sources)}."
         )
-    families = sorted(set(map(str, np.unique(proxies.merged(features.family)))) - {NATURAL, PAIRS})
+    families = sorted(set(map(str, np.unique(proxies.merged(features.family)))) - {proxies.NATURAL, proxies.PAIRS})
     if config.held_out_family not in (None, *families):
         raise ConfigError(f"No proxies of family {config.held_out_family!r}; there are: {', '.join(families)}.")
     named = bool(config.validation or config.calibration)
@@ -66,7 +65,7 @@ def split(features: Features, config: SplitConfig) -> Split:
         fold = _folds(features.group if by == "source" else features.row_id)
         validation, calibration = fold == 0, fold == 1
     train = ~validation & ~calibration
-    natural = features.family == NATURAL
+    natural = features.family == proxies.NATURAL
     held_out = features.family == (config.held_out_family or "")
     unseen = proxies.involves(features.family, [config.held_out_family or ""])
     parts = {

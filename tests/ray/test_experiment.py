@@ -82,7 +82,7 @@ def test_the_page_names_each_candidate_and_asks_for_nothing(first: Experimented)
     assert all(name in text for name in ("as it is", "without resample", "too fast"))
     assert text.count("<svg") == text.count("</figure>") == 5  # the ranking, the families, and looks over each signal
     for signal in ("AUROC on held-out families", "recall of held-out families", "AUROC between natural sources"):
-        assert re.search(f"{signal}[^;.]* none, with fewer than three candidates", text)
+        assert re.search(f"{signal}[^;.]* none: too few candidates", text)
     assert "default-src 'none'" in text and not re.search(r"(src|href)=\"https?:", text.replace("xlink:href", ""))
 
 
@@ -138,4 +138,5 @@ def test_the_rank_correlation_is_spearmans_over_the_candidates_that_were_looked_
     assert rank_correlation(summary, looks, "tpr_5") == (pytest.approx(-expected), 3)
     assert rank_correlation(summary, {"a": 0.7, "b": 0.8}) is None
     assert rank_correlation(summary, looks, "auroc_sources") is None  # of b it is not known
+    assert rank_correlation(summary, looks, "nll_median") is None  # all alike
     assert rank_correlation(summary, looks | {"d": 0.73}, "auroc_sources") == (pytest.approx(1.0), 3)

@@ -1,11 +1,15 @@
 """Proxy families against their own claims, on a photo-like image with spectra computed here by full-plane FFTs."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import skimage.data
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from clipflow_ray import proxies
+from clipflow_ray import images, proxies
 from clipflow_ray.config import ProxyConfig
 from clipflow_ray.errors import ConfigError
 from clipflow_ray.proxies import FAMILIES
@@ -303,13 +307,20 @@ def test_rotated_amplitude_swaps_power_between_directions_and_keeps_phases() -> 
 def test_an_amplitude_transplant_keeps_phases_and_takes_the_amplitude_of_one_of_several_photographs() -> None:
     ranges = {"start": (0.2, 0.2), "mix": (1.0, 1.0)}
     before, band = spectrum(SOURCE), radii > 0.35
+    donors = {}
+    for name in ("astronaut.png", "chelsea.png", "coffee.png", "gravel.png", "motorcycle_left.png", "rocket.jpg"):
+        rgb = np.array(Image.open(Path(skimage.data.__file__).parent / name).convert("RGB"))
+        donors[name] = np.abs(spectrum(images.view(rgb, "resize").transpose(2, 0, 1)))[:, band]
     taken = set()
     for seed in range(12):
         after = spectrum(applied("amplitude_transplant", seed, **ranges))
         assert np.abs(np.angle(after / before)[:, band & (np.abs(after[0]) > 100.0)]).max() < 0.1
         np.testing.assert_allclose(after[:, radii < 0.19], before[:, radii < 0.19], rtol=1e-3, atol=1.0)
-        taken.add(round(float(np.abs(after)[:, band].mean()), 1))
-    assert 3 <= len(taken) <= 6 and round(float(np.abs(before)[:, band].mean()), 1) not in taken
+        apart = {name: np.median(np.abs(np.log(np.abs(after)[:, band] / own))) for name, own in donors.items()}
+        nearest = min(apart, key=lambda name: apart[name])
+        assert apart[nearest] < 0.02 < 0.3 < sorted(apart.values())[1]
+        taken.add(nearest)
+    assert len(taken) >= 3
 
 
 def test_chroma_gain_moves_colour_up_and_down_and_keeps_luminance() -> None:
@@ -341,6 +352,14 @@ def test_a_denoiser_takes_weak_noise_and_leaves_edges(family: str, ranges: dict[
     assert (smooth - step)[:, 20:-20, 20:80].std() < 0.5 * (noisy - step)[:, 20:-20, 20:80].std()
     edge = smooth[:, :, SIZE // 2 + 1].mean() - smooth[:, :, SIZE // 2 - 2].mean()
     assert edge > 0.8 * 130.0
+
+
+@pytest.mark.parametrize("family", ["dct_shrinkage", "total_variation", "non_local_means", "bilateral"])
+def test_a_denoiser_leaves_a_flat_view_as_it_is_up_to_its_border(family: str) -> None:
+    flat = np.full((3, SIZE, SIZE), 90.0, np.float32)
+    for seed in range(4):
+        changed = FAMILIES[family](flat, np.random.default_rng(seed), **CONFIG.families[family])
+        np.testing.assert_allclose(changed, 90.0, atol=0.3)
 
 
 def test_a_dct_shrinkage_in_blocks_of_two_takes_haar_details_below_its_level() -> None:

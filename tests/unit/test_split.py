@@ -1,12 +1,17 @@
 """Which rows train, and which figures are told, on features made by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+import torch
 
-from clipflow_ray.config import ProxyConfig, SplitConfig
+from clipflow_ray.config import FlowConfig, ProxyConfig, SplitConfig
 from clipflow_ray.errors import ConfigError
+from clipflow_ray.experiment import _less
+from clipflow_ray.model.flow import Flow
 from clipflow_ray.train.features import Features
-from clipflow_ray.train.loop import source_separation
+from clipflow_ray.train.loop import source_separation, validate
 from clipflow_ray.train.split import split
 from clipflow_ray.train.views import distorted
 
@@ -42,11 +47,47 @@ def test_pairs_are_no_family_that_can_be_held_out() -> None:
             split(features(), SPLIT.model_copy(update={"held_out_family": name}))
 
 
+def test_pairs_have_one_figure_of_their_own() -> None:
+    drawn = features()
+    drawn.embedding[:] = np.random.default_rng(0).standard_normal(drawn.embedding.shape)
+    figures = validate(Flow((4,), FlowConfig(blocks=1, hidden=4)), split(drawn, SPLIT), torch.device("cpu"))
+    assert {name for name in figures if name.startswith("auroc")} == {
+        *("auroc_seen", "auroc_tone", "auroc_pairs", "auroc_low_pass")
+    }
+    assert figures["auroc_seen"] == pytest.approx((figures["auroc_tone"] + figures["auroc_pairs"]) / 2)
+    assert figures["selection"] == figures["auroc_low_pass"]
+
+
+def test_the_recall_of_held_out_proxies_is_that_at_the_threshold_of_the_calibration() -> None:
+    count = 20
+    data = split(features(), SPLIT)
+    embedding = np.random.default_rng(0).standard_normal((count, 4)).astype(np.float32)
+    held_out = Features(
+        **{name: np.repeat(values, count, axis=0) for name, values in vars(data.held_out).items()}
+        | {"embedding": embedding}
+    )
+    flow = Flow((4,), FlowConfig(blocks=1, hidden=4))
+    flow.fit_standardizer(torch.from_numpy(embedding))  # else all rows have the same length and likelihood
+    recalls = []
+    # Each proxy in turn is the whole calibration, so its score is the threshold: none to all others lie beyond it. A
+    # row alone rounds otherwise than among others, so it may lie beyond itself.
+    for at in range(count):
+        changed = dataclasses.replace(data, held_out=held_out, calibration=held_out.where(np.arange(count) == at))
+        recalls.append(validate(flow, changed, torch.device("cpu"))["tpr_5"])
+    assert sorted(recalls) == pytest.approx([beyond / count for beyond in range(count)], abs=1.01 / count)
+
+
+def test_a_candidate_without_a_family_trains_on_no_pair_that_involves_it() -> None:
+    data = split(features(), SPLIT.model_copy(update={"held_out_family": None}))
+    assert sorted(_less(data, ("tone",)).proxy.family) == ["low_pass"]
+    assert sorted(_less(data, ("resample",)).proxy.family) == ["low_pass", "tone", "tone+low_pass"]
+
+
 def test_pairs_change_proxies_and_leave_natural_views_as_they_are() -> None:
     rgb = np.random.default_rng(0).integers(60, 200, (300, 260, 3), dtype=np.uint8)
     families = {name: ProxyConfig().families[name] for name in ("low_pass", "tone")}
     single, paired = (
-        distorted(rgb, "a.jpg", "resize", ProxyConfig(families=families, pairs=share)) for share in (0.0, 1.0)
+        distorted(rgb, "a.jpg", "resize", ProxyConfig(families=families, pairs=share)) for share in (0.0, 0.9999)
     )
     assert [label for label, _ in single][::2] == [label for label, _ in paired][::2] == ["natural", "natural"]
     for (label, alone), (both, changed) in zip(single, paired, strict=True):
@@ -65,3 +106,9 @@ def test_the_separation_of_sources_is_the_mean_over_pairs_of_the_better_side_of_
 def test_fewer_than_two_sources_of_ten_images_have_no_separation() -> None:
     group = np.repeat(["many", "few"], [30, 9])
     assert source_separation(np.arange(39.0), group) is None
+
+
+def test_the_largest_sources_count() -> None:
+    group = np.concatenate([np.repeat(f"{number:02}", 20 if number < 32 else 12) for number in range(40)])
+    score = np.where(group < "32", 0.0, np.arange(len(group)))
+    assert source_separation(score, group) == 0.5
