@@ -29,28 +29,28 @@ def dct_shrinkage(view: F32, rng: Rng, sides: tuple[float, ...], level: Range) -
     return f32(np.roll(smooth, (-shift[0], -shift[1]), axis=(1, 2)))
 
 
-def total_variation(view: F32, rng: Rng, level: Range) -> F32:
-    """Total-variation denoising (Chambolle 2004) of a weight of `level`."""
+def total_variation(view: F32, rng: Rng, level: Range, mix: Range) -> F32:
+    """Blend in total-variation denoising (Chambolle 2004) of a weight of `level`."""
     weight = _log_uniform(rng, level) / 255.0
     smooth = restoration.denoise_tv_chambolle(view / 255.0, weight, channel_axis=0, max_num_iter=_TV_STEPS)
-    return f32(255.0 * smooth)
+    return f32(view + rng.uniform(*mix) * (255.0 * smooth - view))
 
 
-def non_local_means(view: F32, rng: Rng, level: Range) -> F32:
-    """Non-local means (Buades et al. 2005): patches of 5 pixels a side that differ by `level` weigh 1 / e."""
+def non_local_means(view: F32, rng: Rng, level: Range, mix: Range) -> F32:
+    """Blend in non-local means (Buades et al. 2005): patches of 5 pixels a side that differ by `level` weigh 1 / e."""
     strength = _log_uniform(rng, level) / 255.0
     smooth = restoration.denoise_nl_means(view / 255.0, 5, 5, strength, fast_mode=True, channel_axis=0)
-    return f32(255.0 * smooth)
+    return f32(view + rng.uniform(*mix) * (255.0 * smooth - view))
 
 
-def bilateral(view: F32, rng: Rng, sigma: Range, level: Range) -> F32:
-    """Bilateral filter (Tomasi and Manduchi 1998) of `sigma` pixels and `level`, the deviations of its two kernels."""
+def bilateral(view: F32, rng: Rng, sigma: Range, level: Range, mix: Range) -> F32:
+    """Blend in a bilateral filter (Tomasi and Manduchi 1998) of the deviations `sigma` (pixels) and `level`."""
     strength = _log_uniform(rng, level) / 255.0 / math.sqrt(3.0)  # skimage divides by the number of channels
     pixels = np.ascontiguousarray(np.clip(view.transpose(1, 2, 0) / 255.0, 0.0, 1.0))
     smooth = restoration.denoise_bilateral(
         pixels, sigma_color=strength, sigma_spatial=rng.uniform(*sigma), mode="symmetric", channel_axis=-1
     )
-    return f32(255.0 * smooth.transpose(2, 0, 1))
+    return f32(view + rng.uniform(*mix) * (255.0 * smooth.transpose(2, 0, 1) - view))
 
 
 def _log_uniform(rng: Rng, level: Range) -> float:

@@ -113,9 +113,9 @@ def test_resampling_stripes_out_of_existence_keeps_their_mean_colour() -> None:
         ("amplitude_transplant", {"start": (0.1, 0.1), "mix": (0.0, 0.0)}),
         ("chroma_gain", {"start": (0.1, 0.1), "log_gain": (0.0, 0.0)}),
         ("dct_shrinkage", {"sides": (2, 4, 8, 16), "level": (0.0, 0.0)}),
-        ("total_variation", {"level": (0.0, 0.0)}),
-        ("non_local_means", {"level": (0.0, 0.0)}),
-        ("bilateral", {"sigma": (2.0, 2.0), "level": (0.0, 0.0)}),
+        ("total_variation", {"level": (9.0, 9.0), "mix": (0.0, 0.0)}),
+        ("non_local_means", {"level": (9.0, 9.0), "mix": (0.0, 0.0)}),
+        ("bilateral", {"sigma": (2.0, 2.0), "level": (20.0, 20.0), "mix": (0.0, 0.0)}),
         *((name, {"mix": (0.0, 0.0)}) for name in LEARNED),
     ],
 )
@@ -339,9 +339,9 @@ def test_chroma_gain_moves_colour_up_and_down_and_keeps_luminance() -> None:
     ("family", "ranges"),
     [
         ("dct_shrinkage", {"sides": (8,), "level": (16.0, 16.0)}),
-        ("total_variation", {"level": (25.0, 25.0)}),
-        ("non_local_means", {"level": (10.0, 10.0)}),
-        ("bilateral", {"sigma": (2.0, 2.0), "level": (40.0, 40.0)}),
+        ("total_variation", {"level": (25.0, 25.0), "mix": (1.0, 1.0)}),
+        ("non_local_means", {"level": (10.0, 10.0), "mix": (1.0, 1.0)}),
+        ("bilateral", {"sigma": (2.0, 2.0), "level": (40.0, 40.0), "mix": (1.0, 1.0)}),
     ],
 )
 def test_a_denoiser_takes_weak_noise_and_leaves_edges(family: str, ranges: dict[str, tuple[float, ...]]) -> None:
