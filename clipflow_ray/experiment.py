@@ -222,7 +222,7 @@ def _held_out_figures(
     try:
         loop = Loop(config, _less(split(loaded, config.split), without), segments)
         figures = [loop.epoch(number) for number in range(config.fit.epochs)][-1]
-    except TrainingError as error:
+    except (ConfigError, TrainingError) as error:  # of the split: no image drew the family
         return dict.fromkeys(_FIGURES) | {"error": str(error)}
     return {name: figures.get(source) for name, source in _FIGURES.items()} | {"error": None}
 

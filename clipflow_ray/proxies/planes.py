@@ -28,6 +28,11 @@ def f32(values: NDArray[np.floating]) -> F32:
     return np.asarray(values, dtype=np.float32)
 
 
+def log_uniform(rng: Rng, range_: tuple[float, ...]) -> float:
+    """A draw between the two ends of `range_`, both above 0, of uniform logarithm."""
+    return float(np.exp(rng.uniform(*np.log(range_))))
+
+
 def box(planes: F32, size: int) -> F32:
     """Mean over size x size neighbours, per channel."""
     return f32(ndimage.uniform_filter(planes, (0, size, size)))

@@ -7,7 +7,7 @@ from PIL import Image, ImageFilter
 from scipy import ndimage
 
 from clipflow_ray.config import Range
-from clipflow_ray.proxies.planes import F32, Rng, box, channels_first, f32, quantized
+from clipflow_ray.proxies.planes import F32, Rng, box, channels_first, f32, log_uniform, quantized
 
 _KERNELS: Final = (
     Image.Resampling.NEAREST,
@@ -85,7 +85,7 @@ def defocus(view: F32, rng: Rng, sigma: Range, area: Range) -> F32:
 
 def halo(view: F32, rng: Rng, sigma: Range, amount: Range) -> F32:
     """Local contrast: add `amount` times the difference from a Gaussian of `sigma` pixels."""
-    blurred = _gaussian(view, float(np.exp(rng.uniform(*np.log(sigma)))))
+    blurred = _gaussian(view, log_uniform(rng, sigma))
     return f32(view + np.float32(rng.uniform(*amount)) * (view - blurred))
 
 
@@ -112,7 +112,7 @@ def median(view: F32, rng: Rng, radius: tuple[float, float], mix: Range) -> F32:
 
 def palette(view: F32, rng: Rng, colours: Range, mix: Range) -> F32:
     """Blend in the view in few colours of its own, without dither."""
-    count = round(float(np.exp(rng.uniform(*np.log(colours)))))
+    count = round(log_uniform(rng, colours))
     image = Image.fromarray(quantized(view).transpose(1, 2, 0))
     few = image.quantize(count, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).convert("RGB")
     return f32(view + np.float32(rng.uniform(*mix)) * (channels_first(np.asarray(few)) - view))
@@ -127,7 +127,7 @@ def patch_bottleneck(view: F32, rng: Rng, sides: tuple[float, ...], kept: Range)
     patches = _patches(view, side)
     mean = patches.mean(axis=0)
     _, basis = np.linalg.eigh((patches - mean).T @ (patches - mean))  # ascending
-    share = float(np.exp(rng.uniform(*np.log(kept))))
+    share = log_uniform(rng, kept)
     leading = basis[:, -max(1, round(share * patches.shape[1])) :]
     return _assembled(f32(mean + (patches - mean) @ leading @ leading.T), side, view.shape[1])
 

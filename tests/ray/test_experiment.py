@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 from scipy import stats
 
 from clipflow_ray.config import (
@@ -17,7 +18,8 @@ from clipflow_ray.config import (
     load_yaml,
 )
 from clipflow_ray.errors import ConfigError
-from clipflow_ray.experiment import Experimented, experiment, rank_correlation, summarized
+from clipflow_ray.experiment import Experimented, _held_out_figures, experiment, rank_correlation, summarized
+from clipflow_ray.train import features
 
 FIT = FitConfig(epochs=2, batch_size=32, learning_rate=2e-3)
 
@@ -140,3 +142,10 @@ def test_the_rank_correlation_is_spearmans_over_the_candidates_that_were_looked_
     assert rank_correlation(summary, looks, "auroc_sources") is None  # of b it is not known
     assert rank_correlation(summary, looks, "nll_median") is None  # all alike
     assert rank_correlation(summary, looks | {"d": 0.73}, "auroc_sources") == (pytest.approx(1.0), 3)
+
+
+def test_a_family_that_no_image_drew_fails_its_fit_with_a_sentence(trained: str, tiny: TrainConfig) -> None:
+    loaded = features.load(features.extract(tiny), ("projected",), tiny.proxies)
+    held_out = tiny.model_copy(update={"split": tiny.split.model_copy(update={"held_out_family": "tone"})})
+    row = ray.get(_held_out_figures.remote(held_out, loaded.where(loaded.family != "tone"), (32,), ()))
+    assert "No proxies of family 'tone'" in row["error"] and row["auroc"] is None

@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -80,19 +79,11 @@ def test_one_worker_of_ray_train_gives_the_weights_of_the_bare_loop(trained: str
     weights = load_checkpoint(trained).flow_state
     loop = _undisturbed(tiny)
     best = max(figures[SELECTION] for figures, _ in loop)
-    states = [{name: state[name].to(weights[name].dtype) for name in weights} for _, state in loop]
-    # Few proxies are held out: two epochs may be equally good, and rounding with other threads of torch decides then.
-    errors = [
-        _apart(weights, state)
-        for (figures, _), state in zip(loop, states, strict=True)
-        if figures[SELECTION] > best - 0.01
-    ]
-    assert min(errors) < 1e-6 < 1e-5 < min(_apart(*each) for each in pairwise(states)), errors
-
-
-def _apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The mean difference between two flows' weights."""
-    return float(torch.cat([(one[name].float() - other[name].float()).abs().flatten() for name in one]).mean())
+    equally_good = [state for figures, state in loop if figures[SELECTION] == best]  # few proxies are held out: it ties
+    assert any(
+        all(torch.equal(weights[name], state[name].to(weights[name].dtype)) for name in weights)
+        for state in equally_good
+    )
 
 
 def test_a_checkpoint_holds_half_precision_and_is_calibrated_to_the_flow_that_it_holds(

@@ -112,7 +112,7 @@ def test_resampling_stripes_out_of_existence_keeps_their_mean_colour() -> None:
         ("patch_resynthesis", {"sides": (4, 8), "mix": (0.0, 0.0)}),
         ("amplitude_transplant", {"start": (0.1, 0.1), "mix": (0.0, 0.0)}),
         ("chroma_gain", {"start": (0.1, 0.1), "log_gain": (0.0, 0.0)}),
-        ("dct_shrinkage", {"sides": (2, 4, 8, 16), "level": (0.0, 0.0)}),
+        ("dct_shrinkage", {"sides": (2, 4, 8, 16), "level": (1e-4, 1e-4)}),
         ("total_variation", {"level": (9.0, 9.0), "mix": (0.0, 0.0)}),
         ("non_local_means", {"level": (9.0, 9.0), "mix": (0.0, 0.0)}),
         ("bilateral", {"sigma": (2.0, 2.0), "level": (20.0, 20.0), "mix": (0.0, 0.0)}),
@@ -470,45 +470,3 @@ def patches_of(planes: np.ndarray, side: int) -> np.ndarray:
     rows, columns = np.ogrid[0:SIZE:side, 0:SIZE:side]
     cells = [planes[:, y : y + side, x : x + side].ravel() for y in rows.ravel() for x in columns.ravel()]
     return np.stack(cells)
-
-
-@settings(max_examples=25, deadline=None)
-@given(height=st.integers(1, 600), width=st.integers(1, 600), seed=st.integers(0, 1000))
-def test_an_augmented_view_of_any_image_is_224_pixels_and_the_same_for_a_seed(
-    height: int, width: int, seed: int
-) -> None:
-    rgb = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    view = proxies.augmented(rgb, np.random.default_rng(seed))
-    assert view.shape == (SIZE, SIZE, 3) and view.dtype == np.uint8
-    np.testing.assert_array_equal(proxies.augmented(rgb, np.random.default_rng(seed)), view)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (5000, 1), (3, 4001)])
-def test_tiny_and_very_elongated_images_keep_their_colour_when_augmented(shape: tuple[int, int]) -> None:
-    rgb = np.full((*shape, 3), (200, 120, 40), np.uint8)
-    for seed in range(8):
-        view = proxies.augmented(rgb, np.random.default_rng(seed)).astype(int)
-        assert view.shape == (SIZE, SIZE, 3)
-        assert np.abs(view - (200, 120, 40)).max() == 0
-
-
-def test_augmented_views_differ_by_seed_and_are_mirrored_half_the_time() -> None:
-    ramp_image = np.repeat(np.tile(np.linspace(0, 255, 400), (300, 1))[:, :, None], 3, axis=2).astype(np.uint8)
-    views = [proxies.augmented(ramp_image, np.random.default_rng(seed)).astype(int) for seed in range(60)]
-    rises = np.array([view[:, -20:].mean() - view[:, :20].mean() for view in views])
-    assert 15 < (rises > 0).sum() < 45
-    # 80 to 100 % of the short side of 300 columns, on a ramp of 255 grey levels over 400 columns.
-    spans = np.abs(rises) * SIZE / (SIZE - 20)
-    assert spans.min() > 0.78 * 300 * 255 / 400 and spans.max() < 1.02 * 300 * 255 / 400
-    assert len({round(float(span), 3) for span in spans}) > 50
-
-
-def test_an_augmented_view_of_an_image_of_224_pixels_is_not_enlarged() -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (SIZE, 300, 3), dtype=np.uint8)
-    for seed in range(8):
-        view = proxies.augmented(noise, np.random.default_rng(seed))
-        assert any((crop == view).all() for k in range(77) for crop in _both_ways(noise[:, k : k + SIZE]))
-
-
-def _both_ways(view: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return view, view[:, ::-1]

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from clipflow_ray.config import FlowConfig, ProxyConfig, SplitConfig
+from clipflow_ray.config import FlowConfig, SplitConfig
 from clipflow_ray.errors import ConfigError
 from clipflow_ray.experiment import _less
 from clipflow_ray.model.flow import Flow
 from clipflow_ray.train.features import Features
 from clipflow_ray.train.loop import source_separation, validate
 from clipflow_ray.train.split import split
-from clipflow_ray.train.views import distorted
 
 KINDS = ("natural", "tone", "low_pass", "tone+low_pass", "tone+resample")
 SPLIT = SplitConfig(validation=("b",), calibration=("c",), held_out_family="low_pass")
@@ -81,18 +80,6 @@ def test_a_candidate_without_a_family_trains_on_no_pair_that_involves_it() -> No
     data = split(features(), SPLIT.model_copy(update={"held_out_family": None}))
     assert sorted(_less(data, ("tone",)).proxy.family) == ["low_pass"]
     assert sorted(_less(data, ("resample",)).proxy.family) == ["low_pass", "tone", "tone+low_pass"]
-
-
-def test_pairs_change_proxies_and_leave_natural_views_as_they_are() -> None:
-    rgb = np.random.default_rng(0).integers(60, 200, (300, 260, 3), dtype=np.uint8)
-    families = {name: ProxyConfig().families[name] for name in ("low_pass", "tone")}
-    single, paired = (
-        distorted(rgb, "a.jpg", "resize", ProxyConfig(families=families, pairs=share)) for share in (0.0, 0.9999)
-    )
-    assert [label for label, _ in single][::2] == [label for label, _ in paired][::2] == ["natural", "natural"]
-    for (label, alone), (both, changed) in zip(single, paired, strict=True):
-        assert both == (label if label == "natural" else f"{label}+{'tone' if label == 'low_pass' else 'low_pass'}")
-        assert (alone == changed).all() == (label == "natural")
 
 
 def test_the_separation_of_sources_is_the_mean_over_pairs_of_the_better_side_of_their_auroc() -> None:
