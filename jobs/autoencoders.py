@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from clipflow_ray.config import TrainConfig, load_yaml
-from clipflow_ray.train.autoencoders import make
+from clipflow_ray.lab.autoencoders import make
 
 
 def main(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from clipflow_ray import benchmark
+from clipflow_ray.lab import benchmark
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 Rounds = Annotated[int, typer.Option(min=5, help="Interleaved rounds; the median counts.")]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from clipflow_ray.config import ExperimentConfig, load_yaml
-from clipflow_ray.experiment import experiment
+from clipflow_ray.lab.experiment import experiment
 
 
 def main(

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from scipy import stats
 
 from clipflow_ray.audit.repeats import numbered
-from clipflow_ray.data.resumable import Run
 from clipflow_ray.model.calibration import Calibration, verdict
+from clipflow_ray.runs.folder import Run
+from clipflow_ray.statistics import flagged_rate
 from clipflow_ray.storage import filesystem, join
 
 log = logging.getLogger(__name__)
@@ -85,24 +85,7 @@ def finalize(run: Run, alpha: float, constants: dict[str, str], dedupe: bool = F
     return {
         "rows": start,
         **{f"by_{name}": dict(sorted(counter.items())) for name, counter in counts.items()},
-        "flagged": flagged(counts["verdict"]["likely_ai"], counts["status"]["ok"], alpha),
-    }
-
-
-def flagged(count: int, scored: int, alpha: float) -> dict[str, Any]:
-    """Share of scored images with verdict likely_ai, its 95 % Wilson interval, and the excess over alpha.
-
-    `excess_lower_bound` is (low - alpha) / (1 - alpha), at least 0: a shift of domain raises it as AI images do.
-    """
-    if scored == 0:
-        return {"count": 0, "of": 0, "share": None, "wilson_95": None, "excess_lower_bound": None}
-    interval = stats.binomtest(count, scored).proportion_ci(method="wilson")
-    return {
-        "count": count,
-        "of": scored,
-        "share": count / scored,
-        "wilson_95": [float(interval.low), float(interval.high)],
-        "excess_lower_bound": max(0.0, (float(interval.low) - alpha) / (1.0 - alpha)),
+        "flagged": flagged_rate(counts["verdict"]["likely_ai"], counts["status"]["ok"], alpha),
     }
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipflow_ray.audit.ledger import SCORED
-from clipflow_ray.data.resumable import Run
+from clipflow_ray.runs.folder import Run
 from clipflow_ray.storage import filesystem, write_text
 
 log = logging.getLogger(__name__)

@@ -15,12 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy import stats
 
-from clipflow_ray import pages
 from clipflow_ray.audit.distribution import Distribution
-from clipflow_ray.audit.ledger import LEDGER, SCHEMA, flagged
+from clipflow_ray.audit.ledger import LEDGER, SCHEMA
 from clipflow_ray.config import DISCLAIMER, AuditConfig, ImageLimits
-from clipflow_ray.data.resumable import Run
 from clipflow_ray.model.calibration import Calibration
+from clipflow_ray.reports import pages
+from clipflow_ray.runs.folder import Run
+from clipflow_ray.statistics import flagged_rate
 from clipflow_ray.storage import write_text
 
 _EXAMPLES: Final = 3
@@ -113,7 +114,7 @@ def _rates(counts: Counter[tuple[str, str, str, str]], place: int, alpha: float)
     tests = [stats.binomtest(hits[name], of[name], alpha, "greater").pvalue for name in names]
     adjusted = stats.false_discovery_control(tests)
     table = [
-        {"name": name, **flagged(hits[name], of[name], alpha), "q": float(q), "marked": bool(q <= _FDR)}
+        {"name": name, **flagged_rate(hits[name], of[name], alpha), "q": float(q), "marked": bool(q <= _FDR)}
         for name, q in zip(names, adjusted, strict=True)
     ]
     return sorted(table, key=lambda row: (-row["share"], row["name"]))

@@ -17,11 +17,9 @@ from clipflow_ray.audit.report import write_report
 from clipflow_ray.config import AuditConfig, S3Options, validated
 from clipflow_ray.data import resources
 from clipflow_ray.data.inventory import rows, sources
-from clipflow_ray.data.lease import exclusive
 from clipflow_ray.data.listing import write_manifest
 from clipflow_ray.data.pipeline import read_then_encode
 from clipflow_ray.data.reading import read_and_decode, read_bytes
-from clipflow_ray.data.resumable import MANIFEST, Run
 from clipflow_ray.data.scoring import Score
 from clipflow_ray.errors import CalibrationError, ConfigError, InputError, ReadError
 from clipflow_ray.images import VIEW_SIZE
@@ -29,6 +27,8 @@ from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint
 from clipflow_ray.model.encoder import Encoder
 from clipflow_ray.model.weights import load_weights
+from clipflow_ray.runs.folder import MANIFEST, Run
+from clipflow_ray.runs.lease import exclusive
 from clipflow_ray.storage import join, normalized, resolved
 
 log = logging.getLogger(__name__)

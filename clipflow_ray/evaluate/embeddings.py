@@ -15,10 +15,10 @@ from clipflow_ray.data import resources
 from clipflow_ray.data.inventory import listing_hash
 from clipflow_ray.data.listing import write_manifest
 from clipflow_ray.data.pipeline import read_then_encode
-from clipflow_ray.data.resumable import MANIFEST, Run
 from clipflow_ray.data.scoring import Embed
 from clipflow_ray.evaluate.views import CASES, DRAW, VARIANTS, read_both, read_distorted
 from clipflow_ray.model.detector import Detector
+from clipflow_ray.runs.folder import MANIFEST, Run
 from clipflow_ray.storage import filesystem, join
 
 F32 = NDArray[np.float32]

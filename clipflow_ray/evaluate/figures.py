@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from clipflow_ray.audit.ledger import flagged as flagged_rate
 from clipflow_ray.evaluate import metrics
 from clipflow_ray.evaluate.baselines import BASELINES
 from clipflow_ray.evaluate.views import CASES, VARIANTS
 from clipflow_ray.model.calibration import Calibration
+from clipflow_ray.statistics import auroc, flagged_rate, wilson
 
 ALPHAS: Final = (0.01, 0.05)
 METADATA_ONLY: Final = "metadata_only"
@@ -62,7 +62,7 @@ def curves(robustness: pa.Table, calibration: Calibration) -> list[dict[str, Any
                 "distortion": name,
                 "level": level,
                 "n": _counts(rows["generated"]),
-                "auroc": metrics.auroc(rows["score"][~rows["generated"]], rows["score"][rows["generated"]]),
+                "auroc": auroc(rows["score"][~rows["generated"]], rows["score"][rows["generated"]]),
                 "tpr": {f"{alpha:g}": rate(alpha, rows["generated"]) for alpha in supported(calibration)},
                 "fpr": {f"{alpha:g}": rate(alpha, ~rows["generated"]) for alpha in supported(calibration)},
             }
@@ -106,7 +106,7 @@ def _headline(values: NDArray[Any], rows: Columns) -> dict[str, Any]:
     generated = rows["generated"]
     negative, positive = values[~generated], values[generated]
     return {
-        "auroc": metrics.auroc(negative, positive),
+        "auroc": auroc(negative, positive),
         "auroc_95": metrics.bootstrap_auroc(negative, positive),
         "average_precision": metrics.average_precision(negative, positive),
         "oracle_tpr": {f"{rate:g}": metrics.oracle_tpr(negative, positive, rate) for rate in ALPHAS},
@@ -117,7 +117,7 @@ def _headline(values: NDArray[Any], rows: Columns) -> dict[str, Any]:
 def _per_generator(values: NDArray[Any], rows: Columns) -> dict[str, Any]:
     """AUROC of each generator against all naturals, worst first; their mean and that of the worst quarter."""
     negative = values[~rows["generated"]]
-    each = {name: metrics.auroc(negative, values[mask]) for name, mask in _groups(rows, rows["generated"])}
+    each = {name: auroc(negative, values[mask]) for name, mask in _groups(rows, rows["generated"])}
     ordered = sorted(each.values())
     return {
         "macro_auroc": float(np.mean(ordered)),
@@ -131,7 +131,7 @@ def _of_seed(
 ) -> dict[str, float]:
     """The figures whose spread over seeds is told."""
     generated, rate = rows["generated"], _rates(scores, calibration)
-    result = {"auroc": metrics.auroc(scores[~generated], scores[generated]), **_per_generator(scores, rows)}
+    result = {"auroc": auroc(scores[~generated], scores[generated]), **_per_generator(scores, rows)}
     del result["per_generator_auroc"]
     for alpha in alphas:
         result |= {f"tpr_{alpha:g}": rate(alpha, generated)["rate"], f"fpr_{alpha:g}": rate(alpha, ~generated)["rate"]}
@@ -176,7 +176,7 @@ def _rates(scores: NDArray[Any], calibration: Calibration) -> Callable[[float, M
 
     def rate(alpha: float, mask: Mask) -> dict[str, Any]:
         count, of = int((scores[mask] > calibration.threshold(alpha)).sum()), int(mask.sum())
-        return {"flagged": count, "of": of, "rate": count / of, "wilson_95": metrics.wilson(count, of)}
+        return {"flagged": count, "of": of, "rate": count / of, "wilson_95": wilson(count, of)}
 
     return rate
 

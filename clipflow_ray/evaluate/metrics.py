@@ -6,18 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from sklearn.metrics import average_precision_score, roc_curve
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 Floats = NDArray[np.floating[Any]]
 Names = NDArray[np.str_]
-
-
-def auroc(negative: Floats, positive: Floats) -> float:
-    """Area under the ROC curve."""
-    return float(roc_auc_score(_labels(negative, positive), np.r_[negative, positive]))
 
 
 def average_precision(negative: Floats, positive: Floats) -> float:
@@ -31,12 +26,6 @@ def oracle_tpr(negative: Floats, positive: Floats, rate: float) -> float:
     """True-positive rate at the threshold where these very negatives give the false-positive `rate`: an oracle."""
     false, true, _ = roc_curve(_labels(negative, positive), np.r_[negative, positive], drop_intermediate=False)
     return float(true[np.searchsorted(false, rate, side="right") - 1])
-
-
-def wilson(count: int, of: int) -> tuple[float, float]:
-    """95 % Wilson interval of a share."""
-    interval = stats.binomtest(count, of).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def uniformity(p_values: Floats) -> dict[str, float]:

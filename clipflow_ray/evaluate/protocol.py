@@ -22,16 +22,16 @@ from numpy.typing import NDArray
 
 from clipflow_ray.config import DISCLAIMER, EvaluateConfig
 from clipflow_ray.data import resources
-from clipflow_ray.data.resumable import Run
 from clipflow_ray.errors import ConfigError, InputError
 from clipflow_ray.evaluate import metrics
 from clipflow_ray.evaluate.baselines import fit_baselines
 from clipflow_ray.evaluate.embeddings import EMBEDDINGS, both_variants, distortions, embeddings_of, readable
 from clipflow_ray.evaluate.figures import METADATA_ONLY, ORIGINAL, curves, figures, seed_column
-from clipflow_ray.evaluate.page import write_page
+from clipflow_ray.evaluate.report import write_page
 from clipflow_ray.evaluate.views import ALIGNED_BYTES, ALIGNED_SIDE, CASES, VARIANTS
 from clipflow_ray.model.checkpoint import load_checkpoint
 from clipflow_ray.model.detector import Detector
+from clipflow_ray.runs.folder import Run
 from clipflow_ray.storage import filesystem, join, normalized, resolved, write_text
 
 _FILE_COLUMNS: Final = ("row_id", "uri", "member", "group", "width", "height", "format", "bytes")

@@ -1,66 +1,165 @@
-"""The figures of an evaluation as a plain-text table for people."""
+"""The page of an evaluation: one self-contained HTML file with every figure, charts and the worst errors.
 
-from typing import Any
+All of it is derived from the per-image scores and the figures; thumbnails are read from the inputs again, small and
+few.
+"""
+
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+from sklearn.metrics import roc_curve
+
+from clipflow_ray.config import EvaluateConfig, ImageLimits
+from clipflow_ray.evaluate.figures import METADATA_ONLY, ORIGINAL, Columns, columns_of
+from clipflow_ray.evaluate.views import DISTORTIONS, VARIANTS
+from clipflow_ray.reports import pages
+from clipflow_ray.runs.folder import Run
+from clipflow_ray.storage import join, write_text
+
+_BINS: Final = 30
+_LINES: Final[dict[str, tuple[str, Any]]] = {
+    "flow": (pages.SUSPICIOUS_COLOUR, "-"),
+    "mahalanobis": ("#4c8fd6", "--"),
+    "knn": ("#2fa36b", "-."),
+    "natural_only_flow": ("#c08a1e", ":"),
+    "logistic_probe": ("#8f6fd1", (0, (5, 1))),
+    "mlp_probe": ("#3aa6a6", (0, (1, 1))),
+    METADATA_ONLY: (pages.GREY, (0, (3, 3))),
+}
+_AXES: Final = {
+    "jpeg": "JPEG quality",
+    "webp": "WebP quality",
+    "resize": "resize, factor on each side",
+    "crop": "crop, share of each side",
+    "blur": "Gaussian blur, pixels",
+    "web": "long edge 768, then JPEG quality",
+}
 
 
-def text(result: dict[str, Any]) -> str:
-    """Headline, baselines, generators worst first, false positives per source, by variant; then the robustness."""
-    lines = [
-        f"checkpoint {result['model_id']}, calibrated on {result['calibration_n']} natural images",
-        f"AUROC as found minus format-aligned: {result['format_gap_auroc']['flow']:+.3f}",
+def write_page(config: EvaluateConfig, run: Run, scores: pa.Table, result: dict[str, Any], limits: ImageLimits) -> str:
+    """Write `report.html` below the output; returns its URI. `run` lists the images, `result` are the figures."""
+    variants = {name: columns_of(scores, variant=name) for name in VARIANTS}
+    alpha = max(result["variants"][VARIANTS[0]]["thresholds"], key=float)
+    threshold = result["variants"][VARIANTS[0]]["thresholds"][alpha]["threshold"]
+    template = pages.environment("clipflow_ray.evaluate").get_template("report.html.j2")
+    text = template.render(
+        result=result,
+        found=result["variants"][VARIANTS[0]],
+        aligned=result["variants"][VARIANTS[1]],
+        alpha=alpha,
+        charts=[_charts(name, rows, result["variants"][name]) for name, rows in variants.items()],
+        p_value_chart=pages.p_value_chart(result["variants"][VARIANTS[0]]["p_values_of_naturals"]),
+        curves=_curves(result["robustness"], alpha) if result["robustness"] else [],
+        axes=_AXES,
+        gallery=_gallery(config.gallery, run, variants[VARIANTS[0]], threshold, limits) if config.gallery else {},
+        tables=["scores", "calibration", *(["robustness"] if result["robustness"] else [])],
+    )
+    write_text(join(config.output, "report.html"), text, config.s3)
+    return join(config.output, "report.html")
+
+
+def _charts(variant: str, rows: Columns, figures: dict[str, Any]) -> list[dict[str, str]]:
+    """ROC and score histograms of one variant, each `svg` with its `label` in words."""
+    title = variant.replace("_", " ")
+    table = {**figures["detectors"], METADATA_ONLY: figures[METADATA_ONLY]}
+    told = ", ".join(f"{name.replace('_', ' ')} {row['auroc']:.3f}" for name, row in table.items())
+    natural, generated = (np.median(rows["score"][mask]) for mask in (~rows["generated"], rows["generated"]))
+    return [
+        {"svg": _roc(title, rows, list(table)), "label": f"ROC curves, {title}. AUROC: {told}."},
+        {
+            "svg": _histogram(title, rows, figures["thresholds"]),
+            "label": f"Histogram of scores, {title}: median {natural:.3f} of natural and {generated:.3f} of "
+            "generated images; vertical lines are the fixed thresholds.",
+        },
     ]
-    for name, figures in result["variants"].items():
-        n = figures["n"]
-        lines += ["", f"== {name.replace('_', ' ')}: {n['natural']} natural, {n['generated']} generated"]
-        lines.append(f"{'':20}{'AUROC':>7}{'95 %':>16}{'AP':>7}{'macro':>7}{'worst q.':>9}")
-        for detector, row in figures["detectors"].items():
-            low, high = row["auroc_95"]
-            lines.append(
-                f"{detector:20}{row['auroc']:7.3f}{f'{low:.3f}-{high:.3f}':>16}{row['average_precision']:7.3f}"
-                f"{row['macro_auroc']:7.3f}{row['worst_quartile_auroc']:9.3f}"
-            )
-        lines.append(f"{'metadata only':20}{figures['metadata_only']['auroc']:7.3f}  (trained on the labels)")
-        if figures["not_beaten"]:
-            lines.append("the flow does not beat " + ", ".join(figures["not_beaten"]))
-        if spread := figures["over_seeds"].get("auroc"):
-            values = ", ".join(f"{v:.3f}" for v in figures["auroc_by_seed"])
-            lines.append(f"flow AUROC by seed: {values}; mean {spread['mean']:.3f}, deviation {spread['std']:.3f}")
-        for alpha, at in figures["thresholds"].items():
-            lines.append(
-                f"at alpha {alpha}: recall {at['tpr']['rate']:.3f}, false positives {at['fpr']['rate']:.3f}"
-                f" (expected {_span(at['false_positive_rate_95'])}), balanced accuracy {at['balanced_accuracy']:.3f}"
-            )
-            together = at["audited_together"]
-            lines.append(
-                f"    audited together {together['share']:.3f} are flagged, excess flag rate at least "
-                f"{together['excess_lower_bound']:.3f}, {together['generated_share']:.3f} are generated"
-            )
-            for source, row in at["per_source"].items():
-                inside = "inside" if row["inside"] else "OUTSIDE"
-                lines.append(
-                    f"    {source:28}{row['flagged']:4}/{row['of']:<4} false positives {row['rate']:.3f}, "
-                    f"{inside} {_span(row['expected_95'])}"
-                )
-        recall = figures["thresholds"]["0.05"]["per_generator"]
-        lines.append(f"{'generator, worst first':32}{'n':>5}{'AUROC':>7}{'recall at 5 %':>15}")
-        for generator, value in figures["detectors"]["flow"]["per_generator_auroc"].items():
-            row = recall[generator]
-            lines.append(f"    {generator:28}{row['of']:5}{value:7.3f}{row['rate']:9.2f} {_span(row['wilson_95'])}")
-    return "\n".join(lines + _robustness(result["robustness"]))
 
 
-def _robustness(points: list[dict[str, Any]]) -> list[str]:
-    if not points:
-        return []
-    n = points[0]["n"]
-    lines = ["", f"== robustness: {n['natural']} natural, {n['generated']} generated"]
-    lines.append(f"{'distortion':20}{'AUROC':>7}{'false positives at 5 %':>25}")
-    for point in points:
-        name = f"{point['distortion']} {point['level']:g}" if point["level"] else point["distortion"]
-        row = point["fpr"]["0.05"]
-        lines.append(f"{name:20}{point['auroc']:7.3f}{row['rate']:11.3f} {_span(row['wilson_95'])}")
-    return lines
+def _roc(title: str, rows: Columns, names: list[str]) -> str:
+    def draw(axes: Any) -> None:
+        axes.plot([0, 1], [0, 1], color=pages.GREY, linewidth=0.6)
+        for name in names:
+            colour, line = _LINES[name]
+            false, true, _ = roc_curve(rows["generated"], rows["score" if name == "flow" else name])
+            width = 2.2 if name == "flow" else 1.2
+            axes.plot(false, true, color=colour, linestyle=line, linewidth=width, label=name.replace("_", " "))
+        axes.set(title=title, xlabel="false-positive rate", ylabel="true-positive rate", xlim=(0, 1), ylim=(0, 1.01))
+        axes.legend(frameon=False, loc="lower right", fontsize="small")
+
+    return pages.chart(draw, (5.0, 4.2))
 
 
-def _span(interval: tuple[float, float]) -> str:
-    return f"{interval[0]:.3f}-{interval[1]:.3f}"
+def _histogram(title: str, rows: Columns, thresholds: dict[str, Any]) -> str:
+    def draw(axes: Any) -> None:
+        low, high = np.quantile(rows["score"], [0.01, 0.97])
+        edges = np.linspace(low, max(high, low + 1e-6), _BINS + 1)
+        for name, mask in (("natural", ~rows["generated"]), ("generated", rows["generated"])):
+            counts = np.histogram(np.clip(rows["score"][mask], edges[0], edges[-1]), bins=edges)[0]
+            if name == "natural":
+                style: dict[str, Any] = {"fill": True, "color": pages.NATURAL_COLOUR, "alpha": 0.6}
+            else:
+                style = {"color": pages.SUSPICIOUS_COLOUR, "linewidth": 2}
+            axes.stairs(counts / mask.sum(), edges, label=name, **style)
+        for alpha, at in thresholds.items():
+            if edges[0] <= at["threshold"] <= edges[-1]:
+                axes.axvline(at["threshold"], color=pages.GREY, linestyle="--", linewidth=1)
+                place = (at["threshold"], 0.98)
+                axes.annotate(alpha, place, xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right")
+        axes.set(title=title, xlabel="score (the ends hold what lies beyond)", ylabel="share of the class")
+        axes.legend(frameon=False, loc="center right")
+
+    return pages.chart(draw, (5.0, 4.2))
+
+
+def _curves(points: list[dict[str, Any]], alpha: str) -> list[dict[str, str]]:
+    """One chart a kind of distortion, from the original on: AUROC above, false-positive rate at `alpha` below."""
+    result = []
+    for name in DISTORTIONS:
+        own = [point for point in points if point["distortion"] in (ORIGINAL, name)]
+        told = "; ".join(
+            f"{level_of(point)}: AUROC {point['auroc']:.3f}, false positives {point['fpr'][alpha]['rate']:.3f}"
+            for point in own
+        )
+        result.append({"svg": _curve(own, name, alpha), "label": f"{_AXES[name]}. {told}."})
+    return result
+
+
+def _curve(points: list[dict[str, Any]], name: str, alpha: str) -> str:
+    def draw(axes: Any) -> None:
+        upper, lower = axes
+        x = np.arange(len(points))
+        rates = [point["fpr"][alpha] for point in points]
+        upper.plot(x, [point["auroc"] for point in points], "o-", color=pages.SUSPICIOUS_COLOUR)
+        upper.axhline(0.5, color=pages.GREY, linewidth=0.6)
+        upper.set(ylabel="AUROC", ylim=(0.35, 1.02))
+        lower.plot(x, [row["rate"] for row in rates], "o-", color="#4c8fd6")
+        lower.vlines(x, *zip(*(row["wilson_95"] for row in rates), strict=True), color="#4c8fd6", linewidth=1)
+        lower.axhline(float(alpha), color=pages.GREY, linestyle="--", linewidth=1)
+        lower.set(ylabel="false positives", xlabel=_AXES[name], ylim=(0, None), xticks=x)
+        lower.set_xticklabels([level_of(point) for point in points])
+
+    return pages.chart(draw, (4.2, 4.0), rows=2)
+
+
+def level_of(point: dict[str, Any]) -> str:
+    """The level of a robustness point in words."""
+    return ORIGINAL if point["distortion"] == ORIGINAL else f"{point['level']:g}"
+
+
+def _gallery(
+    size: int, run: Run, rows: Columns, threshold: float, limits: ImageLimits
+) -> dict[str, list[dict[str, Any]]]:
+    """Up to `size` errors of each kind at `threshold`, worst first."""
+    flagged = rows["score"] > threshold
+    order = np.argsort(rows["score"], kind="stable")
+    kinds = {
+        "Natural images that were flagged, highest score first": order[::-1][
+            (flagged & ~rows["generated"])[order[::-1]]
+        ],
+        "Generated images that were missed, lowest score first": order[(~flagged & rows["generated"])[order]],
+    }
+    names = ("row_id", "uri", "member", "group", "score", "p_value")
+    return {
+        title: pages.pictured(run, [{name: rows[name][at] for name in names} for at in chosen[:size]], limits)
+        for title, chosen in kinds.items()
+    }

@@ -1,7 +1,7 @@
 """Families that were learned: reconstructions by small auto-encoders that saw nothing but photographs.
 
 Of another kind than the rest, and never among the defaults: what they change is not stated but fitted (see
-`train/autoencoders.py`). Their decoders end as those of image generators do (Aligned Datasets, arXiv 2410.11835, and
+`lab/autoencoders.py`). Their decoders end as those of image generators do (Aligned Datasets, arXiv 2410.11835, and
 DDA take a generator's own; these are no generators).
 """
 

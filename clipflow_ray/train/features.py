@@ -15,10 +15,10 @@ from clipflow_ray.data import resources
 from clipflow_ray.data.inventory import listing_hash
 from clipflow_ray.data.listing import write_manifest
 from clipflow_ray.data.pipeline import read_then_encode
-from clipflow_ray.data.resumable import MANIFEST, Run
 from clipflow_ray.data.scoring import Embed
 from clipflow_ray.errors import TrainingError
 from clipflow_ray.model.encoder import Encoder
+from clipflow_ray.runs.folder import MANIFEST, Run
 from clipflow_ray.storage import filesystem, join
 from clipflow_ray.train.views import read_and_distort
 

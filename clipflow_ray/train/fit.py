@@ -14,8 +14,8 @@ from torch import Tensor
 
 from clipflow_ray.config import TrainConfig, stable_hash, validated
 from clipflow_ray.data import resources
-from clipflow_ray.data.resumable import Run
 from clipflow_ray.errors import TrainingError
+from clipflow_ray.runs.folder import Run
 from clipflow_ray.storage import filesystem, join
 from clipflow_ray.train import features
 from clipflow_ray.train.loop import SELECTION, Loop

@@ -7,7 +7,6 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from clipflow_ray import proxies
@@ -15,6 +14,7 @@ from clipflow_ray.config import FitConfig, TrainConfig
 from clipflow_ray.errors import TrainingError
 from clipflow_ray.model.flow import Flow
 from clipflow_ray.model.objective import Objective, boundary_of
+from clipflow_ray.statistics import auroc
 from clipflow_ray.train.features import Features
 from clipflow_ray.train.split import Split
 
@@ -128,10 +128,10 @@ def validate(flow: Flow, data: Split, device: torch.device) -> dict[str, float]:
             family = proxies.merged(part.family)
             scores |= {str(name): suspicion(part.where(family == name)) for name in np.unique(family)}
     flow.train()
-    auroc = {family: auroc_of(natural, proxy) for family, proxy in scores.items()}
+    ranked = {family: auroc(natural, proxy) for family, proxy in scores.items()}
     held_out = [str(family) for family in np.unique(data.held_out.family)]
     beyond = np.concatenate([scores[name] for name in held_out or scores]) > np.quantile(calibration, 0.95)
-    seen = [value for family, value in auroc.items() if family not in held_out]
+    seen = [value for family, value in ranked.items() if family not in held_out]
     plain = data.validation_natural.view == 0
     apart = source_separation(
         np.r_[natural[plain], calibration], np.r_[data.validation_natural.group[plain], data.calibration.group]
@@ -141,9 +141,9 @@ def validate(flow: Flow, data: Split, device: torch.device) -> dict[str, float]:
         "nll_natural_median": float(np.median(natural)),
         "tpr_5": float(np.mean(beyond)),
         "auroc_seen": float(np.mean(seen)),
-        SELECTION: float(np.mean([auroc[name] for name in held_out] or seen)),
+        SELECTION: float(np.mean([ranked[name] for name in held_out] or seen)),
         **({} if apart is None else {"auroc_sources": apart}),
-        **{f"auroc_{family}": value for family, value in auroc.items()},
+        **{f"auroc_{family}": value for family, value in ranked.items()},
     }
 
 
@@ -157,14 +157,8 @@ def source_separation(score: np.ndarray[Any, Any], group: np.ndarray[Any, Any]) 
     names, counts = np.unique(group, return_counts=True)
     largest = np.argsort(-counts, kind="stable")[:_MAX_SOURCES]
     parts = [score[group == name] for name in names[largest][counts[largest] >= _MIN_OF_SOURCE]]
-    pairs = [auroc_of(one, other) for one, other in combinations(parts, 2)]
+    pairs = [auroc(one, other) for one, other in combinations(parts, 2)]
     return float(np.mean([max(value, 1.0 - value) for value in pairs])) if pairs else None
-
-
-def auroc_of(natural: np.ndarray[Any, Any], suspicious: np.ndarray[Any, Any]) -> float:
-    """Area under the ROC curve of scores where higher means suspicious."""
-    labels = np.r_[np.zeros(len(natural)), np.ones(len(suspicious))]
-    return float(roc_auc_score(labels, np.r_[natural, suspicious]))
 
 
 def learning_rate(fit: FitConfig, step: int, steps: int) -> float:

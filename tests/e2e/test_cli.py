@@ -16,7 +16,7 @@ from tests.conftest import encoded, photo
 
 
 def run(*arguments: str, timeout: int = 300) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "clipflow_ray.cli", *arguments]
+    command = [sys.executable, "-m", "clipflow_ray", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
 

@@ -24,7 +24,7 @@ from clipflow_ray.model.flow import Flow
 from clipflow_ray.serve.tokens import new_token
 from tests.conftest import encoded, photo
 
-CLI = [sys.executable, "-m", "clipflow_ray.cli"]
+CLI = [sys.executable, "-m", "clipflow_ray"]
 
 
 @pytest.fixture(scope="module")

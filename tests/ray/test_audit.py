@@ -228,7 +228,7 @@ def test_an_audit_whose_driver_was_killed_goes_on_without_loss_or_duplicate(
     settings = config.model_copy(update={"output": str(output), "rows_per_task": 2, "batch_size": 2})
     file = tmp_path / "audit.yaml"
     file.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
-    command = [sys.executable, "-m", "clipflow_ray.cli", "audit", "--config", str(file)]
+    command = [sys.executable, "-m", "clipflow_ray", "audit", "--config", str(file)]
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
     def committed() -> list[Path]:

@@ -19,10 +19,10 @@ from playwright.sync_api import sync_playwright
 from clipflow_ray.audit import progress
 from clipflow_ray.audit.run import audit, error_rate, judge_again, plan
 from clipflow_ray.config import AuditConfig, ImageLimits, InventoryOptions, S3Options
-from clipflow_ray.data import lease
 from clipflow_ray.data.inventory import MANIFEST_SCHEMA, rows, sources
 from clipflow_ray.data.reading import read_bytes
 from clipflow_ray.errors import InputError, RunConflictError
+from clipflow_ray.runs import lease
 from clipflow_ray.storage import s3_client
 from tests.conftest import encoded, photo
 
@@ -231,7 +231,7 @@ def test_exit_codes_tell_errors_from_a_failed_gate(
 ) -> None:
     assert error_rate(record) == pytest.approx(1 / 49)
     assert record["flagged"]["count"] > 0
-    command = [sys.executable, "-m", "clipflow_ray.cli", "audit", "--input", config.input[0], "--output", config.output]
+    command = [sys.executable, "-m", "clipflow_ray", "audit", "--input", config.input[0], "--output", config.output]
     command += ["--checkpoint", config.checkpoint, "--alpha", "0.1", *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
@@ -240,7 +240,7 @@ def test_exit_codes_tell_errors_from_a_failed_gate(
 
 def test_sigterm_ends_a_run_with_a_sentence_and_the_next_one_goes_on(config: AuditConfig, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    command = [sys.executable, "-m", "clipflow_ray.cli", "audit", "--input", config.input[0], "--output", str(output)]
+    command = [sys.executable, "-m", "clipflow_ray", "audit", "--input", config.input[0], "--output", str(output)]
     command += ["--checkpoint", config.checkpoint, "--alpha", "0.1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as driver:
         deadline = time.monotonic() + 180

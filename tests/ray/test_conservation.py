@@ -122,7 +122,7 @@ def audit_until_killed(settings: AuditConfig, file: Path, blocks: int, kills: in
     output = Path(settings.output)
     file.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     before = len(list(output.glob("scored/*.parquet")))
-    command = [sys.executable, "-m", "clipflow_ray.cli", "audit", "--config", str(file)]
+    command = [sys.executable, "-m", "clipflow_ray", "audit", "--config", str(file)]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 180
     with killing(driver.pid, kills, output) as counted:

@@ -18,9 +18,9 @@ from clipflow_ray import proxies
 from clipflow_ray.config import EvaluateConfig, ProxyConfig
 from clipflow_ray.errors import ConfigError
 from clipflow_ray.evaluate import figures as derived
-from clipflow_ray.evaluate import report
 from clipflow_ray.evaluate.baselines import BASELINES
 from clipflow_ray.evaluate.protocol import evaluate, metadata_only
+from clipflow_ray.evaluate.text import text
 from clipflow_ray.evaluate.views import CASES
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import load_checkpoint
@@ -154,9 +154,9 @@ def test_all_baselines_stand_beside_the_flow_and_the_unreadable_image_is_counted
 def test_the_written_figures_are_the_returned_ones_and_the_text_names_worst_generator_first(result: dict) -> None:
     written = json.loads(Path(result["output"], "figures.json").read_text())
     assert written["auroc"] == result["auroc"]
-    text = report.text(written)
+    printed = text(written)
     order = list(written["variants"]["as_found"]["detectors"]["flow"]["per_generator_auroc"])
-    block = text[text.index("worst first") :]
+    block = printed[printed.index("worst first") :]
     assert block.index(order[0]) < block.index(order[1])
 
 

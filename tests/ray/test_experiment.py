@@ -18,7 +18,7 @@ from clipflow_ray.config import (
     load_yaml,
 )
 from clipflow_ray.errors import ConfigError
-from clipflow_ray.experiment import Experimented, _held_out_figures, experiment, rank_correlation, summarized
+from clipflow_ray.lab.experiment import Experimented, _held_out_figures, experiment, rank_correlation, summarized
 from clipflow_ray.train import features
 
 FIT = FitConfig(epochs=2, batch_size=32, learning_rate=2e-3)

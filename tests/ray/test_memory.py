@@ -50,7 +50,7 @@ def private_bytes(driver: psutil.Process) -> dict[str, int]:
 
 def peaks(checkpoint: str, source: Path, output: Path) -> dict[str, int]:
     """Audit `source` in a process of its own; the most that each kind of process held meanwhile."""
-    command = [sys.executable, "-m", "clipflow_ray.cli", "audit", "--input", str(source), "--output", str(output)]
+    command = [sys.executable, "-m", "clipflow_ray", "audit", "--input", str(source), "--output", str(output)]
     command += ["--checkpoint", checkpoint, "--alpha", "0.1"]
     found: dict[str, int] = defaultdict(int)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as audit:

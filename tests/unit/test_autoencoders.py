@@ -8,8 +8,8 @@ import torch
 
 from clipflow_ray.config import SplitConfig, TrainConfig
 from clipflow_ray.errors import InputError
+from clipflow_ray.lab import autoencoders
 from clipflow_ray.proxies.autoencoder import DECODERS, Autoencoder, Decoder, load
-from clipflow_ray.train import autoencoders
 from tests.conftest import encoded, photo
 
 VIEWS = np.stack([photo(at, (224, 224)) for at in range(4)])

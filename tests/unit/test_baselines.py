@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from clipflow_ray.config import TEST_TOWER, EncoderConfig, FlowConfig
-from clipflow_ray.evaluate import metrics
 from clipflow_ray.evaluate.baselines import BASELINES, fit_baselines
 from clipflow_ray.model.checkpoint import Checkpoint
 from clipflow_ray.model.flow import Flow
+from clipflow_ray.statistics import auroc
 from clipflow_ray.train.probes import fit_probes
 
 
@@ -30,8 +30,8 @@ def test_every_baseline_tells_what_lies_farther_out_and_an_older_checkpoint_has_
     )
     scorers = fit_baselines(checkpoint)
     assert tuple(scorers) == BASELINES
-    auroc = {name: metrics.auroc(scorer(natural[1000:]), scorer(proxy[1000:])) for name, scorer in scorers.items()}
-    assert min(auroc.values()) > 0.9
+    ranked = {name: auroc(scorer(natural[1000:]), scorer(proxy[1000:])) for name, scorer in scorers.items()}
+    assert min(ranked.values()) > 0.9
     kept = {name: checkpoint.reference[name] for name in ("natural", "probe")}
     without = dataclasses.replace(checkpoint, reference=kept)
     assert tuple(fit_baselines(without)) == BASELINES[:-1]

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from clipflow_ray.evaluate import metrics
+from clipflow_ray.statistics import auroc, wilson
 
 scores = st.lists(st.integers(-5, 5), min_size=2, max_size=30).map(lambda values: np.array(values, float))
 
@@ -15,7 +16,7 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order_with_ties_half(
     negative: np.ndarray, positive: np.ndarray
 ) -> None:
     pairs = np.sign(positive[:, None] - negative[None, :])
-    assert metrics.auroc(negative, positive) == pytest.approx((pairs.mean() + 1) / 2)
+    assert auroc(negative, positive) == pytest.approx((pairs.mean() + 1) / 2)
 
 
 @settings(max_examples=50, deadline=None)
@@ -41,7 +42,7 @@ def test_the_wilson_interval_is_the_textbook_formula() -> None:
     z, k, n = stats.norm.ppf(0.975), 7, 40
     centre = (k / n + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(k / n * (1 - k / n) / n + z**2 / (4 * n**2))
-    assert metrics.wilson(k, n) == pytest.approx((centre - half, centre + half))
+    assert wilson(k, n) == pytest.approx((centre - half, centre + half))
 
 
 def test_uniform_p_values_are_near_uniform_and_small_ones_are_not() -> None:
@@ -55,14 +56,14 @@ def test_the_bootstrap_interval_holds_the_auroc_and_shrinks_with_more_images() -
     for n in (30, 300):
         negative, positive = rng.normal(0, 1, n), rng.normal(1, 1, n)
         low, high = metrics.bootstrap_auroc(negative, positive, draws=300)
-        assert low < metrics.auroc(negative, positive) < high
+        assert low < auroc(negative, positive) < high
         widths.append(high - low)
     assert widths[1] < widths[0] / 2
 
 
 def test_the_bootstrap_resamples_each_class_with_ties_half() -> None:
     negative, positive, rng = np.array([0.0, 1, 1, 3]), np.array([1.0, 2, 3]), np.random.default_rng(0)
-    drawn = [metrics.auroc(rng.choice(negative, 4), rng.choice(positive, 3)) for _ in range(100)]
+    drawn = [auroc(rng.choice(negative, 4), rng.choice(positive, 3)) for _ in range(100)]
     assert metrics.bootstrap_auroc(negative, positive, 100) == pytest.approx(np.percentile(drawn, [2.5, 97.5]))
 
 
@@ -73,7 +74,7 @@ def test_metadata_alone_tells_classes_apart_only_where_it_differs() -> None:
 
     def told(formats: np.ndarray) -> float:
         suspicion = metrics.metadata_scores(formats, numbers, labels)
-        return metrics.auroc(suspicion[~labels], suspicion[labels])
+        return auroc(suspicion[~labels], suspicion[labels])
 
     assert told(np.where(labels, "PNG", "JPEG")) > 0.99
     assert 0.3 < told(same) < 0.7

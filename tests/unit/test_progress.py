@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from clipflow_ray.audit.ledger import SCORED
 from clipflow_ray.audit.progress import PROGRESS, reported
 from clipflow_ray.config import S3Options
-from clipflow_ray.data.resumable import Run
+from clipflow_ray.runs.folder import Run
 
 
 def test_a_file_that_is_still_being_written_costs_a_report_and_not_the_run(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from clipflow_ray.config import FlowConfig, SplitConfig
 from clipflow_ray.errors import ConfigError
-from clipflow_ray.experiment import _less
+from clipflow_ray.lab.experiment import _less
 from clipflow_ray.model.flow import Flow
 from clipflow_ray.train.features import Features
 from clipflow_ray.train.loop import source_separation, validate

@@ -19,8 +19,8 @@ from PIL import Image
 from clipflow_ray import sandbox
 from clipflow_ray.config import ImageLimits
 from clipflow_ray.data.reading import read_bytes
-from clipflow_ray.data.resumable import MANIFEST, Run
 from clipflow_ray.errors import ItemError
+from clipflow_ray.runs.folder import MANIFEST, Run
 
 NATURAL_COLOUR, SUSPICIOUS_COLOUR, GREY = "#8aa4c8", "#d1495b", "#808080"
 _THUMBNAIL: Final = 192
@@ -35,7 +35,7 @@ _STYLE: Final = {
 def environment(package: str) -> Environment:
     """Jinja for the templates of `package`, which may extend `page.html.j2`."""
     result = Environment(
-        loader=ChoiceLoader([PackageLoader(package), PackageLoader("clipflow_ray")]),
+        loader=ChoiceLoader([PackageLoader(package), PackageLoader("clipflow_ray.reports")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

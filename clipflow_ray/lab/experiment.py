@@ -18,11 +18,12 @@ import ray
 import torch
 from scipy import stats
 
-from clipflow_ray import pages, proxies
+from clipflow_ray import proxies
 from clipflow_ray.config import Candidate, ExperimentConfig, TrainConfig, stable_hash
 from clipflow_ray.data import resources
-from clipflow_ray.data.resumable import Run
 from clipflow_ray.errors import ConfigError, TrainingError
+from clipflow_ray.reports import pages
+from clipflow_ray.runs.folder import Run
 from clipflow_ray.storage import filesystem, join, normalized, read_text, resolved, write_text
 from clipflow_ray.train import features
 from clipflow_ray.train.features import Features
@@ -250,7 +251,7 @@ def _page(config: ExperimentConfig, rows: list[Row], summary: list[Row]) -> str:
                 {"svg": _looks(shown, config.looks, figure), "label": f"{name} against looks, as in the text."}
             )
     return (
-        pages.environment("clipflow_ray")
+        pages.environment("clipflow_ray.lab")
         .get_template("experiment.html.j2")
         .render(config=config, summary=summary, charts=charts, correlations=correlations)
     )

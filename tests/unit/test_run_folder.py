@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipflow_ray.config import S3Options
-from clipflow_ray.data.resumable import Run
+from clipflow_ray.runs.folder import Run
 
 
 def test_a_block_that_was_being_written_when_the_run_died_is_not_counted_as_done(tmp_path: Path) -> None:

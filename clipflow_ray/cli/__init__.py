@@ -1,0 +1,73 @@
+"""The command line, one file for each group of commands.
+
+stdout carries data, stderr carries progress. Exit codes: 0 done; 1 failure; 2 wrong usage; 3 more errors than
+`--max-error-rate`; 4 more flagged than `--fail-if-flag-rate-above`. A command imports its heavy modules itself, after
+it has checked its settings, so that `--help` and a wrong flag are answered at once.
+"""
+
+import logging
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from clipflow_ray import __version__
+from clipflow_ray.cli import audit, evaluate, machine, score, serve, train
+from clipflow_ray.config import DISCLAIMER
+from clipflow_ray.errors import ClipflowError, ConfigError
+
+app = typer.Typer(
+    name="clipflow-ray",
+    help="Detects AI-generated images by anomaly detection. " + DISCLAIMER,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (
+    audit.audit,
+    audit.finalize,
+    score.score,
+    train.train,
+    evaluate.evaluate,
+    train.proxies,
+    machine.weights,
+    machine.demo,
+    machine.doctor,
+):
+    app.command()(command)
+app.add_typer(serve.app, name="serve")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"clipflow-ray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Hold the options that come before a command. The program's help text is the application's."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code; a ClipflowError becomes one sentence on stderr."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr, datefmt="%H:%M:%S")
+    for name in ("botocore", "boto3", "urllib3"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        app(arguments, standalone_mode=True)
+    except ClipflowError as error:
+        print(f"error [{error.code}]: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+def _terminated(*_: object) -> None:
+    """Exit by SystemExit, so that every `finally` runs. Ray Data would print a ClipflowError with a traceback."""
+    print("error [terminated]: Stopped by SIGTERM; what is finished is kept. Repeat to go on.", file=sys.stderr)
+    sys.exit(1)

@@ -1,0 +1,141 @@
+"""`audit` and `finalize`."""
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from clipflow_ray.cli.options import (
+    Alpha,
+    AsJson,
+    BytesColumn,
+    Checkpoint,
+    ConfigFile,
+    Dedupe,
+    Endpoint,
+    Format,
+    GroupBy,
+    GroupColumn,
+    Inputs,
+    LabelColumn,
+    Output,
+    Region,
+    Unsigned,
+    UriColumn,
+    s3_options,
+)
+from clipflow_ray.config import DISCLAIMER, AuditConfig, S3Options, load_yaml
+
+
+def audit(
+    inputs: Inputs = None,
+    output: Output = None,
+    checkpoint: Checkpoint = None,
+    alpha: Alpha = None,
+    config: ConfigFile = None,
+    input_format: Format = None,
+    group_by: GroupBy = None,
+    uri_column: UriColumn = None,
+    bytes_column: BytesColumn = None,
+    group_column: GroupColumn = None,
+    label_column: LabelColumn = None,
+    endpoint_url: Endpoint = None,
+    region: Region = None,
+    unsigned: Unsigned = False,
+    gallery: Annotated[
+        int | None, typer.Option("--gallery", help="Images in each gallery; 0: none; default 24.")
+    ] = None,
+    sample: Annotated[
+        float | None, typer.Option("--sample", help="Share of the objects to score, such as 0.01.")
+    ] = None,
+    dedupe: Dedupe = None,
+    max_error_rate: Annotated[float | None, typer.Option("--max-error-rate", help="Exit 3 above it.")] = None,
+    fail_above: Annotated[
+        float | None, typer.Option("--fail-if-flag-rate-above", help="Exit 4 when a larger share is flagged.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what there is to do, and do nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score every image of a dataset and write a ledger. A run that was cut off goes on where it stopped."""
+    settings = load_yaml(
+        AuditConfig,
+        config,
+        {
+            "input": tuple(inputs or ()),
+            "output": output,
+            "checkpoint": checkpoint,
+            "alpha": alpha,
+            "inventory": {
+                "input_format": input_format,
+                "group_by": group_by,
+                "uri_column": uri_column,
+                "bytes_column": bytes_column,
+                "group_column": group_column,
+                "label_column": label_column,
+            },
+            "s3": s3_options(endpoint_url, region, unsigned),
+            "gallery": gallery,
+            "sample": sample,
+            "dedupe": dedupe,
+            "max_error_rate": max_error_rate,
+        },
+    )
+    from clipflow_ray.audit.run import audit as run
+    from clipflow_ray.audit.run import error_rate, plan
+
+    if dry_run:
+        print(json.dumps(plan(settings), indent=1))
+        return
+    record = run(settings)
+    print(json.dumps(record, indent=1) if as_json else summary(record))
+    if (rate := error_rate(record)) > settings.max_error_rate:
+        print(f"{rate:.1%} of the objects are errors, above {settings.max_error_rate:.1%}.", file=sys.stderr)
+        sys.exit(3)
+    share = record["flagged"]["share"]
+    if fail_above is not None and share is not None and share > fail_above:
+        print(f"{share:.1%} of the scored images are flagged, above {fail_above:.1%}.", file=sys.stderr)
+        sys.exit(4)
+
+
+def finalize(
+    output: Annotated[str, typer.Option("--output", help="Folder or s3:// prefix of a finished audit.")],
+    alpha: Alpha = None,
+    dedupe: Dedupe = None,
+    endpoint_url: Endpoint = None,
+    region: Region = None,
+    unsigned: Unsigned = False,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a finished audit again from its stored scores: verdicts, q-values and rates, without the encoder."""
+    from clipflow_ray.audit.run import judge_again
+
+    record = judge_again(output, alpha, dedupe, s3_options(endpoint_url, region, unsigned) or S3Options())
+    print(json.dumps(record, indent=1) if as_json else summary(record))
+
+
+def summary(record: dict[str, Any]) -> str:
+    flagged, timing = record["flagged"], record.get("timing", {})
+    lines = [f"{record['rows']} objects: " + _counted(record["by_status"])]
+    if record["by_error_code"]:
+        lines.append("errors: " + _counted(record["by_error_code"]))
+    lines.append("verdicts: " + _counted(record["by_verdict"]))
+    if flagged["of"]:
+        low, high = flagged["wilson_95"]
+        low_fpr, high_fpr = record["calibration"]["false_positive_rate_95"]
+        lines.append(
+            f"flagged at alpha {record['alpha']:g}: {flagged['count']} of {flagged['of']} scored, "
+            f"{flagged['share']:.1%} (95 % interval {low:.1%} to {high:.1%})"
+        )
+        lines.append(
+            f"on photographs like the {record['calibration']['calibration_n']} of the calibration, "
+            f"{low_fpr:.1%} to {high_fpr:.1%} would be flagged"
+        )
+    if timing:
+        lines.append(f"{timing['objects_per_second']:.1f} images/s over {timing['seconds']:.0f} s, start-up included")
+    lines += [f"ledger: {record['ledger']}", f"report: {record['report']}", DISCLAIMER]
+    return "\n".join(lines)
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"

@@ -1,0 +1,34 @@
+"""Options that several commands share."""
+
+from typing import Annotated
+
+import typer
+
+from clipflow_ray.config import S3Options
+
+Inputs = Annotated[
+    list[str] | None, typer.Option("--input", help="Folder, s3:// prefix, parquet, tar or list; repeatable.")
+]
+Output = Annotated[str | None, typer.Option("--output", help="Folder or s3:// prefix to write to.")]
+Checkpoint = Annotated[str | None, typer.Option("--checkpoint", help="Checkpoint directory; default: packaged.")]
+ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file; flags override it.")]
+Endpoint = Annotated[str | None, typer.Option("--endpoint-url", help="S3 endpoint; default: AWS_ENDPOINT_URL.")]
+Region = Annotated[str | None, typer.Option("--region", help="S3 region.")]
+Unsigned = Annotated[bool, typer.Option("--unsigned", help="Read public buckets without credentials.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print json.")]
+Alpha = Annotated[float | None, typer.Option("--alpha", help="False-positive rate to flag at; default 0.01.")]
+Format = Annotated[
+    str | None, typer.Option("--input-format", help="auto, images, manifest, parquet, webdataset or hf; default auto.")
+]
+GroupBy = Annotated[str | None, typer.Option("--group-by", help="prefix:N, the first N folders; default prefix:1.")]
+UriColumn = Annotated[str | None, typer.Option("--uri-column", help="Column with URIs; default uri.")]
+BytesColumn = Annotated[str | None, typer.Option("--bytes-column", help="Column with image bytes; default: the first.")]
+GroupColumn = Annotated[str | None, typer.Option("--group-column", help="Column with groups; default group.")]
+Dedupe = Annotated[str | None, typer.Option("--dedupe", help="sha256 counts equal files once; default none.")]
+LabelColumn = Annotated[str | None, typer.Option("--label-column", help="Column with labels; default label.")]
+
+
+def s3_options(endpoint_url: str | None, region: str | None, unsigned: bool) -> S3Options | None:
+    if not (endpoint_url or region or unsigned):
+        return None
+    return S3Options(endpoint_url=endpoint_url, region=region, unsigned=unsigned)

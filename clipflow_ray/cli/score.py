@@ -1,0 +1,59 @@
+"""`score`: a few files, on this machine or by a server."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clipflow_ray.cli.options import Alpha, AsJson, Checkpoint
+from clipflow_ray.config import DISCLAIMER
+from clipflow_ray.errors import ConfigError
+
+
+def score(
+    files: Annotated[list[Path], typer.Argument(help="Image files.")],
+    checkpoint: Checkpoint = None,
+    alpha: Alpha = None,
+    url: Annotated[
+        str | None, typer.Option("--url", help="Ask this server instead; its token is read from CLIPFLOW_TOKEN.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a few image files on this machine without Ray, or on a server."""
+    if url and checkpoint:
+        raise ConfigError("--url asks a server, which has its own checkpoint: leave out one of --url and --checkpoint.")
+    for path, found in zip(
+        files, _asked(url, files, alpha) if url else _detected(files, checkpoint, alpha), strict=True
+    ):
+        if as_json:
+            print(json.dumps({"file": str(path), **found}))
+        elif found["status"] == "error":
+            print(f"{path}: error {found['error']['code']}: {found['error']['message']}")
+        else:
+            print(f"{path}: {found['verdict']} (p {found['p_value']:.4f}, score {found['score']:.4f})")
+    print(DISCLAIMER, file=sys.stderr)
+
+
+def _detected(files: list[Path], checkpoint: str | None, alpha: float | None) -> list[dict[str, Any]]:
+    from clipflow_ray import load_detector
+
+    try:
+        data = [path.read_bytes() for path in files]
+    except OSError as error:
+        raise ConfigError(f"Cannot read {error.filename}: {error.strerror}.") from error
+    detector = load_detector(checkpoint)
+    findings = detector.detect(data) if alpha is None else detector.detect(data, alpha)
+    return [asdict(finding) for finding in findings]
+
+
+def _asked(url: str, files: list[Path], alpha: float | None) -> list[dict[str, Any]]:
+    from clipflow_ray.client import Client
+
+    with Client(url) as client:
+        most = client.model().limits.max_images
+        chunks = [files[at : at + most] for at in range(0, len(files), most)]
+        results = [result for chunk in chunks for result in client.detect(chunk, alpha).results]
+    return [result.model_dump(exclude_none=True) for result in results]

@@ -1,0 +1,49 @@
+"""`train` and `proxies`."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from clipflow_ray.cli.options import AsJson, ConfigFile, Endpoint, Inputs, Output, Region, Unsigned, s3_options
+from clipflow_ray.config import ProxyConfig, TrainConfig, load_yaml
+
+
+def train(
+    inputs: Inputs = None,
+    output: Output = None,
+    config: ConfigFile = None,
+    endpoint_url: Endpoint = None,
+    region: Region = None,
+    unsigned: Unsigned = False,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the fit.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", help="Ray Train workers.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train on natural images: encode views and proxies, fit the flow, calibrate, write a checkpoint."""
+    from clipflow_ray.train.run import train as run
+
+    settings = load_yaml(
+        TrainConfig,
+        config,
+        {"input": tuple(inputs or ()), "output": output, "s3": s3_options(endpoint_url, region, unsigned)},
+    )
+    changes = {key: value for key, value in (("seed", seed), ("workers", workers)) if value is not None}
+    result = run(settings.model_copy(update={"fit": settings.fit.model_copy(update=changes)}))
+    if as_json:
+        print(json.dumps(asdict(result)))
+    else:
+        print(f"checkpoint {result.model_id} in {result.checkpoint}")
+        print("  " + ", ".join(f"{name} {value:.3f}" for name, value in result.metrics.items()))
+
+
+def proxies(
+    inputs: Annotated[list[str], typer.Option("--input", help="Folder with natural images; repeatable.")],
+    output: Annotated[str, typer.Option("--output", help="PNG file to write.")],
+) -> None:
+    """Draw an example of each proxy family and the families' mean radial spectra."""
+    from clipflow_ray.train.picture import draw
+
+    count = draw(inputs, output, ProxyConfig())
+    print(f"{output}: {count} images")

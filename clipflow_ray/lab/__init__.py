@@ -1,0 +1,1 @@
+"""Experiments, benchmarks and the fitting of auto-encoders. The product imports nothing from here."""
