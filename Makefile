@@ -1,4 +1,5 @@
-# make demo | serve | test | stress | train-default | autoencoders | lock     The first run installs into .venv; later runs start at once.
+# make setup | demo | serve | test | stress | train-default | autoencoders | cluster | lock
+# The first run installs into .venv; later runs start at once.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ NATURAL ?= ../shared/data/natural
 WORK ?= runs/default
 SEEDS := 0 1 2
 
-.PHONY: setup demo serve test stress train-default autoencoders lock
+.PHONY: setup demo serve test stress train-default autoencoders cluster lock
 
 setup: $(VENV)/.installed
 
@@ -46,6 +47,10 @@ train-default: setup
 autoencoders: setup
 	$(BIN)/python jobs/autoencoders.py --config jobs/train_default.yaml --input "$(NATURAL)" \
 	  --output clipflow_ray/assets/autoencoders
+
+# The KubeRay files, from cluster/base.yaml.
+cluster: setup
+	$(BIN)/python cluster/render.py
 
 # Exact versions of what is installed now. torch pins its own CUDA packages, which differ by platform.
 lock: setup

@@ -6,6 +6,7 @@ Kubernetes' OpenAPI, groups by Ray's autoscaler, the Serve config by Ray Serve, 
 
 import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import yaml
 from jsonschema import Draft7Validator
 from ray.autoscaler._private.kuberay import autoscaling_config
 
+from clipflow_ray import __version__
 from clipflow_ray.cli import app
 from clipflow_ray.serve import edge, metrics
 
@@ -62,6 +64,21 @@ def test_gpu_pods_alone_ask_for_a_gpu_and_no_pod_runs_as_root(name: str) -> None
         assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (group.get("groupName") == "gpu")
         assert ("tolerations" in pod) == (group.get("groupName") == "gpu")
         assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
+
+
+def test_the_committed_files_are_what_the_base_renders() -> None:
+    rendered = runpy.run_path(str(CLUSTER / "render.py"))["documents"]()
+    assert sorted(rendered) == KUBERAY
+    for name, text in rendered.items():
+        assert (CLUSTER / name).read_text() == text, "run `make cluster`"
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_the_tag_of_every_image_is_the_version_of_the_package_and_ray_is_the_installed_one(name: str) -> None:
+    spec = cluster_spec(resource(name))
+    tags = re.findall(r"image: \S+clipflow-ray:(\S+)", (CLUSTER / name).read_text())
+    assert len(tags) == 3 and {tag.removesuffix("-cuda") for tag in tags} == {__version__}
+    assert spec["rayVersion"] == ray.__version__
 
 
 def test_the_vm_launcher_file_fits_rays_own_schema() -> None:
