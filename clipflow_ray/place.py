@@ -1,0 +1,491 @@
+"""A place: a URI together with what it takes to reach it. This is the only file that knows how a store is spoken to.
+
+Objects go through boto3 on `s3://` (any key, typed refusals) and through the operating system on disk. Parquet files
+and file objects go through pyarrow's file systems, which Ray Data takes as well. Credentials come from boto3's and
+pyarrow's own chains and are never part of a place. URIs stay `str`: a `Path` would drop the second slash of `s3://`.
+"""
+
+import os
+import random
+import shutil
+import stat
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, Final, TypeVar, cast
+
+import boto3
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from botocore import UNSIGNED
+from botocore.config import Config as BotoConfig
+from botocore.exceptions import BotoCoreError, ClientError, ConnectTimeoutError, ReadTimeoutError
+from urllib3.exceptions import HTTPError
+
+from clipflow_ray.config import AuditConfig, EvaluateConfig, S3Options, TrainConfig
+from clipflow_ray.errors import InputError, ItemCode, ReadError
+
+READ_SECONDS: Final = 30.0
+_READ_ATTEMPTS: Final = 5
+_FIRST_PAUSE: Final = 0.1
+_BODY_SECONDS: Final = 5.0
+_SLOWEST: Final = 1e6  # bytes a second
+_DENIED: Final = {"AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
+_BUSY: Final = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded"}
+_MISSING: Final = {"NoSuchKey", "NoSuchBucket", "404", "NotFound"}
+# What a store answers if the condition of a write does not hold; NoSuchKey if the object to be matched is gone.
+_UNMET: Final = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchKey", "404"}
+_CLIENTS: Final = threading.Lock()
+_DEFAULT: Final = S3Options()
+
+ConfigT = TypeVar("ConfigT", AuditConfig, EvaluateConfig, TrainConfig)
+
+
+@dataclass(frozen=True)
+class Place:
+    """An object, a folder or an s3 prefix, and the options to reach it. Hashable, picklable; its repr is the URI alone.
+
+    Use `at` for a URI that a user gave. The constructor takes the URI as it is.
+    """
+
+    uri: str
+    options: S3Options = field(default=_DEFAULT, repr=False)
+
+    @classmethod
+    def at(cls, uri: str | os.PathLike[str], options: S3Options = _DEFAULT) -> "Place":
+        """The place of an s3 URI, which stays as it is, or of a local path, which is made absolute.
+
+        Fills the options in from this process's environment, so that workers elsewhere see the same endpoint. Raises
+        InputError for any other scheme.
+        """
+        return cls(_normalized(os.fspath(uri)), _resolved(options))
+
+    def __truediv__(self, name: str) -> "Place":
+        """A child of a folder or prefix; `name` may hold slashes."""
+        return self.with_uri(f"{self.uri.rstrip('/')}/{name}")
+
+    def with_uri(self, uri: str) -> "Place":
+        """The place of another URI, as it is, reached with the same options."""
+        return Place(uri, self.options)
+
+    @property
+    def name(self) -> str:
+        """The last component of the URI."""
+        return self.uri.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def root(self) -> "Place":
+        """The bucket, or the root of the local disk."""
+        return self.with_uri("/" if self.is_local else "/".join(self.uri.split("/")[:3]))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the place is on disk, not in an object store."""
+        return not self.uri.startswith("s3://")
+
+    def holds(self, other: "Place") -> bool:
+        """Whether `other` is this place or lies below it: below a folder on disk, below a prefix on s3."""
+        if self.is_local:
+            return f"{other.uri}/".startswith(f"{self.uri.rstrip('/')}/")
+        return other.uri.startswith(self.uri)
+
+    # Objects of an input. They may be anything, so each read has a limit and every failure has a code.
+
+    def objects(self, required: bool = True) -> "Iterator[StoredObject]":
+        """Every object under a folder or a prefix, or the one object that the URI names; sorted within a folder.
+
+        Hidden names (leading dot) and empty folder markers are left out. Raises InputError if the store refuses the
+        listing, or if something is `required` and nothing is there.
+        """
+        found = False
+        for item in _list_local(self) if self.is_local else _list_s3(self):
+            if not _hidden(item.uri.removeprefix(self.uri)) and not item.uri.endswith("/"):
+                found = True
+                yield item
+        if required and not found:
+            raise InputError(f"{self.uri} holds no objects: check the path, or the prefix and its bucket.")
+
+    def folders(self) -> "list[Place]":
+        """The first folders under an s3 prefix, to be listed at the same time; together they hold all its objects.
+
+        The place itself if objects lie between the folders, if there are fewer than two, and on disk.
+        """
+        return [self] if self.is_local else _folders_s3(self)
+
+    def read(self, max_bytes: int, etag: str | None = None, span: tuple[int, int] | None = None) -> bytes:
+        """The object's bytes, or those of `span` (offset, size).
+
+        Raises ReadError with bad_uri, not_found, access_denied, read_timeout, read_failed or too_large_bytes, and
+        with changed if the object has another ETag than `etag`. On s3, faults (in mid-body too) and bodies that differ
+        from the checksum that the store sends are retried: five attempts within 30 seconds.
+        """
+        if "\0" in self.uri or ".." in self.uri.split("/") or (self.is_local and not self.uri.startswith("/")):
+            raise ReadError("bad_uri", "Only s3:// URIs and local paths without `..` are read.")
+        if span and span[1] > max_bytes:
+            raise ReadError("too_large_bytes", f"{span[1]} bytes; the limit is {max_bytes}.")
+        return _read_local(self.uri, max_bytes, span) if self.is_local else _read_s3(self, max_bytes, etag, span)
+
+    # Files of our own, and containers. A failure is an OSError, and FileNotFoundError if the file is missing.
+
+    def read_text(self) -> str:
+        """A small UTF-8 object."""
+        with self.stream() as file:
+            return file.read().decode()
+
+    def write(self, data: bytes | str) -> None:
+        """Write an object whole: readers see the old one or the new one. Text is written as UTF-8."""
+        content = data.encode() if isinstance(data, str) else data
+        if self.is_local:
+            _write_local(Path(self.uri), content)
+        else:
+            with _failing_as_os_error(f"Cannot write {self.uri}"):
+                _client(self.options).put_object(**_address(self.uri), Body=content)
+
+    def delete(self) -> None:
+        """Delete the object. Nothing happens if there is none."""
+        if self.is_local:
+            Path(self.uri).unlink(missing_ok=True)
+        else:
+            with _failing_as_os_error(f"Cannot delete {self.uri}"):
+                _client(self.options).delete_object(**_address(self.uri))
+
+    def exists(self) -> bool:
+        """Whether an object (not a folder) is there."""
+        fs, path = self._file_system()
+        return bool(fs.get_file_info(path).type == pafs.FileType.File)
+
+    def open(self) -> BinaryIO:
+        """A file object that can seek; the caller closes it."""
+        fs, path = self._file_system()
+        return cast(BinaryIO, fs.open_input_file(path))
+
+    def stream(self) -> BinaryIO:
+        """A file object to be read from its start to its end; the caller closes it."""
+        fs, path = self._file_system()
+        return cast(BinaryIO, fs.open_input_stream(path))
+
+    def names(self) -> "list[str]":
+        """The sorted names of the files and folders directly in this folder; none if the folder is missing."""
+        fs, path = self._file_system()
+        return sorted(info.base_name for info in fs.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
+
+    def make_folder(self) -> None:
+        """Create this folder and those above it, if they are missing."""
+        fs, path = self._file_system()
+        fs.create_dir(path, recursive=True)
+
+    def make_bucket(self) -> None:
+        """Create the bucket of this place. For servers that were just started; a user's bucket is never created."""
+        with _failing_as_os_error(f"Cannot create {self.root.uri}"):
+            _client(self.options).create_bucket(Bucket=_address(self.uri)["Bucket"])
+
+    def write_folder(self, files: Mapping[str, bytes]) -> None:
+        """Replace this folder by one with these `files`, by name.
+
+        On disk, readers see the old folder or the new one, except for the moment between two renames. On s3, the
+        objects are written in their order and an old object of another name stays: the last one should vouch for the
+        others.
+        """
+        if self.is_local:
+            _write_folder_local(Path(self.uri), files)
+        else:
+            for name, data in files.items():
+                (self / name).write(data)
+
+    # Parquet, and what libraries take.
+
+    def parquet(self, names: Sequence[str]) -> pads.Dataset:
+        """The parquet files `names` of this folder as one dataset, in their order."""
+        fs, path = self._file_system()
+        return pads.dataset([f"{path.rstrip('/')}/{name}" for name in names], filesystem=fs, format="parquet")
+
+    def read_parquet(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """A parquet file, or the `columns` of it. Raises ArrowInvalid if it is no parquet file."""
+        with self.open() as file:
+            return pq.read_table(file, columns=None if columns is None else [*columns])
+
+    def write_parquet(self, table: pa.Table, row_group_size: int | None = None) -> None:
+        """Write a table whole, as `write` does."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, row_group_size=row_group_size)
+        self.write(sink.getvalue().to_pybytes())
+
+    def arguments(self, path: str, filesystem: str) -> dict[str, Any]:
+        """Keyword arguments for a library that takes a path and a pyarrow file system, by the names that it gives them.
+
+        Ray Data and Ray Train are such libraries. Nothing else needs a file system.
+        """
+        fs, at = self._file_system()
+        return {path: at, filesystem: fs}
+
+    # Conditional writes to an object store, for a lease. On disk a lease is a lock of the kernel instead.
+
+    def read_with_etag(self) -> tuple[bytes, str] | None:
+        """A small object of an object store and its ETag, or None if there is none."""
+        with _failing_as_os_error(f"Cannot read {self.uri}"):
+            try:
+                response = _client(self.options).get_object(**_address(self.uri))
+                return response["Body"].read(), response["ETag"]
+            except ClientError as error:
+                if _code(error) in {"NoSuchKey", "404"}:
+                    return None
+                raise
+
+    def write_if(self, data: bytes, etag: str | None) -> str | None:
+        """Write to an object store if the object still has `etag`, or, with None, if there is no object yet.
+
+        Returns the new ETag, or None if the condition does not hold.
+        """
+        condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
+        with _failing_as_os_error(f"Cannot write {self.uri}"):
+            try:
+                response = _client(self.options).put_object(**_address(self.uri), Body=data, **condition)
+                return cast(str, response["ETag"])
+            except ClientError as error:
+                if _code(error) in _UNMET:
+                    return None
+                raise
+
+    def _file_system(self) -> tuple[pafs.FileSystem, str]:
+        """pyarrow's file system, and the path on it."""
+        if self.is_local:
+            return pafs.LocalFileSystem(), self.uri
+        settings: dict[str, Any] = {
+            "endpoint_override": self.options.endpoint_url,
+            "region": self.options.region,
+            "anonymous": self.options.unsigned,
+        }
+        return pafs.S3FileSystem(**{k: v for k, v in settings.items() if v}), self.uri.removeprefix("s3://")
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """A listed object: where it is, its size in bytes, and its ETag if the store has one."""
+
+    place: Place
+    bytes: int
+    etag: str | None
+
+    @property
+    def uri(self) -> str:
+        """The URI of its place."""
+        return self.place.uri
+
+
+def settled(config: ConfigT, *names: str) -> ConfigT:
+    """The config with absolute URIs in the fields `names` and the environment's options in `s3`.
+
+    Workers elsewhere then see the same places. Raises InputError for a URI that is neither local nor on s3.
+    """
+    values = {name: getattr(config, name) for name in names}
+    absolute = {
+        name: _normalized(value) if isinstance(value, str) else tuple(map(_normalized, value))
+        for name, value in values.items()
+    }
+    return config.model_copy(update={**absolute, "s3": _resolved(config.s3)})
+
+
+def _normalized(uri: str) -> str:
+    if uri.startswith("s3://"):
+        return uri
+    if "://" in uri:
+        raise InputError(f"{uri!r}: only s3:// URIs and local paths are read.")
+    return os.path.abspath(os.path.expanduser(uri))
+
+
+def _resolved(options: S3Options) -> S3Options:
+    endpoint = options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = options.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return options.model_copy(update={"endpoint_url": endpoint, "region": region})
+
+
+def _hidden(below: str) -> bool:
+    return any(part.startswith(".") and part not in {".", ".."} for part in below.split("/"))
+
+
+def _list_local(place: Place) -> Iterator[StoredObject]:
+    if os.path.isfile(place.uri):
+        yield StoredObject(place, os.path.getsize(place.uri), None)
+    for folder, folders, names in os.walk(place.uri):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = f"{folder}/{name}"
+            yield StoredObject(place.with_uri(path), os.path.getsize(path) if os.path.exists(path) else 0, None)
+
+
+def _read_local(path: str, max_bytes: int, span: tuple[int, int] | None) -> bytes:
+    try:
+        facts = os.stat(path)
+        if not stat.S_ISREG(facts.st_mode):
+            raise ReadError("read_failed", "Not a regular file.")
+        if span:
+            with open(path, "rb") as file:
+                file.seek(span[0])
+                return file.read(span[1])
+        size = facts.st_size
+        if size > max_bytes:
+            raise ReadError("too_large_bytes", f"{size} bytes; the limit is {max_bytes}.")
+        return Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise ReadError("not_found", "The file is not there.") from error
+    except PermissionError as error:
+        raise ReadError("access_denied", "The file may not be read.") from error
+    except OSError as error:
+        raise ReadError("read_failed", f"Reading failed: {error.strerror}.") from error
+
+
+def _write_local(target: Path, content: bytes) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    partial.write_bytes(content)
+    partial.replace(target)
+
+
+def _write_folder_local(target: Path, files: Mapping[str, bytes]) -> None:
+    old, partial = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("old", "tmp"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, data in files.items():
+        (partial / name).write_bytes(data)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _client(options: S3Options, attempts: int = 3) -> Any:
+    """This process's boto3 client for `options`, safe for threads, with bounded timeouts and standard retries."""
+    with _CLIENTS:  # threads that start at once would make one each
+        return _new_client(options, attempts)
+
+
+@lru_cache(maxsize=8)
+def _new_client(options: S3Options, attempts: int) -> Any:
+    config = BotoConfig(
+        connect_timeout=5,
+        read_timeout=10,
+        retries={"mode": "standard", "total_max_attempts": attempts},
+        max_pool_connections=32,
+        signature_version=UNSIGNED if options.unsigned else None,
+    )
+    session = boto3.session.Session()  # the default session is not safe to share between threads
+    return session.client("s3", endpoint_url=options.endpoint_url, region_name=options.region, config=config)
+
+
+def _split_s3(uri: str) -> tuple[str, str]:
+    """`s3://bucket/a//b` -> (`bucket`, `a//b`)."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise InputError(f"{uri!r} names no bucket; write s3://bucket/prefix.")
+    return bucket, key
+
+
+def _address(uri: str) -> dict[str, str]:
+    bucket, key = _split_s3(uri)
+    return {"Bucket": bucket, "Key": key}
+
+
+def _list_s3(place: Place) -> Iterator[StoredObject]:
+    bucket, prefix = _split_s3(place.uri)
+    try:
+        pages = _client(place.options).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        for page in pages:
+            for item in page.get("Contents", ()):
+                found = place.with_uri(f"s3://{bucket}/{item['Key']}")
+                yield StoredObject(found, int(item["Size"]), item["ETag"])
+    except (ClientError, BotoCoreError) as error:
+        raise InputError(f"Cannot list {place.uri}: {error}. Check bucket, endpoint and credentials.") from error
+
+
+def _folders_s3(place: Place) -> list[Place]:
+    bucket, prefix = _split_s3(place.uri)
+    try:
+        page = _client(place.options).list_objects_v2(Bucket=bucket, Prefix=prefix, Delimiter="/")
+    except (ClientError, BotoCoreError) as error:
+        raise InputError(f"Cannot list {place.uri}: {error}. Check bucket, endpoint and credentials.") from error
+    folders = [f"s3://{bucket}/{item['Prefix']}" for item in page.get("CommonPrefixes", ())]
+    if page.get("IsTruncated") or page.get("Contents") or len(folders) < 2:
+        return [place]
+    return [place.with_uri(folder) for folder in folders if not _hidden(folder.removeprefix(place.uri))]
+
+
+def _read_s3(place: Place, max_bytes: int, etag: str | None, span: tuple[int, int] | None) -> bytes:
+    deadline = time.monotonic() + READ_SECONDS
+    for attempt in range(_READ_ATTEMPTS):
+        code: ItemCode = "read_failed"
+        try:
+            return _get(place, max_bytes, etag, span, deadline)
+        except ClientError as error:
+            if not _transient(error):
+                raise _refusal(error) from error
+            reason: Exception = error
+        except (BotoCoreError, HTTPError) as error:
+            reason = error
+            if isinstance(error, ReadTimeoutError | ConnectTimeoutError):
+                code = "read_timeout"
+        pause = random.uniform(0.5, 1.0) * _FIRST_PAUSE * 2**attempt
+        if time.monotonic() + pause >= deadline:
+            raise ReadError("read_timeout", f"The object did not come within {READ_SECONDS:g} s.") from reason
+        if attempt + 1 < _READ_ATTEMPTS:
+            time.sleep(pause)
+    raise ReadError(code, f"Reading failed {_READ_ATTEMPTS} times: {type(reason).__name__}.") from reason
+
+
+def _get(place: Place, max_bytes: int, etag: str | None, span: tuple[int, int] | None, deadline: float) -> bytes:
+    client = _client(place.options, attempts=1)  # the caller retries, so that attempts do not multiply
+    condition = {"IfMatch": etag} if etag else {}
+    if span:
+        condition["Range"] = f"bytes={span[0]}-{span[0] + span[1] - 1}"
+    response = client.get_object(**_address(place.uri), **condition)
+    body = response["Body"]
+    with body as stream:  # the stream below `body`, which checks length and checksum
+        if response["ContentLength"] > max_bytes:
+            raise ReadError("too_large_bytes", f"{response['ContentLength']} bytes; the limit is {max_bytes}.")
+        # A sender that dribbles never hits a socket timeout, so the time of the whole body is limited.
+        patience = _BODY_SECONDS + response["ContentLength"] / _SLOWEST
+        limit = threading.Timer(max(0.0, min(patience, deadline - time.monotonic())), _cut, [stream])
+        limit.start()
+        try:
+            return cast(bytes, body.read())
+        finally:
+            limit.cancel()
+
+
+def _cut(stream: Any) -> None:
+    with suppress(RuntimeError, ValueError, OSError):  # it ended meanwhile
+        stream.shutdown()
+
+
+@contextmanager
+def _failing_as_os_error(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (ClientError, BotoCoreError) as error:
+        raise OSError(f"{what}: {error}") from error
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _transient(error: ClientError) -> bool:
+    """Whether the store may answer the same request otherwise in a moment."""
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    return status >= 500 or status == 429 or _code(error) in _BUSY
+
+
+def _refusal(error: ClientError) -> ReadError:
+    code = _code(error)
+    if code in _MISSING:
+        return ReadError("not_found", "The object is not there.")
+    if code in _DENIED:
+        return ReadError("access_denied", "The credentials at hand may not read this object.")
+    if code in {"PreconditionFailed", "412"}:
+        return ReadError("changed", "The object changed after it was listed; run again on a new output.")
+    return ReadError("read_failed", f"The store answered {code or 'an error'}.")
