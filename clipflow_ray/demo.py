@@ -19,10 +19,10 @@ import numpy as np
 from PIL import Image
 
 from clipflow_ray import proxies
-from clipflow_ray.config import ProxyConfig, S3Options
+from clipflow_ray.config import ProxyConfig
 from clipflow_ray.errors import ClipflowError
 from clipflow_ray.images import Pixels
-from clipflow_ray.storage import s3_client
+from clipflow_ray.place import Place
 
 BUCKET: Final = "clipflow-demo"
 _CROP: Final = 384
@@ -37,8 +37,11 @@ _STRONG: Final[dict[str, dict[str, tuple[float, ...]]]] = {
 
 
 @contextmanager
-def s3_server() -> Iterator[S3Options]:
-    """A moto S3 server process on a free loopback port, ended when the context ends; sets throw-away credentials."""
+def s3_server() -> Iterator[Place]:
+    """A moto S3 server process on a free loopback port with an empty bucket, which is the place that this yields.
+
+    The server ends with the context. Sets throw-away credentials in this process's environment.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -47,19 +50,18 @@ def s3_server() -> Iterator[S3Options]:
     try:
         _wait_for(server, port)
         os.environ |= {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo"}
-        yield S3Options(endpoint_url=f"http://127.0.0.1:{port}", region="us-east-1")
+        yield Place.new_bucket(BUCKET, f"http://127.0.0.1:{port}")
     finally:
         server.terminate()
         server.wait(10)
 
 
-def fill_bucket(s3: S3Options) -> str:
-    """Create the demo bucket and its objects; returns the URI of their prefix."""
-    client = s3_client(s3)
-    client.create_bucket(Bucket=BUCKET)
+def fill_bucket(bucket: Place) -> str:
+    """Write the demo's objects; returns the URI of their prefix."""
+    images = bucket / "images/"
     for key, data in objects():
-        client.put_object(Bucket=BUCKET, Key=f"images/{key}", Body=data)
-    return f"s3://{BUCKET}/images/"
+        (images / key).write(data)
+    return images.uri
 
 
 def objects() -> Iterator[tuple[str, bytes]]:

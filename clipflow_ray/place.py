@@ -66,6 +66,14 @@ class Place:
         """
         return cls(_normalized(os.fspath(uri)), _resolved(options))
 
+    @classmethod
+    def new_bucket(cls, name: str, endpoint_url: str) -> "Place":
+        """Create a bucket on an S3 server that a demo or a test has just started. No other bucket is ever created."""
+        place = cls(f"s3://{name}", S3Options(endpoint_url=endpoint_url, region="us-east-1"))
+        with _failing_as_os_error(f"Cannot create {place.uri}"):
+            _client(place.options).create_bucket(Bucket=name)
+        return place
+
     def __truediv__(self, name: str) -> "Place":
         """A child of a folder or prefix; `name` may hold slashes."""
         return self.with_uri(f"{self.uri.rstrip('/')}/{name}")
@@ -97,7 +105,7 @@ class Place:
 
     # Objects of an input. They may be anything, so each read has a limit and every failure has a code.
 
-    def objects(self, required: bool = True) -> "Iterator[StoredObject]":
+    def objects(self, required: bool = True) -> Iterator["StoredObject"]:
         """Every object under a folder or a prefix, or the one object that the URI names; sorted within a folder.
 
         Hidden names (leading dot) and empty folder markers are left out. Raises InputError if the store refuses the
@@ -111,7 +119,7 @@ class Place:
         if required and not found:
             raise InputError(f"{self.uri} holds no objects: check the path, or the prefix and its bucket.")
 
-    def folders(self) -> "list[Place]":
+    def folders(self) -> list["Place"]:
         """The first folders under an s3 prefix, to be listed at the same time; together they hold all its objects.
 
         The place itself if objects lie between the folders, if there are fewer than two, and on disk.
@@ -170,7 +178,7 @@ class Place:
         fs, path = self._file_system()
         return cast(BinaryIO, fs.open_input_stream(path))
 
-    def names(self) -> "list[str]":
+    def names(self) -> list[str]:
         """The sorted names of the files and folders directly in this folder; none if the folder is missing."""
         fs, path = self._file_system()
         return sorted(info.base_name for info in fs.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
@@ -179,11 +187,6 @@ class Place:
         """Create this folder and those above it, if they are missing."""
         fs, path = self._file_system()
         fs.create_dir(path, recursive=True)
-
-    def make_bucket(self) -> None:
-        """Create the bucket of this place. For servers that were just started; a user's bucket is never created."""
-        with _failing_as_os_error(f"Cannot create {self.root.uri}"):
-            _client(self.options).create_bucket(Bucket=_address(self.uri)["Bucket"])
 
     def write_folder(self, files: Mapping[str, bytes]) -> None:
         """Replace this folder by one with these `files`, by name.
@@ -276,6 +279,11 @@ class StoredObject:
     def uri(self) -> str:
         """The URI of its place."""
         return self.place.uri
+
+
+def places(uris: Sequence[str], options: S3Options) -> list[Place]:
+    """The place of each URI, as `Place.at` makes it."""
+    return [Place.at(uri, options) for uri in uris]
 
 
 def settled(config: ConfigT, *names: str) -> ConfigT:

@@ -2,10 +2,14 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
+import boto3
 import numpy as np
 import pytest
 from PIL import Image
+
+from clipflow_ray.place import Place
 
 SOURCES = ("alpine", "harbour", "kitchen", "market", "meadow", "studio")
 
@@ -28,6 +32,11 @@ def encoded(rgb: np.ndarray, kind: str = "JPEG", **options: object) -> bytes:
     out = io.BytesIO()
     Image.fromarray(rgb).save(out, kind, **options)
     return out.getvalue()
+
+
+def s3_client(place: Place) -> Any:
+    """boto3's own client for the server of `place`, so that tests check our code against another program."""
+    return boto3.client("s3", endpoint_url=place.options.endpoint_url, region_name=place.options.region)
 
 
 def scan_bomb() -> bytes:

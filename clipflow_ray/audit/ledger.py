@@ -10,15 +10,12 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as pads
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from clipflow_ray.audit.repeats import numbered
 from clipflow_ray.model.calibration import Calibration, verdict
 from clipflow_ray.runs.folder import Run
 from clipflow_ray.statistics import flagged_rate
-from clipflow_ray.storage import filesystem, join
 
 log = logging.getLogger(__name__)
 
@@ -70,18 +67,16 @@ def finalize(run: Run, alpha: float, constants: dict[str, str], dedupe: bool = F
     same bytes; with `dedupe` the others are skipped_duplicate, keep their scores and count nowhere else. One file of
     the ledger belongs to one file of scores, so a repeated call replaces it.
     """
-    fs, path = filesystem(run.path(LEDGER), run.s3)
-    fs.create_dir(path, recursive=True)
     counts: dict[str, Counter[str]] = {"status": Counter(), "error_code": Counter(), "verdict": Counter()}
     start = 0
     with numbered(run.parts(SCORED)) as rows:
         q_values = rows.q_values(dedupe)
-        for fragment, table in _tables(run):
+        for name, table in _tables(run):
             table = _judged(table, q_values, rows.repeated(start, len(table)), dedupe, alpha, constants)
             start += len(table)
-            pq.write_table(table, join(path, fragment.path.rsplit("/", 1)[-1]), filesystem=fs)
-            for name, counter in counts.items():
-                counter.update(value for value in table[name].to_pylist() if value is not None)
+            (run.place / LEDGER / name).write_parquet(table)
+            for column, counter in counts.items():
+                counter.update(value for value in table[column].to_pylist() if value is not None)
     return {
         "rows": start,
         **{f"by_{name}": dict(sorted(counter.items())) for name, counter in counts.items()},
@@ -98,11 +93,11 @@ def calibration_card(calibration: Calibration, alpha: float) -> dict[str, Any]:
     }
 
 
-def _tables(run: Run) -> Iterator[tuple[pads.Fragment, pa.Table]]:
-    """Each file of scores and its rows."""
+def _tables(run: Run) -> Iterator[tuple[str, pa.Table]]:
+    """The name of each file of scores, and its rows."""
     for part in run.parts(SCORED):
         for fragment in part.get_fragments():
-            yield fragment, fragment.to_table(schema=part.schema)
+            yield fragment.path.rsplit("/", 1)[-1], fragment.to_table(schema=part.schema)
 
 
 def _judged(

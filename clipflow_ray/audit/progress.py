@@ -11,11 +11,9 @@ from datetime import UTC, datetime
 from typing import Final
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipflow_ray.audit.ledger import SCORED
 from clipflow_ray.runs.folder import Run
-from clipflow_ray.storage import filesystem, write_text
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +68,7 @@ class _Progress:
                 "errors": dict(sorted(self._codes.items())),
                 "at": datetime.now(UTC).isoformat(timespec="seconds"),
             }
-            write_text(self._run.path(PROGRESS), json.dumps(state) + "\n", self._run.s3)
+            (self._run.place / PROGRESS).write(json.dumps(state) + "\n")
         except (OSError, pa.ArrowInvalid) as error:
             log.warning("progress was not written: %s", error)
             return
@@ -79,10 +77,10 @@ class _Progress:
         log.info("%d of %d objects, %.1f/s%s, %d errors", self._done, self._total, rate, eta, errors)
 
     def _count(self) -> None:
-        fs, _ = filesystem(self._run.folder, self._run.s3)
-        for path in self._run.table(SCORED).files:
-            if path not in self._seen:
-                codes = pq.read_table(path, columns=["error_code"], filesystem=fs)["error_code"].to_pylist()
-                self._seen.add(path)
+        for name in self._run.files(SCORED):
+            if name not in self._seen:
+                table = (self._run.place / SCORED / name).read_parquet(["error_code"])
+                codes = table["error_code"].to_pylist()
+                self._seen.add(name)
                 self._done += len(codes)
                 self._codes.update(code for code in codes if code)

@@ -22,7 +22,6 @@ from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.reports import pages
 from clipflow_ray.runs.folder import Run
 from clipflow_ray.statistics import flagged_rate
-from clipflow_ray.storage import write_text
 
 _EXAMPLES: Final = 3
 _MAX_GROUPS: Final = 200
@@ -39,12 +38,12 @@ def write_report(run: Run, record: dict[str, Any], calibration: Calibration, gal
     facts = facts_of(run, record, calibration)
     pictures = _gallery(run, gallery, column) if gallery else {}
     templates = pages.environment("clipflow_ray.audit")
-    write_text(run.path("report.json"), json.dumps(facts, indent=1) + "\n", run.s3)
+    (run.place / "report.json").write(json.dumps(facts, indent=1) + "\n")
     for name in ("report.md", "report.html"):
         charts = _charts(facts) if name.endswith("html") else {}
         text = templates.get_template(f"{name}.j2").render(**facts, charts=charts, gallery=pictures)
-        write_text(run.path(name), text, run.s3)
-    return run.path("report.html")
+        (run.place / name).write(text)
+    return (run.place / "report.html").uri
 
 
 def facts_of(run: Run, record: dict[str, Any], calibration: Calibration) -> dict[str, Any]:

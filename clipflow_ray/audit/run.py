@@ -14,7 +14,7 @@ from clipflow_ray import __version__
 from clipflow_ray.audit.ledger import LEDGER, SCORED, calibration_card, finalize
 from clipflow_ray.audit.progress import reported
 from clipflow_ray.audit.report import write_report
-from clipflow_ray.config import AuditConfig, S3Options, validated
+from clipflow_ray.config import AuditConfig, validated
 from clipflow_ray.data import resources
 from clipflow_ray.data.inventory import rows, sources
 from clipflow_ray.data.listing import write_manifest
@@ -27,9 +27,9 @@ from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint
 from clipflow_ray.model.encoder import Encoder
 from clipflow_ray.model.weights import load_weights
+from clipflow_ray.place import Place, places, settled
 from clipflow_ray.runs.folder import MANIFEST, Run
 from clipflow_ray.runs.lease import exclusive
-from clipflow_ray.storage import join, normalized, resolved
 
 log = logging.getLogger(__name__)
 
@@ -45,19 +45,14 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     """
     if not config.input:
         raise ConfigError("Name at least one --input to audit.")
-    config = config.model_copy(
-        update={
-            "input": tuple(normalized(uri) for uri in config.input),
-            "output": normalized(config.output),
-            "s3": resolved(config.s3),
-        }
-    )
-    checkpoint = load_checkpoint(config.checkpoint, config.s3)
+    config = settled(config, "input", "output")
+    checkpoint = load_checkpoint(Place.at(config.checkpoint, config.s3))
     if checkpoint.calibration is None:
         raise CalibrationError("The checkpoint has no calibration; train it with a calibration split.")
     calibration_card(checkpoint.calibration, config.alpha)  # an alpha that it does not support is refused before work
-    with exclusive(config.output, config.s3):
-        return _audited(config, Run(config.output, config.s3), checkpoint, checkpoint.calibration)
+    run = Run(Place.at(config.output, config.s3))
+    with exclusive(run.place):
+        return _audited(config, run, checkpoint, checkpoint.calibration)
 
 
 def _audited(config: AuditConfig, run: Run, checkpoint: Checkpoint, calibration: Calibration) -> dict[str, Any]:
@@ -79,7 +74,7 @@ def _audited(config: AuditConfig, run: Run, checkpoint: Checkpoint, calibration:
 
     def list_inputs() -> int:
         resources.connect()
-        count = write_manifest(config.input, run.path(MANIFEST), config.s3, config.inventory)
+        count = write_manifest(places(config.input, config.s3), run.place / MANIFEST, config.inventory)
         _check_readable(config, run)
         return count
 
@@ -90,7 +85,7 @@ def _audited(config: AuditConfig, run: Run, checkpoint: Checkpoint, calibration:
     if not run.finished:
         record["config"] = config.model_dump(mode="json")
         _score(config, run, checkpoint, record)
-    record |= {"alpha": config.alpha, "dedupe": config.dedupe, "ledger": join(config.output, LEDGER)}
+    record |= {"alpha": config.alpha, "dedupe": config.dedupe, "ledger": (run.place / LEDGER).uri}
     record["calibration"] = calibration_card(calibration, config.alpha)
     record |= finalize(run, config.alpha, constants, config.dedupe == "sha256")
     record["report"] = write_report(run, record, calibration, config.gallery, config.inventory.bytes_column)
@@ -105,11 +100,10 @@ def plan(config: AuditConfig) -> dict[str, Any]:
     """
     if not config.input:
         raise ConfigError("Name at least one --input to audit.")
-    s3 = resolved(config.s3)
-    checkpoint = load_checkpoint(config.checkpoint, s3)
+    checkpoint = load_checkpoint(Place.at(config.checkpoint, config.s3))
     objects, size, names = 0, 0, Counter[str]()
-    for source in sources(config.input, s3, config.inventory.input_format):
-        for row in rows(source, s3, config.inventory):
+    for source in sources(places(config.input, config.s3), config.inventory.input_format):
+        for row in rows(source, config.inventory):
             objects += 1
             size += row["bytes"] or 0
             names[os.path.splitext(row["member"] or row["uri"])[1].lower() or "none"] += 1
@@ -136,20 +130,19 @@ def plan(config: AuditConfig) -> dict[str, Any]:
     }
 
 
-def judge_again(output: str, alpha: float | None, dedupe: str | None, s3: S3Options) -> dict[str, Any]:
-    """Verdicts, q-values and rates of a finished audit at another `alpha` or `dedupe`, from its stored scores.
+def judge_again(changes: AuditConfig) -> dict[str, Any]:
+    """Verdicts, q-values and rates of a finished audit in `changes.output`, from its stored scores.
 
-    Needs the checkpoint, for its calibration, and no encoder. Raises InputError where the output holds no finished
-    audit.
+    The settings that `changes` names, such as `alpha` and `dedupe`, replace the audit's; it keeps the others. Needs the
+    checkpoint, for its calibration, and no encoder. Raises InputError where the output holds no finished audit.
     """
-    run = Run(normalized(output), resolved(s3))
+    run = Run(Place.at(changes.output, changes.s3))
     record = run.record()
     if record is None or not run.finished or "config" not in record:
-        raise InputError(f"{output} holds no finished audit; run or repeat `clipflow-ray audit` first.")
-    stored = record["config"]["s3"] | s3.model_dump(exclude_defaults=True)  # the gallery reads the input again
-    changes = {"alpha": alpha, "dedupe": dedupe, "output": output, "s3": stored}
-    values = record["config"] | {key: value for key, value in changes.items() if value is not None}
-    return audit(validated(AuditConfig, values))
+        raise InputError(f"{changes.output} holds no finished audit; run or repeat `clipflow-ray audit` first.")
+    named = changes.model_dump(mode="json", exclude_unset=True)
+    s3 = record["config"]["s3"] | named.get("s3", {})  # the gallery reads the input again
+    return audit(validated(AuditConfig, record["config"] | named | {"s3": s3}))
 
 
 def error_rate(record: dict[str, Any]) -> float:
@@ -162,7 +155,7 @@ def error_rate(record: dict[str, Any]) -> float:
 def _check_readable(config: AuditConfig, run: Run) -> None:
     """Raise InputError where the first few objects may all not be read: the others would fail alike, one by one."""
     few = run.table(MANIFEST).head(_TRIED_FIRST)
-    tried = read_bytes(few, config.s3, config.limits, config.inventory.bytes_column)
+    tried = read_bytes(few, run.place, config.limits, config.inventory.bytes_column)
     if all(isinstance(outcome, ReadError) and outcome.item_code == "access_denied" for outcome in tried):
         raise InputError(
             f"The credentials at hand may list but not read {', '.join(config.input)}: "
@@ -176,7 +169,7 @@ def _score(config: AuditConfig, run: Run, checkpoint: Checkpoint, record: dict[s
     share = resources.plan_scoring(record["manifest_rows"] - before, config.batch_size)
     log.info("scoring %d of %d objects", record["manifest_rows"] - before, record["manifest_rows"])
     reading = {
-        "s3": config.s3,
+        "near": run.place,
         "limits": config.limits,
         "kind": checkpoint.encoder.view,
         "column": config.inventory.bytes_column,

@@ -25,7 +25,7 @@ from clipflow_ray.cli.options import (
     UriColumn,
     s3_options,
 )
-from clipflow_ray.config import DISCLAIMER, AuditConfig, S3Options, load_yaml
+from clipflow_ray.config import DISCLAIMER, AuditConfig, load_yaml
 
 
 def audit(
@@ -108,9 +108,14 @@ def finalize(
     as_json: AsJson = False,
 ) -> None:
     """Judge a finished audit again from its stored scores: verdicts, q-values and rates, without the encoder."""
+    changes = load_yaml(
+        AuditConfig,
+        None,
+        {"output": output, "alpha": alpha, "dedupe": dedupe, "s3": s3_options(endpoint_url, region, unsigned)},
+    )
     from clipflow_ray.audit.run import judge_again
 
-    record = judge_again(output, alpha, dedupe, s3_options(endpoint_url, region, unsigned) or S3Options())
+    record = judge_again(changes)
     print(json.dumps(record, indent=1) if as_json else summary(record))
 
 

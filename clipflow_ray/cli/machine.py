@@ -39,9 +39,9 @@ def demo(
         record = run(load_yaml(AuditConfig, None, {"input": (inputs,), "output": folder, "alpha": alpha}))
         print(summary(record))
         return
-    with s3_server() as s3:
-        source = fill_bucket(s3)
-        settings = {"input": (source,), "output": folder, "alpha": alpha, "s3": s3}
+    with s3_server() as bucket:
+        source = fill_bucket(bucket)
+        settings = {"input": (source,), "output": folder, "alpha": alpha, "s3": bucket.options}
         record = run(load_yaml(AuditConfig, None, settings))
     print(summary(record))
     print("The bucket held three files broken on purpose (truncated, empty, text named .jpg): each is an error row.")

@@ -1,10 +1,8 @@
 """Options that several commands share."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-
-from clipflow_ray.config import S3Options
 
 Inputs = Annotated[
     list[str] | None, typer.Option("--input", help="Folder, s3:// prefix, parquet, tar or list; repeatable.")
@@ -28,7 +26,6 @@ Dedupe = Annotated[str | None, typer.Option("--dedupe", help="sha256 counts equa
 LabelColumn = Annotated[str | None, typer.Option("--label-column", help="Column with labels; default label.")]
 
 
-def s3_options(endpoint_url: str | None, region: str | None, unsigned: bool) -> S3Options | None:
-    if not (endpoint_url or region or unsigned):
-        return None
-    return S3Options(endpoint_url=endpoint_url, region=region, unsigned=unsigned)
+def s3_options(endpoint_url: str | None, region: str | None, unsigned: bool) -> dict[str, Any]:
+    """The settings `s3` that the flags name; None for a flag that was not given."""
+    return {"endpoint_url": endpoint_url, "region": region, "unsigned": unsigned or None}

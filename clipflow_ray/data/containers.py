@@ -8,9 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipflow_ray.config import S3Options
 from clipflow_ray.errors import ReadError
-from clipflow_ray.storage import filesystem
+from clipflow_ray.place import Place
 
 TAR: Final = "tar"
 PARQUET: Final = "parquet"
@@ -29,16 +28,16 @@ def image_column(schema: pa.Schema, wanted: str | None) -> str | None:
     return None
 
 
-def parquet_value(uri: str, row: int, s3: S3Options, max_bytes: int, column: str | None) -> bytes:
+def parquet_value(place: Place, row: int, max_bytes: int, column: str | None) -> bytes:
     """The encoded image in one row of a parquet file; its row group stays in memory for the neighbours.
 
     Raises ReadError with not_found, read_failed, empty or too_large_bytes.
     """
     try:
-        starts = _row_groups(uri, s3)
+        starts = _row_groups(place)
         group = int(np.searchsorted(starts, row, side="right")) - 1
         with _LOCK:  # neighbours ask at once, and one of them should read
-            value = _images(uri, s3, group, column)[row - int(starts[group])]
+            value = _images(place, group, column)[row - int(starts[group])]
     except FileNotFoundError as error:
         raise ReadError("not_found", "The parquet file is not there.") from error
     except (pa.ArrowInvalid, OSError, IndexError) as error:
@@ -52,19 +51,17 @@ def parquet_value(uri: str, row: int, s3: S3Options, max_bytes: int, column: str
 
 
 @lru_cache(maxsize=64)
-def _row_groups(uri: str, s3: S3Options) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _row_groups(place: Place) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Number of the first row of each row group."""
-    fs, path = filesystem(uri, s3)
-    with fs.open_input_file(path) as file:
+    with place.open() as file:
         metadata = pq.read_metadata(file)
     counts = [metadata.row_group(at).num_rows for at in range(metadata.num_row_groups)]
     return np.cumsum([0, *counts[:-1]], dtype=np.int64)
 
 
 @lru_cache(maxsize=2)
-def _images(uri: str, s3: S3Options, group: int, column: str | None) -> pa.ChunkedArray:
-    fs, path = filesystem(uri, s3)
-    with fs.open_input_file(path) as file:
+def _images(place: Place, group: int, column: str | None) -> pa.ChunkedArray:
+    with place.open() as file:
         parquet = pq.ParquetFile(file)
         name = image_column(parquet.schema_arrow, column)
         if name is None:

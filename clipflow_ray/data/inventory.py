@@ -17,18 +17,10 @@ from typing import Any, Final, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipflow_ray.config import InputFormat, InventoryOptions, S3Options
+from clipflow_ray.config import InputFormat, InventoryOptions
 from clipflow_ray.data.containers import PARQUET, TAR, image_column
 from clipflow_ray.errors import InputError
-from clipflow_ray.storage import (
-    StoredObject,
-    filesystem,
-    folders_of,
-    is_s3,
-    join,
-    list_objects,
-    normalized,
-)
+from clipflow_ray.place import Place, StoredObject
 
 MANIFEST_SCHEMA: Final = pa.schema(
     [
@@ -62,8 +54,8 @@ class Source:
     """
 
     kind: Kind
-    uri: str
-    base: str
+    place: Place
+    base: Place
     etag: str | None = None
 
 
@@ -72,81 +64,73 @@ def row_id(uri: str, member: str = "") -> str:
     return hashlib.blake2b(f"{uri}\0{member}".encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
-def listing_hash(inputs: Sequence[str], s3: S3Options, options: InventoryOptions | None = None) -> str:
+def listing_hash(inputs: Sequence[Place], options: InventoryOptions | None = None) -> str:
     """16 hex digits over what `inputs` hold now: ids, sizes and ETags."""
     options = options or InventoryOptions()
     digest = hashlib.sha256()
-    for source in sources(inputs, s3, options.input_format):
-        for row in rows(source, s3, options):
+    for source in sources(inputs, options.input_format):
+        for row in rows(source, options):
             digest.update(f"{row['row_id']} {row['bytes']} {row['etag']}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def check_apart(inputs: Sequence[str], folder: str) -> None:
+def check_apart(inputs: Sequence[Place], folder: Place) -> None:
     """Raise InputError where `folder`, which is to be written, lies inside an input."""
-    for uri in map(normalized, inputs):
-        if join(normalized(folder), "").startswith(uri if is_s3(uri) else join(uri, "")):
-            raise InputError(f"The output lies inside the input {uri}; write it elsewhere.")
+    for place in inputs:
+        if place.holds(folder / ""):
+            raise InputError(f"The output lies inside the input {place.uri}; write it elsewhere.")
 
 
-def write_source(
-    source: Source, number: int, folder: str, s3: S3Options, options: InventoryOptions
-) -> tuple[list[str], int]:
+def write_source(source: Source, number: int, folder: Place, options: InventoryOptions) -> tuple[list[str], int]:
     """List one source into `part-<number>-<k>.parquet` under `folder`; returns the names and the row count."""
-    fs, path = filesystem(folder, s3)
     names: list[str] = []
-    count, listed = 0, rows(source, s3, options)
+    count, listed = 0, rows(source, options)
     while chunk := list(islice(listed, _ROWS_PER_FILE)):
         names.append(f"part-{number:05d}-{len(names):05d}.parquet")
         table = pa.Table.from_pylist(chunk, MANIFEST_SCHEMA)
-        pq.write_table(table, join(path, names[-1]), filesystem=fs, row_group_size=_ROWS_PER_GROUP)
+        (folder / names[-1]).write_parquet(table, _ROWS_PER_GROUP)
         count += len(chunk)
     return names, count
 
 
-def sources(inputs: Sequence[str], s3: S3Options, wanted: InputFormat) -> list[Source]:
+def sources(inputs: Sequence[Place], wanted: InputFormat) -> list[Source]:
     """What there is to list, none of it twice; a prefix on S3 is split by its first folders, to be listed at once."""
-    roots = sorted({normalized(uri) for uri in inputs})
-    roots = [uri for uri in roots if not any(_below(uri, other) for other in roots if other != uri)]
+    roots = sorted(set(inputs), key=lambda place: place.uri)
+    roots = [place for place in roots if not any(other.holds(place) for other in roots if other != place)]
     result: list[Source] = []
-    for uri in roots:
-        kind = _kind(uri, s3) if wanted == "auto" else wanted
-        if kind == "images" and is_s3(uri):
-            result += [Source("images", part, uri) for part in folders_of(uri, s3)]
-        elif kind in ("images", "hf"):
-            result.append(Source(kind, uri, uri))
-        elif kind == "manifest":
-            result.append(Source("manifest", uri, uri))
+    for place in roots:
+        kind = _kind(place) if wanted == "auto" else wanted
+        if kind == "images":
+            result += [Source("images", part, place) for part in place.folders()]
+        elif kind in ("hf", "manifest"):
+            result.append(Source(kind, place, place))
         else:
             suffix = ".tar" if kind == "webdataset" else ".parquet"
-            files = [item for item in list_objects(uri, s3) if item.uri.endswith(suffix)]
+            files = [item for item in place.objects() if item.uri.endswith(suffix)]
             if not files:
-                raise InputError(f"{uri} holds no {suffix} file; give --input-format what it is.")
-            result += [Source(kind, item.uri, uri, item.etag) for item in files]
+                raise InputError(f"{place.uri} holds no {suffix} file; give --input-format what it is.")
+            result += [Source(kind, item.place, place, item.etag) for item in files]
     return result
 
 
-def rows(source: Source, s3: S3Options, options: InventoryOptions) -> Iterator[dict[str, Any]]:
+def rows(source: Source, options: InventoryOptions) -> Iterator[dict[str, Any]]:
     """The manifest rows of one source, as a stream."""
     if source.kind == "images":
-        return (
-            _file_row(source, item, options)
-            for item in list_objects(source.uri, s3, required=source.uri == source.base)
-        )
+        return (_file_row(source, item, options) for item in source.place.objects(required=source.place == source.base))
     if source.kind == "hf":
-        return _hugging_face(source, s3, options)
+        return _hugging_face(source, options)
     if source.kind == "manifest":
-        return _listed(source, s3, options)
+        return _listed(source, options)
     if source.kind == "webdataset":
-        return _tar_members(source, s3, options)
-    return _parquet_rows(source, s3, options)
+        return _tar_members(source, options)
+    return _parquet_rows(source, options)
 
 
-def _kind(uri: str, s3: S3Options) -> Kind:
+def _kind(place: Place) -> Kind:
     """By the name of the input, or of the first file that it holds."""
-    for item in list_objects(uri, s3):
+    for item in place.objects():
         name = item.uri.lower()
-        if name.endswith(_LISTS) and item.uri == uri:
+        if name.endswith(_LISTS) and item.place == place:
             return "manifest"
         if name.rsplit("/", 1)[-1] in _METADATA:
             return "hf"
@@ -157,16 +141,12 @@ def _kind(uri: str, s3: S3Options) -> Kind:
     return "images"
 
 
-def _below(uri: str, other: str) -> bool:
-    return uri.startswith(other if is_s3(other) else join(other, ""))
-
-
 def _file_row(source: Source, item: StoredObject, options: InventoryOptions) -> dict[str, Any]:
     try:
         item.uri.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{item.uri!a} is not a UTF-8 name: rename it.") from error
-    group = group_of(source.base, item.uri, options.group_depth)
+    group = group_of(source.base.uri, item.uri, options.group_depth)
     return _row(item.uri, group=group, bytes=item.bytes, etag=item.etag)
 
 
@@ -181,45 +161,44 @@ def group_of(base: str, uri: str, depth: int) -> str:
     return "/".join(folders) or base.rstrip("/").rsplit("/", 1)[-1]
 
 
-def _hugging_face(source: Source, s3: S3Options, options: InventoryOptions) -> Iterator[dict[str, Any]]:
+def _hugging_face(source: Source, options: InventoryOptions) -> Iterator[dict[str, Any]]:
     """An imagefolder: columns of a metadata file by `file_name`, or else the last folder as the label."""
     metadata: dict[str, dict[str, Any]] = {}
-    files = [item for item in list_objects(source.uri, s3)]
+    files = list(source.place.objects())
     for item in files:
         folder, _, name = item.uri.rpartition("/")
         if name in _METADATA:
-            for record in _records(item.uri, s3, "file_name"):
+            for record in _records(item.place, "file_name"):
                 if not record.get("file_name"):
                     raise InputError(f"{item.uri} has no column file_name; that is what an imagefolder needs.")
-                metadata[join(folder, str(record["file_name"]))] = record
+                metadata[f"{folder.rstrip('/')}/{record['file_name']}"] = record
     for item in files:
         if item.uri.rsplit("/", 1)[-1] not in _METADATA:
             row = _file_row(source, item, options)
-            folders = item.uri.removeprefix(source.uri).strip("/").split("/")[:-1]
+            folders = item.uri.removeprefix(source.place.uri).strip("/").split("/")[:-1]
             row["label"] = folders[-1] if len(folders) > 1 or (folders and not metadata) else None
             yield row | _passed(metadata.get(item.uri, {}), options)
 
 
-def _listed(source: Source, s3: S3Options, options: InventoryOptions) -> Iterator[dict[str, Any]]:
+def _listed(source: Source, options: InventoryOptions) -> Iterator[dict[str, Any]]:
     """One row a line or record, repeated URIs included; relative URIs start at the list's own folder."""
-    folder = source.uri.rpartition("/")[0]
+    folder = source.place.uri.rpartition("/")[0].rstrip("/")
     count = 0
-    for count, record in enumerate(_records(source.uri, s3, options.uri_column), 1):
+    for count, record in enumerate(_records(source.place, options.uri_column), 1):
         uri = str(record.get(options.uri_column) or "")
         if uri and "://" not in uri and not uri.startswith("/"):
-            uri = join(folder, uri)
-        base = "/".join(uri.split("/")[:3]) if is_s3(uri) else "/"
-        group = group_of(base, uri, options.group_depth)
-        yield _row(uri, identity=row_id(uri, f"{source.uri}:{count}"), group=group) | _passed(record, options)
+            uri = f"{folder}/{uri}"
+        group = group_of(source.place.with_uri(uri).root.uri, uri, options.group_depth)
+        yield _row(uri, identity=row_id(uri, f"{source.place.uri}:{count}"), group=group) | _passed(record, options)
     if count == 0:
-        raise InputError(f"{source.uri} lists nothing.")
+        raise InputError(f"{source.place.uri} lists nothing.")
 
 
-def _records(uri: str, s3: S3Options, column: str) -> Iterator[dict[str, Any]]:
+def _records(place: Place, column: str) -> Iterator[dict[str, Any]]:
     """The records of a txt (one column), csv or jsonl file; a name that is not UTF-8 keeps its place, escaped."""
-    fs, path = filesystem(uri, s3)
+    uri = place.uri
     try:
-        stream = fs.open_input_stream(path)
+        stream = place.stream()
     except OSError as error:
         raise InputError(f"Cannot read the list {uri}: {error}.") from error
     with stream, io.TextIOWrapper(stream, "utf-8", errors="backslashreplace", newline="") as text:
@@ -243,21 +222,21 @@ def _records(uri: str, s3: S3Options, column: str) -> Iterator[dict[str, Any]]:
                     yield {column: line.rstrip("\r\n")}
 
 
-def _tar_members(source: Source, s3: S3Options, options: InventoryOptions) -> Iterator[dict[str, Any]]:
+def _tar_members(source: Source, options: InventoryOptions) -> Iterator[dict[str, Any]]:
     """Image members of a shard, by name, offset and size; headers alone are read where the file can seek."""
-    fs, path = filesystem(source.uri, s3)
-    group = group_of(source.base, source.uri, options.group_depth)
+    uri = source.place.uri
+    group = group_of(source.base.uri, uri, options.group_depth)
     seen: dict[str, int] = {}
     try:
-        with fs.open_input_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        with source.place.open() as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 if member.isfile() and member.name.lower().endswith(_IMAGES):
                     seen[member.name] = seen.get(member.name, -1) + 1
                     again = f"#{seen[member.name]}" if seen[member.name] else ""
                     yield _row(
-                        source.uri,
+                        uri,
                         member.name,
-                        row_id(source.uri, member.name + again),
+                        row_id(uri, member.name + again),
                         container=TAR,
                         offset=member.offset_data,
                         group=group,
@@ -265,20 +244,20 @@ def _tar_members(source: Source, s3: S3Options, options: InventoryOptions) -> It
                         etag=source.etag,
                     )
     except (tarfile.TarError, OSError) as error:
-        raise InputError(f"{source.uri} does not read as an uncompressed tar: {error}.") from error
+        raise InputError(f"{uri} does not read as an uncompressed tar: {error}.") from error
 
 
-def _parquet_rows(source: Source, s3: S3Options, options: InventoryOptions) -> Iterator[dict[str, Any]]:
+def _parquet_rows(source: Source, options: InventoryOptions) -> Iterator[dict[str, Any]]:
     """Rows with images inside by their number, or with a URI as in a list."""
-    fs, path = filesystem(source.uri, s3)
+    place = source.place
     try:
-        with fs.open_input_file(path) as file:
+        with place.open() as file:
             parquet = pq.ParquetFile(file)
             schema = parquet.schema_arrow
             inside = image_column(schema, options.bytes_column)
             if inside is None and options.uri_column not in schema.names:
                 raise InputError(
-                    f"{source.uri} has neither image bytes nor a column {options.uri_column!r}; it has "
+                    f"{place.uri} has neither image bytes nor a column {options.uri_column!r}; it has "
                     f"{', '.join(schema.names)}. Set --bytes-column or --uri-column."
                 )
             wanted = [c for c in (*_columns(options).values(), options.uri_column) if c in schema.names]
@@ -288,13 +267,13 @@ def _parquet_rows(source: Source, s3: S3Options, options: InventoryOptions) -> I
                     number += 1
                     if inside is None:
                         uri = str(record.get(options.uri_column) or "")
-                        row = _row(uri, identity=row_id(uri, f"{source.uri}:{number}"))
+                        row = _row(uri, identity=row_id(uri, f"{place.uri}:{number}"))
                     else:
-                        row = _row(source.uri, str(number), container=PARQUET, offset=number, etag=source.etag)
-                    row["group"] = group_of(source.base, source.uri, options.group_depth)
+                        row = _row(place.uri, str(number), container=PARQUET, offset=number, etag=source.etag)
+                    row["group"] = group_of(source.base.uri, place.uri, options.group_depth)
                     yield row | _passed(record, options)
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{source.uri} does not read as parquet: {error}.") from error
+        raise InputError(f"{place.uri} does not read as parquet: {error}.") from error
 
 
 def _batches(parquet: pq.ParquetFile, columns: Sequence[str]) -> Iterable[list[dict[str, Any]]]:

@@ -3,35 +3,34 @@
 from collections.abc import Sequence
 
 import ray
-from pyarrow.fs import FileSelector
 
-from clipflow_ray.config import InventoryOptions, S3Options
+from clipflow_ray.config import InventoryOptions
 from clipflow_ray.data.inventory import check_apart, sources, write_source
 from clipflow_ray.errors import InputError
-from clipflow_ray.storage import filesystem, normalized
+from clipflow_ray.place import Place
 
 
-def write_manifest(inputs: Sequence[str], folder: str, s3: S3Options, options: InventoryOptions | None = None) -> int:
+def write_manifest(inputs: Sequence[Place], folder: Place, options: InventoryOptions | None = None) -> int:
     """List `inputs` into parquet files under `folder`, one task a source; returns the row count.
 
     An object that two inputs name is listed once; the lines of a list are a row each, whatever they repeat. Raises
     InputError when an input holds nothing or holds `folder` itself.
     """
-    folder, options = normalized(folder), options or InventoryOptions()
+    options = options or InventoryOptions()
     check_apart(inputs, folder)
-    fs, path = filesystem(folder, s3)
-    fs.create_dir(path, recursive=True)
+    folder.make_folder()
     task = ray.remote(num_cpus=1)(write_source)
-    found = sources(inputs, s3, options.input_format)
+    found = sources(inputs, options.input_format)
     try:
-        written = ray.get([task.remote(source, at, folder, s3, options) for at, source in enumerate(found)])
+        written = ray.get([task.remote(source, at, folder, options) for at, source in enumerate(found)])
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     kept = {name for names, _ in written for name in names}
-    for left in fs.get_file_info(FileSelector(path)):  # by a listing that was cut off when the input held more
-        if left.base_name.startswith("part-") and left.base_name not in kept:
-            fs.delete_file(left.path)
+    for name in folder.names():  # by a listing that was cut off when the input held more
+        if name.startswith("part-") and name not in kept:
+            (folder / name).delete()
     count = sum(rows for _, rows in written)
     if count == 0:
-        raise InputError(f"{', '.join(inputs)} hold nothing to look at: check the path, or the prefix and its bucket.")
+        uris = ", ".join(place.uri for place in inputs)
+        raise InputError(f"{uris} hold nothing to look at: check the path, or the prefix and its bucket.")
     return count

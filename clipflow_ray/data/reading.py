@@ -8,18 +8,17 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 
 from clipflow_ray import images, sandbox
-from clipflow_ray.config import ImageLimits, S3Options
+from clipflow_ray.config import ImageLimits
 from clipflow_ray.data.containers import PARQUET, TAR, parquet_value
 from clipflow_ray.errors import ItemError
 from clipflow_ray.images import DecodedImage, ViewKind
-from clipflow_ray.storage import ObjectReader
+from clipflow_ray.place import Place
 
 VIEW: Final = "view"
 _READ_THREADS: Final = 8
@@ -35,14 +34,14 @@ class ReadImage:
 
 
 def read_images(
-    table: pa.Table, s3: S3Options, limits: ImageLimits, kind: ViewKind | None = None, column: str | None = None
+    table: pa.Table, near: Place, limits: ImageLimits, kind: ViewKind | None = None, column: str | None = None
 ) -> list[ReadImage]:
     """Read and decode the objects of manifest rows, in their order; reads overlap, decoding uses one core.
 
-    With `kind`, an image's `rgb` is its view of that kind. `column` names the image bytes of parquet files, where it
-    is not the first column with bytes.
+    `near` is any place that is reached with the same options as the rows' URIs. With `kind`, an image's `rgb` is its
+    view of that kind. `column` names the image bytes of parquet files, where it is not the first column with bytes.
     """
-    contents = read_bytes(table, s3, limits, column)
+    contents = read_bytes(table, near, limits, column)
     decoded = iter(sandbox.decode_all([c for c in contents if isinstance(c, bytes)], limits, kind))
     return [
         ReadImage(hashlib.sha256(content).hexdigest(), len(content), next(decoded))
@@ -52,24 +51,22 @@ def read_images(
     ]
 
 
-def read_bytes(
-    table: pa.Table, s3: S3Options, limits: ImageLimits, column: str | None = None
-) -> list[bytes | ItemError]:
+def read_bytes(table: pa.Table, near: Place, limits: ImageLimits, column: str | None = None) -> list[bytes | ItemError]:
     """The encoded images of manifest rows, or why one cannot be read."""
-    reader = _reader(s3)
 
     def read(row: dict[str, Any]) -> bytes | ItemError:
+        place = near.with_uri(row["uri"])
         try:
             if row["container"] == PARQUET:
-                return parquet_value(row["uri"], row["offset"], s3, limits.max_bytes, column)
+                return parquet_value(place, row["offset"], limits.max_bytes, column)
             span = (row["offset"], row["bytes"]) if row["container"] == TAR else None
-            return reader.read(row["uri"], limits.max_bytes, row["etag"], span)
+            return place.read(limits.max_bytes, row["etag"], span)
         except ItemError as error:
             return error
 
-    places = table.select(["uri", "container", "offset", "bytes", "etag"]).to_pylist()
+    wanted = table.select(["uri", "container", "offset", "bytes", "etag"]).to_pylist()
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        return list(pool.map(read, places))
+        return list(pool.map(read, wanted))
 
 
 def described(table: pa.Table, outcomes: Sequence[ReadImage]) -> pa.Table:
@@ -99,7 +96,7 @@ def described(table: pa.Table, outcomes: Sequence[ReadImage]) -> pa.Table:
 
 def read_and_decode(
     table: pa.Table,
-    s3: S3Options,
+    near: Place,
     limits: ImageLimits,
     kind: ViewKind,
     column: str | None = None,
@@ -113,16 +110,11 @@ def read_and_decode(
     chosen = np.array([int(identity[:8], 16) < sample * 2**32 for identity in table["row_id"].to_pylist()])
     outcomes = [ReadImage(None, None, None)] * len(table)
     for at, outcome in zip(
-        np.flatnonzero(chosen), read_images(table.filter(chosen), s3, limits, kind, column), strict=True
+        np.flatnonzero(chosen), read_images(table.filter(chosen), near, limits, kind, column), strict=True
     ):
         outcomes[at] = outcome
     views = [o.image.rgb.tobytes() if isinstance(o.image, DecodedImage) else None for o in outcomes]
     return described(table, outcomes).append_column(VIEW, pa.array(views, pa.large_binary()))
-
-
-@lru_cache(maxsize=4)
-def _reader(s3: S3Options) -> ObjectReader:
-    return ObjectReader(s3)
 
 
 def _status(image: DecodedImage | ItemError | None) -> str:

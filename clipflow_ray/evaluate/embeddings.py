@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from clipflow_ray.config import EvaluateConfig
@@ -18,8 +17,8 @@ from clipflow_ray.data.pipeline import read_then_encode
 from clipflow_ray.data.scoring import Embed
 from clipflow_ray.evaluate.views import CASES, DRAW, VARIANTS, read_both, read_distorted
 from clipflow_ray.model.detector import Detector
+from clipflow_ray.place import Place
 from clipflow_ray.runs.folder import MANIFEST, Run
-from clipflow_ray.storage import filesystem, join
 
 F32 = NDArray[np.float32]
 
@@ -28,17 +27,15 @@ _ENCODE_ROWS: Final = 16
 _DISTORT_ROWS: Final = 4  # a row holds a view for every case
 
 
-def both_variants(config: EvaluateConfig, inputs: Sequence[str], detector: Detector) -> Run:
+def both_variants(config: EvaluateConfig, inputs: Sequence[Place], detector: Detector) -> Run:
     """Every image through the encoder as found and format-aligned; returns the finished run."""
     identity = _identity(detector) | {
-        "input": list(inputs),
-        "listing": listing_hash(inputs, config.s3),
+        "input": [place.uri for place in inputs],
+        "listing": listing_hash(inputs),
         "variants": list(VARIANTS),
     }
-    run = Run(join(config.output, "evaluation"), config.s3)
-    _encoded(
-        run, identity, lambda: write_manifest(inputs, run.path(MANIFEST), config.s3), read_both, _ENCODE_ROWS, detector
-    )
+    run = Run(Place.at(config.output, config.s3) / "evaluation")
+    _encoded(run, identity, lambda: write_manifest(inputs, run.place / MANIFEST), read_both, _ENCODE_ROWS, detector)
     return run
 
 
@@ -49,14 +46,12 @@ def distortions(config: EvaluateConfig, source: Run, draws: dict[str, int], dete
         "cases": [f"{name} {level:g}" for name, level in CASES],
         "draws": draws,
     }
-    run = Run(join(config.output, f"robustness-{config.robustness}"), config.s3)
+    run = Run(Place.at(config.output, config.s3) / f"robustness-{config.robustness}")
 
     def sample() -> int:
         rows = source.table(MANIFEST).to_table(filter=pads.field("row_id").isin(list(draws)))
         rows = rows.append_column(DRAW, pa.array([draws[row] for row in rows["row_id"].to_pylist()], pa.int64()))
-        fs, path = filesystem(run.path(MANIFEST), run.s3)
-        fs.create_dir(path, recursive=True)
-        pq.write_table(rows, join(path, "part-0.parquet"), filesystem=fs)
+        (run.place / MANIFEST / "part-0.parquet").write_parquet(rows)
         return len(rows)
 
     _encoded(run, identity, sample, read_distorted, _DISTORT_ROWS, detector)
@@ -98,7 +93,7 @@ def _encoded(
             plan,
             batch_size,
             read,
-            {"s3": run.s3, "limits": detector.checkpoint.limits, "kind": encoder.config.view},
+            {"near": run.place, "limits": detector.checkpoint.limits, "kind": encoder.config.view},
             Embed,
             {"encoder": encoder.config, "features": encoder.features, "fingerprint": encoder.fingerprint},
         ),

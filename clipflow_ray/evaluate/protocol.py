@@ -17,7 +17,6 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from clipflow_ray.config import DISCLAIMER, EvaluateConfig
@@ -31,8 +30,8 @@ from clipflow_ray.evaluate.report import write_page
 from clipflow_ray.evaluate.views import ALIGNED_BYTES, ALIGNED_SIDE, CASES, VARIANTS
 from clipflow_ray.model.checkpoint import load_checkpoint
 from clipflow_ray.model.detector import Detector
+from clipflow_ray.place import Place, places, settled
 from clipflow_ray.runs.folder import Run
-from clipflow_ray.storage import filesystem, join, normalized, resolved, write_text
 
 _FILE_COLUMNS: Final = ("row_id", "uri", "member", "group", "width", "height", "format", "bytes")
 
@@ -44,26 +43,25 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     changed. Each of `config.seeds` is a checkpoint that differs in its seed alone, for the spread. Raises
     ClipflowError.
     """
-    natural, generated = (tuple(map(normalized, uris)) for uris in (config.natural, config.generated))
-    if not natural or not generated:
+    config = settled(config, "natural", "generated", "output")
+    if not config.natural or not config.generated:
         raise ConfigError("Name at least one --natural and one --generated input.")
-    config = config.model_copy(update={"s3": resolved(config.s3), "output": normalized(config.output)})
-    detectors = [Detector(load_checkpoint(uri, config.s3)) for uri in (config.checkpoint, *config.seeds)]
+    detectors = [Detector(load_checkpoint(at)) for at in places((config.checkpoint, *config.seeds), config.s3)]
     first = detectors[0]
     if len({(d.encoder.fingerprint, d.encoder.features) for d in detectors}) > 1:
         raise ConfigError("The checkpoints differ in encoder or feature; evaluate them one at a time.")
     resources.connect()
-    run = both_variants(config, natural + generated, first)
+    run = both_variants(config, places(config.natural + config.generated, config.s3), first)
     rows = readable(run)
-    labels = _labels(rows, generated)
+    labels = _labels(rows, config.generated)
     tables = {"scores": _scores(rows, labels, detectors), "calibration": _calibration(detectors)}
     result: dict[str, Any] = {
         "disclaimer": DISCLAIMER,
         "model_id": first.checkpoint.model_id,
         "calibration_id": first.calibration.calibration_id,
         "seed_model_ids": [detector.checkpoint.model_id for detector in detectors[1:]],
-        "natural": list(natural),
-        "generated": list(generated),
+        "natural": list(config.natural),
+        "generated": list(config.generated),
         **figures(tables["scores"], [detector.calibration for detector in detectors]),
         **_unreadable(run),
         "robustness": [],
@@ -71,10 +69,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.robustness:
         tables["robustness"] = _robustness(config, run, tables["scores"], first)
         result["robustness"] = curves(tables["robustness"], first.calibration)
-    fs, folder = filesystem(config.output, config.s3)
+    output = Place.at(config.output, config.s3)
     for name, table in tables.items():
-        pq.write_table(table, join(folder, f"{name}.parquet"), filesystem=fs)
-    write_text(join(config.output, "figures.json"), json.dumps(result, indent=1) + "\n", config.s3)
+        (output / f"{name}.parquet").write_parquet(table)
+    (output / "figures.json").write(json.dumps(result, indent=1) + "\n")
     write_page(config, run, tables["scores"], result, first.checkpoint.limits)
     return result
 
@@ -83,7 +81,7 @@ def _labels(rows: pa.Table, generated: Sequence[str]) -> NDArray[np.bool_]:
     """Which readable rows lie below a generated input; raises InputError where a class cannot be measured."""
     if len(rows) == 0:
         raise InputError("No image could be read; look at the error codes of the embeddings.")
-    prefixes = tuple(join(uri, "") for uri in generated)
+    prefixes = tuple(f"{uri.rstrip('/')}/" for uri in generated)
     labels = np.array([uri.startswith(prefixes) or uri in generated for uri in rows["uri"].to_pylist()])
     if min(labels.sum(), (~labels).sum()) < 2:
         raise InputError("One of the two classes has fewer than two readable images.")

@@ -13,9 +13,9 @@ from sklearn.metrics import roc_curve
 from clipflow_ray.config import EvaluateConfig, ImageLimits
 from clipflow_ray.evaluate.figures import METADATA_ONLY, ORIGINAL, Columns, columns_of
 from clipflow_ray.evaluate.views import DISTORTIONS, VARIANTS
+from clipflow_ray.place import Place
 from clipflow_ray.reports import pages
 from clipflow_ray.runs.folder import Run
-from clipflow_ray.storage import join, write_text
 
 _BINS: Final = 30
 _LINES: Final[dict[str, tuple[str, Any]]] = {
@@ -55,8 +55,9 @@ def write_page(config: EvaluateConfig, run: Run, scores: pa.Table, result: dict[
         gallery=_gallery(config.gallery, run, variants[VARIANTS[0]], threshold, limits) if config.gallery else {},
         tables=["scores", "calibration", *(["robustness"] if result["robustness"] else [])],
     )
-    write_text(join(config.output, "report.html"), text, config.s3)
-    return join(config.output, "report.html")
+    place = Place.at(config.output, config.s3) / "report.html"
+    place.write(text)
+    return place.uri
 
 
 def _charts(variant: str, rows: Columns, figures: dict[str, Any]) -> list[dict[str, str]]:

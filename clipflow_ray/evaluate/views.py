@@ -9,9 +9,10 @@ import pyarrow as pa
 from PIL import Image, ImageFilter
 
 from clipflow_ray import images
-from clipflow_ray.config import ImageLimits, S3Options
+from clipflow_ray.config import ImageLimits
 from clipflow_ray.data.reading import VIEW, described, read_images
 from clipflow_ray.images import DecodedImage, Pixels, ViewKind
+from clipflow_ray.place import Place
 
 VARIANTS: Final = ("as_found", "format_aligned")
 ALIGNED_SIDE: Final = 448
@@ -32,12 +33,12 @@ DISTORTIONS: Final[dict[str, tuple[float, ...]]] = {
 CASES: Final = tuple((name, level) for name, levels in DISTORTIONS.items() for level in levels)
 
 
-def read_both(table: pa.Table, s3: S3Options, limits: ImageLimits, kind: ViewKind) -> pa.Table:
+def read_both(table: pa.Table, near: Place, limits: ImageLimits, kind: ViewKind) -> pa.Table:
     """Manifest rows -> described rows with `aligned_bytes` and `view`: the bytes of one view per variant.
 
     A row that cannot be read has no views and no bytes.
     """
-    outcomes = read_images(table, s3, limits)
+    outcomes = read_images(table, near, limits)
     views: list[bytes] = []
     sizes: list[int | None] = []
     for outcome in outcomes:
@@ -52,9 +53,9 @@ def read_both(table: pa.Table, s3: S3Options, limits: ImageLimits, kind: ViewKin
     return result.append_column(VIEW, pa.array(views, pa.large_binary()))
 
 
-def read_distorted(table: pa.Table, s3: S3Options, limits: ImageLimits, kind: ViewKind) -> pa.Table:
+def read_distorted(table: pa.Table, near: Place, limits: ImageLimits, kind: ViewKind) -> pa.Table:
     """Manifest rows with a `draw` -> described rows with `view`: the bytes of one view per case of CASES."""
-    outcomes = read_images(table, s3, limits)
+    outcomes = read_images(table, near, limits)
     views = []
     for outcome, draw in zip(outcomes, table[DRAW].to_pylist(), strict=True):
         made: list[Pixels] = []

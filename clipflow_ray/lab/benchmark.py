@@ -30,7 +30,6 @@ from clipflow_ray.config import (
     ImageLimits,
     ObjectiveConfig,
     ProxyConfig,
-    S3Options,
     ServeConfig,
 )
 from clipflow_ray.data import resources
@@ -43,12 +42,11 @@ from clipflow_ray.model.detector import Detector
 from clipflow_ray.model.encoder import Encoder
 from clipflow_ray.model.flow import Flow
 from clipflow_ray.model.weights import build_tower, load_weights
+from clipflow_ray.place import Place
 from clipflow_ray.serve.edge import nginx_path
 from clipflow_ray.serve.launch import endpoint
 from clipflow_ray.serve.upstreams import upstreams
-from clipflow_ray.storage import s3_client
 
-_BUCKET: Final = "clipflow-benchmark"
 _BATCH: Final = 32
 _100_KB: Final = (1024, 768)  # as `_jpegs` makes them
 _FILES: Final = 256
@@ -66,14 +64,15 @@ def audit_against_bare_encoder(objects: int, rounds: int) -> dict[str, Any]:
     config = AuditConfig(input=(), output="")
     encoder = Encoder(load_checkpoint(config.checkpoint).encoder)
     views = np.random.default_rng(0).integers(0, 256, (_BATCH, VIEW_SIZE, VIEW_SIZE, 3), np.uint8)
-    with s3_server() as s3, tempfile.TemporaryDirectory() as folder:
+    with s3_server() as bucket, tempfile.TemporaryDirectory() as folder:
         resources.connect()  # after the server: workers inherit the credentials that it sets
         torch.set_num_threads(resources.cores())
-        source = _fill(s3, objects)
+        source = _fill(bucket, objects)
 
         def one_audit(at: int) -> float:
             start = time.perf_counter()
-            audit(config.model_copy(update={"input": (source,), "output": os.path.join(folder, str(at)), "s3": s3}))
+            changes = {"input": (source,), "output": os.path.join(folder, str(at)), "s3": bucket.options}
+            audit(config.model_copy(update=changes))
             return objects / (time.perf_counter() - start)
 
         def bare(_: int) -> float:
@@ -253,7 +252,7 @@ def listing(keys: int, rounds: int) -> dict[str, Any]:
 
             def measured(_: int) -> float:
                 start = time.perf_counter()
-                write_manifest([str(path)], tempfile.mkdtemp(dir=folder), S3Options())
+                write_manifest([Place.at(path)], Place.at(tempfile.mkdtemp(dir=folder)))
                 return count / (time.perf_counter() - start)
 
             return measured
@@ -343,7 +342,7 @@ def _untrained(encoder: EncoderConfig, path: str) -> str:
         reference={},
         training={},
     )
-    save_checkpoint(checkpoint, path, S3Options())
+    save_checkpoint(checkpoint, path)
     return path
 
 
@@ -355,13 +354,12 @@ def _write_files(folder: Path) -> list[str]:
     return paths
 
 
-def _fill(s3: S3Options, objects: int) -> str:
+def _fill(bucket: Place, objects: int) -> str:
     """JPEGs in a bucket; returns the URI of their prefix."""
-    client = s3_client(s3)
-    client.create_bucket(Bucket=_BUCKET)
+    images = bucket / "images/"
     for at, data in enumerate(_jpegs(objects)):
-        client.put_object(Bucket=_BUCKET, Key=f"images/{at:06d}.jpg", Body=data)
-    return f"s3://{_BUCKET}/images/"
+        (images / f"{at:06d}.jpg").write(data)
+    return images.uri
 
 
 def _jpegs(count: int, size: tuple[int, int] = (640, 480)) -> Iterator[bytes]:

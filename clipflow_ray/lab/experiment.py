@@ -12,8 +12,6 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 import ray
 import torch
 from scipy import stats
@@ -22,9 +20,9 @@ from clipflow_ray import proxies
 from clipflow_ray.config import Candidate, ExperimentConfig, TrainConfig, stable_hash
 from clipflow_ray.data import resources
 from clipflow_ray.errors import ConfigError, TrainingError
+from clipflow_ray.place import Place, settled
 from clipflow_ray.reports import pages
 from clipflow_ray.runs.folder import Run
-from clipflow_ray.storage import filesystem, join, normalized, read_text, resolved, write_text
 from clipflow_ray.train import features
 from clipflow_ray.train.features import Features
 from clipflow_ray.train.loop import SELECTION, Loop
@@ -76,27 +74,24 @@ def experiment(config: ExperimentConfig) -> Experimented:
     Both lie under `train.output`/experiment. A candidate whose loss was not finite has a row that says so. Raises
     ConfigError for an unknown family or feature, else what training raises.
     """
-    base = config.train.model_copy(
-        update={
-            "input": tuple(normalized(uri) for uri in config.train.input),
-            "output": normalized(config.train.output),
-            "s3": resolved(config.train.s3),
-        }
-    )
+    base = settled(config.train, "input", "output")
     resources.connect()
     run = features.extract(base)
-    root = join(base.output, "experiment")
+    root = Place.at(base.output, base.s3) / "experiment"
     fits = _fits(config, base, run)
-    done = _done(root, fits, base)
+    done = _done(root / "fits", fits)
     log.info("%d fits, %d of them done before", len(fits), len(done))
-    rows = [*done, *_fitted([each for each in fits if each.key not in {row["key"] for row in done}], run, root)]
+    rows = [
+        *done,
+        *_fitted([each for each in fits if each.key not in {row["key"] for row in done}], run, root / "fits"),
+    ]
     order = {each.key: number for number, each in enumerate(fits)}
     rows.sort(key=lambda row: order[row["key"]])
-    fs, path = filesystem(join(root, "results.parquet"), base.s3)
-    pq.write_table(pa.Table.from_pylist(rows), path, filesystem=fs)
+    results, page = root / "results.parquet", root / "experiment.html"
+    results.write_parquet(pa.Table.from_pylist(rows))
     summary = summarized(rows)
-    write_text(join(root, "experiment.html"), _page(config, rows, summary), base.s3)
-    return Experimented(join(root, "results.parquet"), join(root, "experiment.html"), summary)
+    page.write(_page(config, rows, summary))
+    return Experimented(results.uri, page.uri, summary)
 
 
 def summarized(rows: list[Row]) -> list[Row]:
@@ -175,23 +170,21 @@ def _fit(candidate: Candidate, base: TrainConfig, run: Run, family: str, seed: i
         }
     )
     shape = changed.model_dump(mode="json", include={"encoder", "flow", "objective", "fit", "split"})
-    made = {"features": run.folder.rsplit("/", 1)[-1], "without": sorted(candidate.without), "figures": _DEFINITION}
+    made = {"features": run.place.name, "without": sorted(candidate.without), "figures": _DEFINITION}
     key = stable_hash(shape | made)
     return Fit(key, candidate.name, family, seed, changed, candidate.without)
 
 
-def _done(root: str, fits: list[Fit], base: TrainConfig) -> list[Row]:
-    fs, path = filesystem(join(root, "fits"), base.s3)
-    fs.create_dir(path, recursive=True)
-    there = {info.base_name for info in fs.get_file_info(pafs.FileSelector(path))}
+def _done(folder: Place, fits: list[Fit]) -> list[Row]:
+    there = set(folder.names())
     return [
-        json.loads(read_text(join(root, "fits", f"{each.key}.json"), base.s3)) | {"candidate": each.candidate}
+        json.loads((folder / f"{each.key}.json").read_text()) | {"candidate": each.candidate}
         for each in fits
         if f"{each.key}.json" in there
     ]
 
 
-def _fitted(fits: list[Fit], run: Run, root: str) -> list[Row]:
+def _fitted(fits: list[Fit], run: Run, folder: Place) -> list[Row]:
     loaded = {
         feature: ray.put(features.load(run, feature, fits[0].config.proxies))
         for feature in {each.config.encoder.feature for each in fits}
@@ -209,7 +202,7 @@ def _fitted(fits: list[Fit], run: Run, root: str) -> list[Row]:
         each = waiting.pop(ready)
         row = {"key": each.key, "candidate": each.candidate, "held_out": each.held_out, "seed": each.seed}
         row |= ray.get(ready)
-        write_text(join(root, "fits", f"{each.key}.json"), json.dumps(row), each.config.s3)
+        (folder / f"{each.key}.json").write(json.dumps(row))
         rows.append(row)
         log.info("%s without %s, seed %d: %s", each.candidate, each.held_out, each.seed, row["error"] or row["auroc"])
     return rows

@@ -8,25 +8,22 @@ reference.safetensors    natural embeddings (float16) and two probes, for the ba
 
 import hashlib
 import json
-import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
-from pyarrow.fs import FileSystem
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from clipflow_ray.config import EncoderConfig, FlowConfig, ImageLimits, ObjectiveConfig, ProxyConfig, S3Options
+from clipflow_ray.config import EncoderConfig, FlowConfig, ImageLimits, ObjectiveConfig, ProxyConfig
 from clipflow_ray.errors import CheckpointError
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.flow import Flow
-from clipflow_ray.storage import filesystem, is_s3
+from clipflow_ray.place import Place
 
 FORMAT_VERSION: Final = 1
 RECORD: Final = "checkpoint.json"
@@ -72,11 +69,12 @@ class Checkpoint:
         return flow.eval().requires_grad_(False)
 
 
-def save_checkpoint(checkpoint: Checkpoint, uri: str | Path, s3: S3Options | None = None) -> None:
-    """Write a checkpoint as a whole or not at all; an old checkpoint at `uri` is replaced.
+def save_checkpoint(checkpoint: Checkpoint, where: Place | str | Path) -> None:
+    """Write a checkpoint folder; an old checkpoint there is replaced.
 
-    On disk: a temporary sibling, then a rename. On s3: the record last, and it names the other files by hash.
+    On disk it is written as a whole or not at all. On s3 the record comes last, and it names the other files by hash.
     """
+    place = _place(where)
     files = {"flow.safetensors": save(_contiguous(checkpoint.flow_state))}
     strata: tuple[str, ...] = ()
     if checkpoint.calibration is not None:
@@ -101,32 +99,17 @@ def save_checkpoint(checkpoint: Checkpoint, uri: str | Path, s3: S3Options | Non
     record = json.loads(json.dumps(record))
     record["record_sha256"] = _record_sha256(record)
     files[RECORD] = (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
-    if is_s3(str(uri)):
-        fs, folder = filesystem(str(uri), s3 or S3Options())
-        for name, data in files.items():
-            with fs.open_output_stream(f"{folder}/{name}") as stream:
-                stream.write(data)
-        return
-    path = Path(uri)
-    old, partial = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("old", "tmp"))
-    if path.exists():
-        load_checkpoint(path)  # replaces nothing that is not a checkpoint
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, data in files.items():
-        (partial / name).write_bytes(data)
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    if place.is_local and Path(place.uri).exists():
+        load_checkpoint(place)  # replaces nothing that is not a checkpoint
+    place.write_folder(files)
 
 
-def load_checkpoint(uri: str | Path, s3: S3Options | None = None) -> Checkpoint:
+def load_checkpoint(where: Place | str | Path) -> Checkpoint:
     """Read and verify a checkpoint; raises CheckpointError when it is missing, altered or not finite."""
-    fs, path = filesystem(str(uri), s3 or S3Options())
+    place = _place(where)
+    uri = place.uri
     try:
-        with fs.open_input_stream(f"{path}/{RECORD}") as stream:
-            record = json.loads(stream.read())
+        record = json.loads((place / RECORD).read_text())
     except FileNotFoundError as error:
         raise CheckpointError(
             f"No checkpoint at {uri}: there is no {RECORD}. Name the directory that training wrote."
@@ -142,7 +125,7 @@ def load_checkpoint(uri: str | Path, s3: S3Options | None = None) -> Checkpoint:
     if record.get("record_sha256") != _record_sha256(record):
         raise CheckpointError(f"{RECORD} of {uri} was altered (sha256 differs); fetch or train the checkpoint again.")
     try:
-        tensors = {name: _tensors(fs, f"{path}/{name}", digest) for name, digest in record["sha256"].items()}
+        tensors = {name: _tensors(place / name, digest) for name, digest in record["sha256"].items()}
         calibration = None
         if "calibration.safetensors" in tensors:
             scores = tensors["calibration.safetensors"]["scores"].numpy().astype(np.float32)
@@ -164,26 +147,30 @@ def load_checkpoint(uri: str | Path, s3: S3Options | None = None) -> Checkpoint:
         raise CheckpointError(f"{uri} lacks or garbles a field: {error}") from error
 
 
+def _place(where: Place | str | Path) -> Place:
+    return where if isinstance(where, Place) else Place.at(where)
+
+
 def _record_sha256(record: dict[str, Any]) -> str:
     plain = {key: value for key, value in record.items() if key != "record_sha256"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def _tensors(fs: FileSystem, path: str, sha256: str) -> dict[str, Tensor]:
+def _tensors(place: Place, sha256: str) -> dict[str, Tensor]:
     try:
-        with fs.open_input_stream(path) as stream:
-            data = stream.read()
+        with place.stream() as file:
+            data = file.read()
     except OSError as error:
-        raise CheckpointError(f"The checkpoint lacks {path}: {error}") from error
+        raise CheckpointError(f"The checkpoint lacks {place.uri}: {error}") from error
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise CheckpointError(f"{path} was altered (sha256 differs); fetch or train the checkpoint again.")
+        raise CheckpointError(f"{place.uri} was altered (sha256 differs); fetch or train the checkpoint again.")
     try:
         tensors = load(data)
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is not safetensors: {error}") from error
+        raise CheckpointError(f"{place.uri} is not safetensors: {error}") from error
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise CheckpointError(f"{path} holds values that are not finite in {name!r}.")
+            raise CheckpointError(f"{place.uri} holds values that are not finite in {name!r}.")
     return tensors
 
 

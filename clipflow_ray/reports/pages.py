@@ -91,7 +91,7 @@ def pictured(
     # one after another: files of a manifest are large
     listed = [part.to_table(filter=found, batch_readahead=1, fragment_readahead=1) for part in run.parts(MANIFEST)]
     manifest = pa.concat_tables(listed)
-    contents = dict(zip(manifest["row_id"].to_pylist(), read_bytes(manifest, run.s3, limits, column), strict=True))
+    contents = dict(zip(manifest["row_id"].to_pylist(), read_bytes(manifest, run.place, limits, column), strict=True))
     return [row | {"image": _thumbnail(contents.get(row["row_id"]), limits)} for row in wanted]
 
 

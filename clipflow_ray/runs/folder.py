@@ -15,14 +15,12 @@ from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import pyarrow.dataset as pads
-import pyarrow.fs as pafs
 import ray
 from ray.data import DataContext, Dataset
 from ray.data.checkpoint import CheckpointConfig
 
-from clipflow_ray.config import S3Options
 from clipflow_ray.errors import ClipflowError, RunConflictError
-from clipflow_ray.storage import exists, filesystem, join, read_text, write_text
+from clipflow_ray.place import Place
 
 RUN: Final = "run.json"
 SUCCESS: Final = "_SUCCESS"
@@ -35,29 +33,24 @@ _PENDING: Final = ".pending.parquet"  # Ray Data's note of a block that is being
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder and how to reach it."""
+    """A run and the folder that holds it."""
 
-    folder: str
-    s3: S3Options
-
-    def path(self, name: str) -> str:
-        """URI of a part of the run."""
-        return join(self.folder, name)
+    place: Place
 
     @property
     def finished(self) -> bool:
         """Whether `_SUCCESS` is there."""
-        return exists(self.path(SUCCESS), self.s3)
+        return (self.place / SUCCESS).exists()
 
     def record(self) -> dict[str, Any] | None:
         """`run.json`, or None where the folder holds no run."""
-        if not exists(self.path(RUN), self.s3):
+        if not (self.place / RUN).exists():
             return None
-        return cast(dict[str, Any], json.loads(read_text(self.path(RUN), self.s3)))
+        return cast(dict[str, Any], json.loads((self.place / RUN).read_text()))
 
     def write_record(self, record: dict[str, Any]) -> None:
         """Replace `run.json`."""
-        write_text(self.path(RUN), json.dumps(record, indent=1, sort_keys=True, default=str) + "\n", self.s3)
+        (self.place / RUN).write(json.dumps(record, indent=1, sort_keys=True, default=str) + "\n")
 
     def begin(self, identity: dict[str, Any], make_manifest: Callable[[], int]) -> dict[str, Any]:
         """Start the run, or take up one that was cut off, and return its record.
@@ -73,7 +66,7 @@ class Run:
             old = record["identity"]
             differing = sorted(k for k in old.keys() | identity.keys() if old.get(k) != identity.get(k))
             raise RunConflictError(
-                f"{self.folder} holds a run with other {', '.join(differing)}. Name another output, or repeat "
+                f"{self.place.uri} holds a run with other {', '.join(differing)}. Name another output, or repeat "
                 "the command that began it."
             )
         return record
@@ -81,21 +74,23 @@ class Run:
     def succeed(self, record: dict[str, Any]) -> None:
         """Write the completed record, then `_SUCCESS`, and nothing after that."""
         self.write_record(record)
-        write_text(self.path(SUCCESS), "", self.s3)
+        (self.place / SUCCESS).write("")
+
+    def files(self, name: str) -> list[str]:
+        """The sorted names of the finished parquet files of one part."""
+        return [
+            file for file in (self.place / name).names() if file.endswith(".parquet") and not file.endswith(_PENDING)
+        ]
 
     def table(self, name: str) -> pads.Dataset:
         """The finished parquet files of one part as a pyarrow dataset."""
-        fs, path = filesystem(self.path(name), self.s3)
-        selector = pafs.FileSelector(path, allow_not_found=True)
-        names = (f.path for f in fs.get_file_info(selector))
-        files = sorted(f for f in names if f.endswith(".parquet") and not f.endswith(_PENDING))
-        return pads.dataset(files, filesystem=fs, format="parquet")
+        return (self.place / name).parquet(self.files(name))
 
     def parts(self, name: str) -> Iterator[pads.Dataset]:
         """The same files in their order, some at a time: a dataset keeps the footer of every file that it read."""
-        table = self.table(name)
-        for at in range(0, len(table.files), _FILES_AT_ONCE):
-            yield pads.dataset(table.files[at : at + _FILES_AT_ONCE], filesystem=table.filesystem, format="parquet")
+        files = self.files(name)
+        for at in range(0, len(files), _FILES_AT_ONCE):
+            yield (self.place / name).parquet(files[at : at + _FILES_AT_ONCE])
 
     def rows(self, name: str) -> int:
         """How many rows the finished files of one part hold."""
@@ -113,13 +108,12 @@ class Run:
         `rows_per_task` manifest rows are one unit of work and of resume. `stages` keeps `row_id` and one row per
         manifest row. Raises ClipflowError where rows out differ from rows in.
         """
-        fs, path = filesystem(self.path(name), self.s3)
-        fs.create_dir(path, recursive=True)
+        part = self.place / name
+        part.make_folder()
         size = rows_per_task or max(8, min(_MAX_ROWS_PER_TASK, rows // 32))
         with self._resuming(name):  # a dataset keeps the context it was made in, so it is made in here
             stages(self._manifest(size)).write_parquet(
-                path,
-                filesystem=fs,
+                **part.arguments("path", "filesystem"),
                 min_rows_per_file=size,
                 # A write is short. Where it has to wait for a CPU, readers and encoders take all until they are done,
                 # and what was scored by then is lost with the run.
@@ -128,9 +122,7 @@ class Run:
             )
         written = self.rows(name)
         if written != rows:
-            raise ClipflowError(
-                f"{written} rows came out for {rows} objects in {self.path(name)}; keep it and report it."
-            )
+            raise ClipflowError(f"{written} rows came out for {rows} objects in {part.uri}; keep it and report it.")
 
     def _manifest(self, rows_per_task: int) -> Dataset:
         """The manifest as a Ray dataset.
@@ -138,21 +130,20 @@ class Run:
         Read from files and repartitioned right away: Ray Data's resume filters nothing on in-memory sources, and one
         small file would otherwise be one block.
         """
-        fs, path = filesystem(self.path(MANIFEST), self.s3)
-        return ray.data.read_parquet(path, filesystem=fs).repartition(target_num_rows_per_block=rows_per_task)
+        manifest = ray.data.read_parquet(**(self.place / MANIFEST).arguments("paths", "filesystem"))
+        return manifest.repartition(target_num_rows_per_block=rows_per_task)
 
     @contextmanager
     def _resuming(self, name: str) -> Iterator[None]:
-        fs, path = filesystem(self.path(f"resume/{name}"), self.s3)
-        fs.create_dir(path, recursive=True)
+        resume = self.place / "resume" / name
+        resume.make_folder()
         context = DataContext.get_current()
         context.enable_progress_bars = sys.stderr.isatty()
         # Views pass from readers to encoders in blocks of this size, whatever the unit of work: a worker holds several.
         before, context.target_max_block_size = context.target_max_block_size, _MAX_BLOCK
         context.checkpoint_config = CheckpointConfig(
             id_column="row_id",
-            checkpoint_path=path,
-            override_filesystem=fs,
+            **resume.arguments("checkpoint_path", "override_filesystem"),
             delete_checkpoint_on_success=False,
         )
         try:

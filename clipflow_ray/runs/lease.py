@@ -17,11 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from botocore.exceptions import BotoCoreError, ClientError
-
-from clipflow_ray.config import S3Options
 from clipflow_ray.errors import RunConflictError
-from clipflow_ray.storage import is_s3, join, s3_client, split_s3
+from clipflow_ray.place import Place
 
 log = logging.getLogger(__name__)
 
@@ -31,32 +28,32 @@ _STALE_RENEWALS: Final = 3
 
 
 @contextmanager
-def exclusive(folder: str, s3: S3Options) -> Iterator[None]:
+def exclusive(folder: Place) -> Iterator[None]:
     """Hold `folder` for the time of the block.
 
     Raises RunConflictError where another run holds it, and in the midst of the block (on the main thread; at its end
     on another) where another run took it over.
     """
-    with _object_lease(folder, s3) if is_s3(folder) else _file_lock(folder):
+    with _file_lock(folder) if folder.is_local else _object_lease(folder):
         yield
 
 
 @contextmanager
-def _file_lock(folder: str) -> Iterator[None]:
-    os.makedirs(folder, exist_ok=True)
-    with open(join(folder, NAME), "w") as file:
+def _file_lock(folder: Place) -> Iterator[None]:
+    folder.make_folder()
+    with open((folder / NAME).uri, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunConflictError(
-                f"Another run writes to {folder} now; wait for it or name another output."
+                f"Another run writes to {folder.uri} now; wait for it or name another output."
             ) from error
         yield
 
 
 @contextmanager
-def _object_lease(folder: str, s3: S3Options) -> Iterator[None]:
-    lease = _ObjectLease(folder, s3)
+def _object_lease(folder: Place) -> Iterator[None]:
+    lease = _ObjectLease(folder)
     lease.take()
     stop = threading.Event()
     with _interruptible() as interrupt:
@@ -97,11 +94,10 @@ def _interruptible() -> Iterator[Callable[[], None]]:
 
 
 class _ObjectLease:
-    def __init__(self, folder: str, s3: S3Options) -> None:
-        self._folder, self._client = folder, s3_client(s3)
-        self._bucket, self._key = split_s3(join(folder, NAME))
+    def __init__(self, folder: Place) -> None:
+        self._folder, self._object = folder.uri, folder / NAME
         self._token, self._renewals = secrets.token_hex(8), 0
-        self._etag = ""
+        self._etag: str | None = None
         self._taken_by: dict[str, Any] | None = None
 
     @property
@@ -118,27 +114,18 @@ class _ObjectLease:
 
     def take(self) -> None:
         """Write the lease where there is none, or where nobody renews the one that is there."""
-        try:
-            self._put(IfNoneMatch="*")
+        if self._put(None):
             return
-        except ClientError as error:
-            if not _refused(error):
-                raise
         before = self._holder()
         if before is not None:
             log.info("waiting to see whether the run that holds %s is alive", self._folder)
             time.sleep(_STALE_RENEWALS * RENEW_SECONDS)
         now = self._holder()
-        try:
-            if now is None:
-                self._put(IfNoneMatch="*")
+        if now is None:
+            if self._put(None):
                 return
-            if before is not None and now["etag"] == before["etag"]:
-                self._put(IfMatch=now["etag"])
-                return
-        except ClientError as error:
-            if not _refused(error):
-                raise
+        elif before is not None and now["etag"] == before["etag"] and self._put(now["etag"]):
+            return
         raise RunConflictError(
             f"Another run{_where(now)} writes to {self._folder} now; wait for it or name another output."
         )
@@ -147,10 +134,13 @@ class _ObjectLease:
         """Write the lease anew every few seconds, under the condition that it is still ours; call `taken` if not."""
         while not stop.wait(RENEW_SECONDS):
             try:
-                self._put(IfMatch=self._etag)
-            except (ClientError, BotoCoreError) as error:
+                renewed = self._put(self._etag)
+            except OSError as error:
                 log.warning("the lease on %s was not renewed: %s", self._folder, error)
-                if isinstance(error, ClientError) and _refused(error) and self._is_taken():
+                continue
+            if not renewed:
+                log.warning("the lease on %s was not renewed: it has changed or is gone", self._folder)
+                if self._is_taken():
                     taken()
                     return
 
@@ -158,19 +148,21 @@ class _ObjectLease:
         """Delete the lease if it is still ours."""
         holder = self._holder()
         if holder is not None and holder["etag"] == self._etag:
-            self._client.delete_object(Bucket=self._bucket, Key=self._key)
+            self._object.delete()
 
-    def _put(self, **condition: str) -> None:
+    def _put(self, etag: str | None) -> bool:
+        """Write the lease if it still has `etag`, or if there is none yet; returns whether it was written."""
         self._renewals += 1
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "run": self._token, "renewals": self._renewals}
-        body = json.dumps(holder).encode()
-        self._etag = self._client.put_object(Bucket=self._bucket, Key=self._key, Body=body, **condition)["ETag"]
+        written = self._object.write_if(json.dumps(holder).encode(), etag)
+        self._etag = written or self._etag
+        return written is not None
 
     def _is_taken(self) -> bool:
         """Whether the lease is another run's, or gone; ours where only the answer to a renewal was lost."""
         try:
             holder = self._holder()
-        except (ClientError, BotoCoreError):
+        except OSError:
             return False  # not known yet: the next renewal asks again
         if holder is not None and holder.get("run") == self._token:
             self._etag = holder["etag"]
@@ -179,21 +171,12 @@ class _ObjectLease:
         return True
 
     def _holder(self) -> dict[str, Any] | None:
-        try:
-            response = self._client.get_object(Bucket=self._bucket, Key=self._key)
-        except ClientError as error:
-            if error.response["Error"]["Code"] in {"NoSuchKey", "404"}:
-                return None
-            raise
-        found: dict[str, Any] = json.loads(response["Body"].read())
-        return found | {"etag": response["ETag"]}
+        stored = self._object.read_with_etag()
+        if stored is None:
+            return None
+        found: dict[str, Any] = json.loads(stored[0])
+        return found | {"etag": stored[1]}
 
 
 def _where(holder: dict[str, Any] | None) -> str:
     return f" ({holder['host']}, process {holder['pid']})" if holder else ""
-
-
-def _refused(error: ClientError) -> bool:
-    """Whether the condition did not hold; a lease that is to be matched and is gone is NoSuchKey."""
-    codes = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchKey", "404"}
-    return error.response["Error"]["Code"] in codes

@@ -12,9 +12,9 @@ from clipflow_ray import __version__
 from clipflow_ray.config import ImageLimits, ServeConfig, Tuning
 from clipflow_ray.errors import CalibrationError
 from clipflow_ray.images import DecodedImage, Pixels, ViewKind
+from clipflow_ray.place import Place
 from clipflow_ray.serve.metrics import DetectorMetrics
 from clipflow_ray.serve.probe import probe_view
-from clipflow_ray.storage import filesystem
 
 Numbers = tuple[float, float, float]
 
@@ -69,7 +69,7 @@ class DetectorReplica:
 
         threads = max(1, int(config.detector_cpus))
         torch.set_num_threads(threads)
-        checkpoint = load_checkpoint(config.checkpoint, config.s3)
+        checkpoint = load_checkpoint(Place.at(config.checkpoint, config.s3))
         self._detector = Detector(checkpoint, threads=threads)
         self._judged = judged
         self._model = {
@@ -174,9 +174,8 @@ class DetectorReplica:
 
 def _card(config: ServeConfig) -> str:
     """The model card beside the checkpoint; one that was trained at home may have none."""
-    fs, folder = filesystem(config.checkpoint, config.s3)
     try:
-        with fs.open_input_stream(f"{folder}/MODEL_CARD.md") as stream:
-            return str(stream.read().decode("utf-8", "replace"))
+        with (Place.at(config.checkpoint, config.s3) / "MODEL_CARD.md").stream() as file:
+            return file.read().decode("utf-8", "replace")
     except OSError:
         return ""

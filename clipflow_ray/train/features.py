@@ -6,7 +6,6 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
 from clipflow_ray import __version__, proxies
@@ -18,8 +17,8 @@ from clipflow_ray.data.pipeline import read_then_encode
 from clipflow_ray.data.scoring import Embed
 from clipflow_ray.errors import TrainingError
 from clipflow_ray.model.encoder import Encoder
+from clipflow_ray.place import Place, places
 from clipflow_ray.runs.folder import MANIFEST, Run
-from clipflow_ray.storage import filesystem, join
 from clipflow_ray.train.views import read_and_distort
 
 F32 = NDArray[np.float32]
@@ -57,11 +56,12 @@ def extract(config: TrainConfig) -> Run:
     unchanged one is reused. Raises ResourceError, InputError, WeightsError or ConfigError before anything starts.
     """
     proxies.check(config.proxies)
+    inputs = places(config.input, config.s3)
     stored = tuple(dict.fromkeys((*config.encoder.feature, *config.extra_features)))
     fingerprint = Encoder(config.encoder, "cpu", stored).fingerprint
     identity: dict[str, Any] = {
         "input": list(config.input),
-        "listing": listing_hash(config.input, config.s3),
+        "listing": listing_hash(inputs),
         "encoder_fingerprint": fingerprint,
         "proxies": config.proxies.model_dump(mode="json"),
         "calibration": sorted(config.split.calibration),
@@ -73,7 +73,7 @@ def extract(config: TrainConfig) -> Run:
     if run.finished:
         return run
     identity["features"] = list(stored)
-    record = run.begin(identity, lambda: write_manifest(config.input, run.path(MANIFEST), config.s3))
+    record = run.begin(identity, lambda: write_manifest(inputs, run.place / MANIFEST))
     plan = resources.plan_scoring(record["manifest_rows"], _ENCODE_ROWS)
 
     run.write(
@@ -84,7 +84,7 @@ def extract(config: TrainConfig) -> Run:
             _ENCODE_ROWS,
             read_and_distort,
             {
-                "s3": config.s3,
+                "near": run.place,
                 "limits": config.limits,
                 "kind": config.encoder.view,
                 "config": config.proxies,
@@ -131,14 +131,11 @@ def widths(run: Run, feature: Sequence[str]) -> tuple[int, ...]:
 
 def _reusable(config: TrainConfig, key: str, stored: tuple[str, ...]) -> Run:
     """A finished run under the output with at least these features, else the folder of a new one."""
-    root = join(config.output, "features")
-    fs, path = filesystem(root, config.s3)
-    fs.create_dir(path, recursive=True)
-    for info in sorted(fs.get_file_info(pafs.FileSelector(path)), key=lambda item: str(item.path)):
-        name = info.path.rsplit("/", 1)[-1]
-        run = Run(join(root, name), config.s3)
+    root = Place.at(config.output, config.s3) / "features"
+    for name in root.names():
+        run = Run(root / name)
         if name.startswith(key) and run.finished:
             record = run.record() or {"identity": {}}
             if set(stored) <= set(record["identity"].get("features", ())):
                 return run
-    return Run(join(root, f"{key}-{stable_hash(','.join(stored))[:4]}"), config.s3)
+    return Run(root / f"{key}-{stable_hash(','.join(stored))[:4]}")

@@ -15,8 +15,8 @@ from torch import Tensor
 from clipflow_ray.config import TrainConfig, stable_hash, validated
 from clipflow_ray.data import resources
 from clipflow_ray.errors import TrainingError
+from clipflow_ray.place import Place
 from clipflow_ray.runs.folder import Run
-from clipflow_ray.storage import filesystem, join
 from clipflow_ray.train import features
 from clipflow_ray.train.loop import SELECTION, Loop
 from clipflow_ray.train.split import split
@@ -41,9 +41,9 @@ def fit(config: TrainConfig, run: Run, segments: tuple[int, ...]) -> Fitted:
     """
     use_gpu = ray.cluster_resources().get("GPU", 0) > 0
     per_worker = resources.check_training(config.fit.workers, use_gpu)
-    fs, path = filesystem(join(config.output, "fit"), config.s3)
-    fs.create_dir(path, recursive=True)
-    settings = {"config": config.model_dump(mode="json"), "features": run.folder, "segments": list(segments)}
+    place = Place.at(config.output, config.s3) / "fit"
+    place.make_folder()
+    settings = {"config": config.model_dump(mode="json"), "features": run.place.uri, "segments": list(segments)}
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=settings,
@@ -52,8 +52,7 @@ def fit(config: TrainConfig, run: Run, segments: tuple[int, ...]) -> Fitted:
         ),
         run_config=ray.train.RunConfig(
             name=stable_hash(settings),
-            storage_path=path,
-            storage_filesystem=fs,
+            **place.arguments("storage_path", "storage_filesystem"),
             failure_config=ray.train.FailureConfig(max_failures=config.fit.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute=SELECTION, checkpoint_score_order="max"
@@ -77,7 +76,7 @@ def fit(config: TrainConfig, run: Run, segments: tuple[int, ...]) -> Fitted:
 def train_loop(settings: dict[str, Any]) -> None:
     """One worker: its share of each global batch, the same model as all others after every step."""
     config = validated(TrainConfig, settings["config"])
-    loaded = features.load(Run(settings["features"], config.s3), config.encoder.feature, config.proxies)
+    loaded = features.load(Run(Place.at(settings["features"], config.s3)), config.encoder.feature, config.proxies)
     context = ray.train.get_context()
     Worker(
         config,

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipflow_ray import proxies, sandbox
-from clipflow_ray.config import ImageLimits, ProxyConfig, S3Options
+from clipflow_ray.config import ImageLimits, ProxyConfig
 from clipflow_ray.errors import InputError, ItemError
 from clipflow_ray.images import Pixels
-from clipflow_ray.storage import ObjectReader, list_objects, normalized
+from clipflow_ray.place import Place
 
 _EXAMPLES = 4
 
@@ -79,14 +79,13 @@ def _made(view: Pixels, name: str, at: int, config: ProxyConfig) -> Pixels:
 
 
 def _views(inputs: Sequence[str], count: int) -> list[Pixels]:
-    limits, s3 = ImageLimits(), S3Options()
-    reader = ObjectReader(s3)
+    limits = ImageLimits()
 
     def readable() -> Any:
-        for uri in map(normalized, inputs):
-            for item in list_objects(uri, s3):
+        for place in map(Place.at, inputs):
+            for item in place.objects():
                 try:
-                    yield sandbox.decode(reader.read(item.uri, limits.max_bytes), limits, "resize").rgb
+                    yield sandbox.decode(item.place.read(limits.max_bytes), limits, "resize").rgb
                 except ItemError:
                     continue  # a picture of proxies needs some images, not each of them
 

@@ -16,7 +16,7 @@ from clipflow_ray.errors import ConfigError
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint, save_checkpoint
 from clipflow_ray.model.flow import Flow
-from clipflow_ray.storage import join, normalized, resolved
+from clipflow_ray.place import Place, places, settled
 from clipflow_ray.train import features, fit
 from clipflow_ray.train.probes import fit_probes
 from clipflow_ray.train.split import Split, split
@@ -42,13 +42,7 @@ def train(config: TrainConfig) -> Trained:
     """
     if not config.input:
         raise ConfigError("Name at least one --input with natural images.")
-    config = config.model_copy(
-        update={
-            "input": tuple(normalized(uri) for uri in config.input),
-            "output": normalized(config.output),
-            "s3": resolved(config.s3),
-        }
-    )
+    config = settled(config, "input", "output")
     resources.connect()
     log.info("encoding natural views and proxies")
     run = features.extract(config)
@@ -76,15 +70,15 @@ def train(config: TrainConfig) -> Trained:
         reference=_reference(flow, data),
         training=_summary(config, data, fitted, record),
     )
-    path = join(config.output, "checkpoint")
-    save_checkpoint(checkpoint, path, config.s3)
-    return Trained(path, checkpoint.model_id, fitted.metrics)
+    place = Place.at(config.output, config.s3) / "checkpoint"
+    save_checkpoint(checkpoint, place)
+    return Trained(place.uri, checkpoint.model_id, fitted.metrics)
 
 
 def _summary(config: TrainConfig, data: Split, fitted: fit.Fitted, record: dict[str, Any]) -> dict[str, Any]:
     """How the checkpoint was made, without this machine's paths: inputs are named by their last component."""
     return {
-        "input": [uri.rstrip("/").rsplit("/", 1)[-1] for uri in config.input],
+        "input": [place.name for place in places(config.input, config.s3)],
         "listing": record["identity"]["listing"],
         "objects": record["manifest_rows"],
         "unreadable": record["errors"],

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from clipflow_ray import images, proxies
-from clipflow_ray.config import ImageLimits, ProxyConfig, S3Options
+from clipflow_ray.config import ImageLimits, ProxyConfig
 from clipflow_ray.data.reading import VIEW, described, read_images
 from clipflow_ray.images import DecodedImage, Pixels, ViewKind
+from clipflow_ray.place import Place
 
 
 def read_and_distort(
     table: pa.Table,
-    s3: S3Options,
+    near: Place,
     limits: ImageLimits,
     kind: ViewKind,
     config: ProxyConfig,
@@ -23,7 +24,7 @@ def read_and_distort(
     M is `natural_views * (1 + proxies_per_view)`; images of `plain_groups`, which only calibrate, give the one view
     that inference uses. An image that cannot be read gives none, and keeps its row.
     """
-    outcomes = read_images(table, s3, limits)
+    outcomes = read_images(table, near, limits)
     views: list[bytes] = []
     families: list[list[str]] = []
     for identity, group, outcome in zip(table["row_id"].to_pylist(), table["group"].to_pylist(), outcomes, strict=True):

@@ -16,10 +16,10 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from clipflow_ray.config import TEST_TOWER, S3Options
+from clipflow_ray.config import TEST_TOWER
 from clipflow_ray.demo import s3_server
-from clipflow_ray.storage import filesystem, s3_client
-from tests.conftest import encoded, photo
+from clipflow_ray.place import Place
+from tests.conftest import encoded, photo, s3_client
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -35,13 +35,13 @@ pytestmark = pytest.mark.stress  # three nodes take minutes to start, train and 
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[S3Options]:
-    with s3_server() as options:
-        yield options
+def s3() -> Iterator[Place]:
+    with s3_server() as bucket:
+        yield bucket
 
 
 @pytest.fixture(scope="module")
-def nodes(s3: S3Options) -> Iterator[tuple[dict[str, str], list[int]]]:
+def nodes(s3: Place) -> Iterator[tuple[dict[str, str], list[int]]]:
     """`cluster/local.sh`: the environment that reaches it, and the process ids of head and workers."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment |= {"RAY": RAY, "PORT": str(free_port()), "DASHBOARD_PORT": str(free_port()), "CPUS": "3"}
@@ -77,14 +77,14 @@ def submitted(environment: dict[str, str], *arguments: str) -> subprocess.Comple
 
 
 @pytest.fixture(scope="module")
-def store(s3: S3Options) -> list[str]:
+def store(s3: Place) -> list[str]:
     """Five sources of photo-like images in a bucket, and the flags that reach it."""
     client = s3_client(s3)
     client.create_bucket(Bucket="jobs")
     for source in ("a", "b", "c", "d", "e"):
         for at in range(12):
             client.put_object(Bucket="jobs", Key=f"in/{source}/{at}.jpg", Body=encoded(photo(ord(source) * 100 + at)))
-    return ["--endpoint-url", str(s3.endpoint_url), "--region", "us-east-1"]
+    return ["--endpoint-url", str(s3.options.endpoint_url), "--region", "us-east-1"]
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +107,14 @@ def audit_job(environment: dict[str, str], checkpoint: str, store: list[str], so
     return submitted(environment, *command)
 
 
-def ledger(output: str, s3: S3Options) -> list[dict[str, Any]]:
-    fs, path = filesystem(f"{output}/ledger", s3)
-    rows = pq.read_table(path, filesystem=fs).to_pylist()
+def ledger(output: str, s3: Place) -> list[dict[str, Any]]:
+    rows = pq.read_table(**s3.with_uri(f"{output}/ledger").arguments("source", "filesystem")).to_pylist()
     assert len({row["row_id"] for row in rows}) == len(rows)
     return rows
 
 
 def test_training_and_auditing_run_as_submitted_jobs_and_fail_with_their_exit_code(
-    nodes: tuple[dict[str, str], list[int]], checkpoint: str, store: list[str], s3: S3Options
+    nodes: tuple[dict[str, str], list[int]], checkpoint: str, store: list[str], s3: Place
 ) -> None:
     environment, _ = nodes
     done = audit_job(environment, checkpoint, store, "s3://jobs/in/", "s3://jobs/audit")
@@ -133,7 +132,7 @@ def test_a_client_without_the_token_is_refused(nodes: tuple[dict[str, str], list
 
 
 def test_a_node_that_dies_in_mid_audit_costs_nothing_beside_poison_and_repeated_keys(
-    nodes: tuple[dict[str, str], list[int]], checkpoint: str, store: list[str], s3: S3Options
+    nodes: tuple[dict[str, str], list[int]], checkpoint: str, store: list[str], s3: Place
 ) -> None:
     environment, pids = nodes
     client = s3_client(s3)

@@ -13,19 +13,19 @@ from clipflow_ray.config import (
     FitConfig,
     FlowConfig,
     ProxyConfig,
-    S3Options,
     SplitConfig,
     TrainConfig,
 )
 from clipflow_ray.data import resources
 from clipflow_ray.demo import s3_server
+from clipflow_ray.place import Place
 from clipflow_ray.serve.launch import SWITCHES
 
 FAMILIES = ("low_pass", "radial_gain_down", "resample", "tone")
 
 
 @pytest.fixture(scope="session")
-def cluster(s3: S3Options) -> Iterator[None]:
+def cluster(s3: Place) -> Iterator[None]:
     """Started after the S3 server, so that its workers inherit the credentials; and as `clipflow-ray serve` does it."""
     os.environ.update(SWITCHES)
     resources.connect()
@@ -34,10 +34,10 @@ def cluster(s3: S3Options) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def s3() -> Iterator[S3Options]:
-    """A real S3 protocol: moto's server in its own process, on a free loopback port."""
-    with s3_server() as options:
-        yield options
+def s3() -> Iterator[Place]:
+    """A bucket behind a real S3 protocol: moto's server in its own process, on a free loopback port."""
+    with s3_server() as bucket:
+        yield bucket
 
 
 @pytest.fixture(scope="session")

@@ -23,15 +23,15 @@ import yaml
 
 from clipflow_ray.audit.ledger import SCHEMA
 from clipflow_ray.audit.run import audit
-from clipflow_ray.config import AuditConfig, S3Options
+from clipflow_ray.config import AuditConfig
 from clipflow_ray.data.resources import ScoringPlan, plan_scoring
 from clipflow_ray.data.scoring import Score
 from clipflow_ray.errors import CalibrationError, CheckpointError, InputError, ResourceError, RunConflictError
 from clipflow_ray.model.calibration import verdict
 from clipflow_ray.model.checkpoint import load_checkpoint
 from clipflow_ray.model.detector import Detector
-from clipflow_ray.storage import s3_client
-from tests.conftest import encoded, photo
+from clipflow_ray.place import Place
+from tests.conftest import encoded, photo, s3_client
 
 BROKEN = {"truncated.jpg": "truncated", "empty.png": "empty", "note.jpg": "unsupported_format", "tiny.png": "too_small"}
 
@@ -164,21 +164,21 @@ def test_a_missing_checkpoint_and_an_empty_input_are_said_in_a_sentence(
 
 
 def test_an_s3_prefix_gives_the_same_scores_as_the_folder_it_was_copied_from(
-    record: dict, config: AuditConfig, mixed: Path, s3: S3Options
+    record: dict, config: AuditConfig, mixed: Path, s3: Place
 ) -> None:
     client = s3_client(s3)
     client.create_bucket(Bucket="audits")
     for path in mixed.rglob("*"):
         if path.is_file():
             client.put_object(Bucket="audits", Key=f"in/{path.relative_to(mixed)}", Body=path.read_bytes())
-    result = audit(config.model_copy(update={"input": ("s3://audits/in/",), "output": "s3://audits/out", "s3": s3}))
+    result = audit(
+        config.model_copy(update={"input": ("s3://audits/in/",), "output": "s3://audits/out", "s3": s3.options})
+    )
     assert result["by_status"] == record["by_status"]
     keys = [item["Key"] for item in client.list_objects_v2(Bucket="audits", Prefix="out/")["Contents"]]
     assert {"out/_SUCCESS", "out/run.json"} <= set(keys)
-    from clipflow_ray.storage import filesystem
-
-    fs, path = filesystem("s3://audits/out/ledger", s3)
-    remote = {row["sha256"]: row["score"] for row in pq.read_table(path, filesystem=fs).to_pylist()}
+    stored = s3.with_uri("s3://audits/out/ledger").arguments("source", "filesystem")
+    remote = {row["sha256"]: row["score"] for row in pq.read_table(**stored).to_pylist()}
     for row in ledger(config.output):
         if row["score"] is not None:
             assert abs(remote[row["sha256"]] - row["score"]) <= 1e-4

@@ -18,15 +18,14 @@ from playwright.sync_api import sync_playwright
 
 from clipflow_ray.audit import progress
 from clipflow_ray.audit.run import audit, error_rate, judge_again, plan
-from clipflow_ray.config import AuditConfig, ImageLimits, InventoryOptions, S3Options
+from clipflow_ray.config import AuditConfig, ImageLimits, InventoryOptions
 from clipflow_ray.data.inventory import MANIFEST_SCHEMA, rows, sources
 from clipflow_ray.data.reading import read_bytes
 from clipflow_ray.errors import InputError, RunConflictError
+from clipflow_ray.place import Place
 from clipflow_ray.runs import lease
-from clipflow_ray.storage import s3_client
-from tests.conftest import encoded, photo
+from tests.conftest import encoded, photo, s3_client
 
-LOCAL = S3Options()
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -83,75 +82,77 @@ def test_judging_again_needs_no_encoder_and_counts_equal_files_once(record: dict
     wider = json.loads(done.stdout)
     assert wider["alpha"] == 0.2 and wider["by_status"] == {"error": 1, "ok": 40, "skipped_duplicate": 8}
     assert wider["flagged"]["of"] == 40
-    assert judge_again(config.output, 0.1, "none", LOCAL)["flagged"] == record["flagged"]
+    assert judge_again(AuditConfig(output=config.output, alpha=0.1, dedupe="none"))["flagged"] == record["flagged"]
 
 
 def test_judging_again_shows_pictures_from_the_store_that_the_audit_named(
-    cluster: None, config: AuditConfig, s3: S3Options, tmp_path: Path
+    cluster: None, config: AuditConfig, s3: Place, tmp_path: Path
 ) -> None:
     client = s3_client(s3)
     client.create_bucket(Bucket="pictures")
     for at in range(8):
         client.put_object(Bucket="pictures", Key=f"in/{at}.jpg", Body=encoded(photo(4100 + at)))
     output = str(tmp_path / "run")
-    audit(config.model_copy(update={"input": ("s3://pictures/in/",), "output": output, "s3": s3}))
-    again = judge_again(output, 0.2, None, LOCAL)
+    audit(config.model_copy(update={"input": ("s3://pictures/in/",), "output": output, "s3": s3.options}))
+    again = judge_again(AuditConfig(output=output, alpha=0.2))
     assert Path(again["report"]).read_text().count("data:image/jpeg;base64,") >= 4
 
 
 def test_an_output_without_a_finished_audit_cannot_be_judged(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no finished audit"):
-        judge_again(str(tmp_path), 0.1, None, LOCAL)
+        judge_again(AuditConfig(output=str(tmp_path), alpha=0.1))
 
 
 def test_a_second_run_on_the_same_output_is_refused_while_the_first_holds_it(tmp_path: Path) -> None:
-    with lease.exclusive(str(tmp_path / "out"), LOCAL):
-        with pytest.raises(RunConflictError, match="Another run"), lease.exclusive(str(tmp_path / "out"), LOCAL):
+    with lease.exclusive(Place.at(tmp_path / "out")):
+        with pytest.raises(RunConflictError, match="Another run"), lease.exclusive(Place.at(tmp_path / "out")):
             pass
-        with lease.exclusive(str(tmp_path / "other"), LOCAL):
+        with lease.exclusive(Place.at(tmp_path / "other")):
             pass
-    with lease.exclusive(str(tmp_path / "out"), LOCAL):
+    with lease.exclusive(Place.at(tmp_path / "out")):
         pass
 
 
 def test_on_s3_a_living_run_is_refused_and_a_dead_ones_lease_is_taken_over(
-    s3: S3Options, monkeypatch: pytest.MonkeyPatch
+    s3: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.2)
     client = s3_client(s3)
     client.create_bucket(Bucket="leases")
+    output = s3.with_uri("s3://leases/out")
     with (
-        lease.exclusive("s3://leases/out", s3),
+        lease.exclusive(output),
         pytest.raises(RunConflictError, match="process"),
-        lease.exclusive("s3://leases/out", s3),
+        lease.exclusive(output),
     ):
         pass
     assert "Contents" not in client.list_objects_v2(Bucket="leases")
-    dead = lease._ObjectLease("s3://leases/out", s3)
+    dead = lease._ObjectLease(output)
     dead.take()
-    with lease.exclusive("s3://leases/out", s3):
+    with lease.exclusive(output):
         threading.Event().wait(0.5)
         dead.release()  # wakes up late: the lease is no longer its own
         assert client.list_objects_v2(Bucket="leases")["KeyCount"] == 1
 
 
 def test_a_run_whose_lease_was_taken_over_stops_and_leaves_the_output_to_the_other(
-    cluster: None, config: AuditConfig, s3: S3Options, monkeypatch: pytest.MonkeyPatch
+    cluster: None, config: AuditConfig, s3: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.2)
     client = s3_client(s3)
     client.create_bucket(Bucket="taken")
-    other = lease._ObjectLease("s3://taken/out", s3)
+    other = lease._ObjectLease(s3.with_uri("s3://taken/out"))
 
     def take_over() -> None:
         """As a run does that found the lease unrenewed; when the first rows are there."""
         while not client.list_objects_v2(Bucket="taken", Prefix="out/scored/").get("KeyCount"):
             time.sleep(0.05)
-        other._put()
+        while not other._put(other._holder()["etag"]):  # renewed between the two
+            pass
 
     taking = threading.Thread(target=take_over)
     taking.start()
-    settings = config.model_copy(update={"output": "s3://taken/out", "s3": s3, "gallery": 0})
+    settings = config.model_copy(update={"output": "s3://taken/out", "s3": s3.options, "gallery": 0})
     with pytest.raises(RunConflictError, match=f"process {os.getpid()}.*took s3://taken/out over.*stopped"):
         audit(settings.model_copy(update={"rows_per_task": 2, "batch_size": 2}))
     taking.join()
@@ -161,13 +162,13 @@ def test_a_run_whose_lease_was_taken_over_stops_and_leaves_the_output_to_the_oth
     assert audit(settings)["rows"] == 49
 
 
-def test_a_renewal_whose_answer_was_lost_is_no_takeover(s3: S3Options, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_renewal_whose_answer_was_lost_is_no_takeover(s3: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
     s3_client(s3).create_bucket(Bucket="answers")
-    held = lease._ObjectLease("s3://answers/out", s3)
+    held = lease._ObjectLease(s3.with_uri("s3://answers/out"))
     held.take()
     before = held._etag
-    held._put(IfMatch=before)
+    assert held._put(before)
     held._etag = before  # as if the store had not answered
     stop = threading.Event()
     renewing = threading.Thread(target=held.renew_until, args=(stop, stop.set))
@@ -181,13 +182,13 @@ def test_a_renewal_whose_answer_was_lost_is_no_takeover(s3: S3Options, monkeypat
 
 
 def test_an_object_that_changed_after_it_was_listed_has_its_own_code(
-    cluster: None, config: AuditConfig, s3: S3Options
+    cluster: None, config: AuditConfig, s3: Place
 ) -> None:
     client = s3_client(s3)
     client.create_bucket(Bucket="changing")
     client.put_object(Bucket="changing", Key="in/a.jpg", Body=encoded(photo(1)))
-    (source,) = sources(["s3://changing/in/"], s3, "images")
-    manifest = pa.Table.from_pylist(list(rows(source, s3, InventoryOptions())), MANIFEST_SCHEMA)
+    (source,) = sources([s3.with_uri("s3://changing/in/")], "images")
+    manifest = pa.Table.from_pylist(list(rows(source, InventoryOptions())), MANIFEST_SCHEMA)
     client.put_object(Bucket="changing", Key="in/a.jpg", Body=encoded(photo(2)))
     (outcome,) = read_bytes(manifest, s3, ImageLimits())
     assert not isinstance(outcome, bytes) and outcome.item_code == "changed"

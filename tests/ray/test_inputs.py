@@ -16,14 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipflow_ray.audit.run import audit
-from clipflow_ray.config import AuditConfig, InventoryOptions, S3Options
+from clipflow_ray.config import AuditConfig, InventoryOptions
 from clipflow_ray.data import inventory
 from clipflow_ray.data.listing import write_manifest
 from clipflow_ray.errors import InputError
-from clipflow_ray.storage import s3_client
-from tests.conftest import encoded, photo
+from clipflow_ray.place import Place
+from tests.conftest import encoded, photo, s3_client
 
-LOCAL = S3Options()
 IMAGES = {f"{label}/{at} +%2F'.jpg": encoded(photo(3000 + at)) for at, label in enumerate(("cat", "dog") * 4)}
 
 
@@ -86,17 +85,17 @@ def written_as(kind: str, folder: Path, root: Path) -> Path:
     ],
 )
 def test_every_kind_of_input_gives_the_scores_of_the_files(
-    reference: dict, trained: str, folder: Path, s3: S3Options, tmp_path: Path, kind: str, where: str
+    reference: dict, trained: str, folder: Path, s3: Place, tmp_path: Path, kind: str, where: str
 ) -> None:
-    source, options = str(written_as(kind, folder, tmp_path)), LOCAL
+    source = str(written_as(kind, folder, tmp_path))
     if where == "s3":
-        bucket, options = f"inputs-{kind}", s3
+        bucket = f"inputs-{kind}"
         client = s3_client(s3)
         client.create_bucket(Bucket=bucket)
         name = Path(source).name
         client.put_object(Bucket=bucket, Key=f"in/{name}", Body=Path(source).read_bytes())
         source = f"s3://{bucket}/in/{name}"
-    config = AuditConfig(input=(source,), output=str(tmp_path / "run"), checkpoint=trained, alpha=0.1, s3=options)
+    config = AuditConfig(input=(source,), output=str(tmp_path / "run"), checkpoint=trained, alpha=0.1, s3=s3.options)
     rows = ledger(audit(config))
     assert {row["sha256"]: row["score"] for row in rows} == pytest.approx(reference, rel=1e-5)
     assert len({row["row_id"] for row in rows}) == len(rows) == len(IMAGES)
@@ -135,7 +134,7 @@ def test_a_list_with_repeats_missing_files_and_bad_uris_gives_a_row_for_each_lin
     assert record["flagged"]["of"] == 2
 
 
-def test_prefixes_on_s3_are_listed_apart_and_nothing_is_lost(cluster: None, s3: S3Options, tmp_path: Path) -> None:
+def test_prefixes_on_s3_are_listed_apart_and_nothing_is_lost(cluster: None, s3: Place, tmp_path: Path) -> None:
     client = s3_client(s3)
     client.create_bucket(Bucket="prefixes")
     keys = [
@@ -143,8 +142,8 @@ def test_prefixes_on_s3_are_listed_apart_and_nothing_is_lost(cluster: None, s3: 
     ]
     for key in [*keys, "in/.hidden/x.jpg", "other/y.jpg"]:
         client.put_object(Bucket="prefixes", Key=key, Body=b"x")
-    assert len(inventory.sources(["s3://prefixes/in/"], s3, "images")) == 3
-    count = write_manifest(["s3://prefixes/in/"], str(tmp_path / "m"), s3)
+    assert len(inventory.sources([s3.with_uri("s3://prefixes/in/")], "images")) == 3
+    count = write_manifest([s3.with_uri("s3://prefixes/in/")], Place.at(tmp_path / "m"))
     rows = pq.read_table(tmp_path / "m").to_pylist()
     assert count == len(rows) and sorted(row["uri"] for row in rows) == sorted(f"s3://prefixes/{key}" for key in keys)
     assert {row["group"] for row in rows} == {"a", "b c", "ünï"}
@@ -155,17 +154,17 @@ def test_a_listing_made_again_after_the_input_shrank_leaves_no_old_part(
 ) -> None:
     for part in ("one", "two"):
         (tmp_path / f"{part}.txt").write_text("/a.jpg\n/b.jpg\n")
-    manifest = tmp_path / "manifest"
-    assert write_manifest([f"{tmp_path}/one.txt", f"{tmp_path}/two.txt"], str(manifest), LOCAL) == 4
+    root, manifest = Place.at(tmp_path), tmp_path / "manifest"
+    assert write_manifest([root / "one.txt", root / "two.txt"], root / "manifest") == 4
     (manifest / "mine.txt").write_text("kept")
-    assert write_manifest([f"{tmp_path}/one.txt"], str(manifest), LOCAL) == 2
+    assert write_manifest([root / "one.txt"], root / "manifest") == 2
     assert sorted(path.name for path in manifest.iterdir()) == ["mine.txt", "part-00000-00000.parquet"]
 
 
 def test_an_input_that_does_not_read_is_an_input_error_and_not_a_traceback(cluster: None, tmp_path: Path) -> None:
     (tmp_path / "broken.tar").write_bytes(b"this is not a tar" * 100)
     with pytest.raises(InputError, match="does not read as an uncompressed tar"):
-        write_manifest([f"{tmp_path}/broken.tar"], str(tmp_path / "m"), LOCAL)
+        write_manifest([Place.at(tmp_path / "broken.tar")], Place.at(tmp_path / "m"))
 
 
 class Endless(BaseHTTPRequestHandler):
@@ -206,10 +205,12 @@ def test_a_million_keys_become_a_manifest_in_bounded_driver_memory(tmp_path: Pat
         source = str(tmp_path / "list.txt")
         Path(source).write_text("".join(f"s3://b/in/{at:07d}.jpg\n" for at in range(Endless.PAGES * Endless.KEYS)))
     code = (
-        "import sys, resource\nfrom clipflow_ray.config import S3Options\nfrom clipflow_ray.data import resources\n"
+        "import sys, resource\nfrom clipflow_ray.config import AuditConfig\nfrom clipflow_ray.data import resources\n"
+        "from clipflow_ray.place import places\n"
         "from clipflow_ray.data.listing import write_manifest\nresources.connect()\n"
-        "s3 = S3Options(endpoint_url=sys.argv[3], region='us-east-1', unsigned=True)\n"
-        "print(write_manifest([sys.argv[1]], sys.argv[2], s3), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "s3 = {'endpoint_url': sys.argv[3], 'region': 'us-east-1', 'unsigned': True}\n"
+        "source, manifest = places(sys.argv[1:3], AuditConfig(output='', s3=s3).s3)\n"
+        "print(write_manifest([source], manifest), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     command = [sys.executable, "-c", code, source, str(tmp_path / "manifest"), endpoint]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipflow_ray.audit.run import audit
-from clipflow_ray.config import AuditConfig, ImageLimits, S3Options
+from clipflow_ray.config import AuditConfig, ImageLimits
 from clipflow_ray.errors import InputError, ReadError
-from clipflow_ray.storage import ObjectReader, s3_client
-from tests.conftest import encoded, photo
+from clipflow_ray.place import Place
+from tests.conftest import encoded, photo, s3_client
 
 OBJECTS = 300
 # Faults of the first GET of an object, by its number: 5 % 503, 1 % each of 500, reset, truncated, flipped; a stall and
@@ -109,8 +109,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def chaos(s3: S3Options) -> Iterator[Chaos]:
-    server = Chaos(str(s3.endpoint_url))
+def chaos(s3: Place) -> Iterator[Chaos]:
+    server = Chaos(str(s3.options.endpoint_url))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.ended.set()
@@ -119,7 +119,7 @@ def chaos(s3: S3Options) -> Iterator[Chaos]:
 
 
 @pytest.fixture(scope="module")
-def bucket(s3: S3Options) -> str:
+def bucket(s3: Place) -> str:
     client = s3_client(s3)
     client.create_bucket(Bucket="chaos")
     for at in range(OBJECTS):
@@ -127,18 +127,18 @@ def bucket(s3: S3Options) -> str:
     return "s3://chaos/in/"
 
 
-def through(chaos: Chaos, s3: S3Options) -> S3Options:
-    return s3.model_copy(update={"endpoint_url": f"http://127.0.0.1:{chaos.server_port}"})
+def through(chaos: Chaos, s3: Place) -> Place:
+    return Place(s3.uri, s3.options.model_copy(update={"endpoint_url": f"http://127.0.0.1:{chaos.server_port}"}))
 
 
 def test_every_good_object_is_scored_through_faults_and_few_are_read_twice(
-    cluster: None, trained: str, chaos: Chaos, s3: S3Options, bucket: str, tmp_path
+    cluster: None, trained: str, chaos: Chaos, s3: Place, bucket: str, tmp_path
 ) -> None:
     config = AuditConfig(
-        input=(bucket,), output=str(tmp_path / "calm"), checkpoint=trained, alpha=0.1, s3=s3, gallery=0
+        input=(bucket,), output=str(tmp_path / "calm"), checkpoint=trained, alpha=0.1, s3=s3.options, gallery=0
     )
     calm = audit(config)
-    record = audit(config.model_copy(update={"output": str(tmp_path / "chaos"), "s3": through(chaos, s3)}))
+    record = audit(config.model_copy(update={"output": str(tmp_path / "chaos"), "s3": through(chaos, s3).options}))
     assert record["by_status"] == calm["by_status"] == {"ok": OBJECTS}
     scores = [{row["row_id"]: row["score"] for row in pq.read_table(r["ledger"]).to_pylist()} for r in (calm, record)]
     assert scores[1] == pytest.approx(scores[0], rel=1e-5)
@@ -147,30 +147,30 @@ def test_every_good_object_is_scored_through_faults_and_few_are_read_twice(
 
 
 def test_a_fault_that_stays_ends_in_a_row_with_its_code_and_in_time(
-    chaos: Chaos, s3: S3Options, bucket: str, monkeypatch: pytest.MonkeyPatch
+    chaos: Chaos, s3: Place, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = ObjectReader(through(chaos, s3))
+    images = through(chaos, s3).with_uri(bucket)
     expected = {"503": "read_failed", "truncated": "read_failed", "flipped": "read_failed", "403": "access_denied"}
     for number, (fault, code) in enumerate(expected.items(), 200):
         chaos.always[f"/chaos/in/{number}.jpg"] = fault
         with pytest.raises(ReadError) as caught:
-            reader.read(f"s3://chaos/in/{number}.jpg", ImageLimits().max_bytes)
+            (images / f"{number}.jpg").read(ImageLimits().max_bytes)
         assert caught.value.item_code == code
         assert chaos.gets[f"/chaos/in/{number}.jpg"] == (1 if fault == "403" else 5)
-    monkeypatch.setattr("clipflow_ray.storage.READ_SECONDS", 1.5)
+    monkeypatch.setattr("clipflow_ray.place.READ_SECONDS", 1.5)
     chaos.always["/chaos/in/210.jpg"] = "dribble"
     start = time.monotonic()
     with pytest.raises(ReadError) as caught:
-        reader.read("s3://chaos/in/210.jpg", ImageLimits().max_bytes)
+        (images / "210.jpg").read(ImageLimits().max_bytes)
     assert caught.value.item_code == "read_timeout" and time.monotonic() - start < 10
 
 
 def test_credentials_that_list_and_do_not_read_fail_the_audit_at_once(
-    cluster: None, trained: str, chaos: Chaos, s3: S3Options, bucket: str, tmp_path
+    cluster: None, trained: str, chaos: Chaos, s3: Place, bucket: str, tmp_path
 ) -> None:
     chaos.always = {f"/chaos/in/{at}.jpg": "403" for at in range(OBJECTS)}
     config = AuditConfig(
-        input=(bucket,), output=str(tmp_path / "run"), checkpoint=trained, alpha=0.1, s3=through(chaos, s3)
+        input=(bucket,), output=str(tmp_path / "run"), checkpoint=trained, alpha=0.1, s3=through(chaos, s3).options
     )
     with pytest.raises(InputError, match="may list but not read"):
         audit(config)

@@ -54,19 +54,19 @@ def test_embeddings_are_reused_when_nothing_changed_and_made_anew_when_the_input
     trained: str, tiny: TrainConfig, naturals: Path, tmp_path: Path
 ) -> None:
     run = features.extract(tiny)
-    files = {path: path.stat().st_mtime_ns for path in Path(run.folder).rglob("*.parquet")}
-    assert features.extract(tiny).folder == run.folder
-    assert files == {path: path.stat().st_mtime_ns for path in Path(run.folder).rglob("*.parquet")}
+    files = {path: path.stat().st_mtime_ns for path in Path(run.place.uri).rglob("*.parquet")}
+    assert features.extract(tiny).place.uri == run.place.uri
+    assert files == {path: path.stat().st_mtime_ns for path in Path(run.place.uri).rglob("*.parquet")}
     extra = tmp_path / "more"
     extra.mkdir()
     (extra / "one.jpg").write_bytes((naturals / "alpine" / "000.jpg").read_bytes())
     wider = tiny.model_copy(update={"input": (str(naturals), str(extra))})
-    assert features.extract(wider).folder != run.folder
+    assert features.extract(wider).place.uri != run.place.uri
 
 
 def test_every_image_has_its_natural_views_and_proxies(trained: str, tiny: TrainConfig) -> None:
     run = features.extract(tiny)
-    table = pq.read_table(f"{run.folder}/embeddings")
+    table = pq.read_table(f"{run.place.uri}/embeddings")
     for row in table.select(["group", "families", "projected"]).to_pylist():
         plain = row["group"] in tiny.split.calibration
         views = 1 if plain else tiny.proxies.natural_views * (1 + tiny.proxies.proxies_per_view)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipflow_ray.cli.options import s3_options
 from clipflow_ray.config import (
     TEST_TOWER,
     AuditConfig,
@@ -90,6 +91,20 @@ def test_overrides_win_over_the_file_and_empty_ones_do_not_count(tmp_path: Path)
     config = load_yaml(AuditConfig, str(path), overrides)
     assert (config.input, config.output, config.alpha, config.batch_size) == (("photos",), "out", 0.05, 7)
     assert config.checkpoint == AuditConfig(input=("a",), output="b").checkpoint
+
+
+def test_the_flags_of_s3_replace_what_they_name_and_keep_the_rest_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "audit.yaml"
+    path.write_text("s3: {endpoint_url: 'http://mine', unsigned: true}\n", encoding="utf-8")
+    for flags, expected in (
+        ((None, None, False), ("http://mine", None, True)),
+        ((None, "eu-north-1", False), ("http://mine", "eu-north-1", True)),
+        (("http://other", None, True), ("http://other", None, True)),
+    ):
+        config = load_yaml(AuditConfig, str(path), {"output": "out", "s3": s3_options(*flags)})
+        assert (config.s3.endpoint_url, config.s3.region, config.s3.unsigned) == expected
+    alone = load_yaml(AuditConfig, None, {"output": "out", "s3": s3_options(None, None, False)})
+    assert alone.s3 == AuditConfig(output="out").s3
 
 
 def test_overrides_alone_make_a_config() -> None:

@@ -12,13 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipflow_ray.config import InventoryOptions, S3Options
+from clipflow_ray.config import InventoryOptions
 from clipflow_ray.data import containers, inventory
 from clipflow_ray.data.inventory import MANIFEST_SCHEMA, check_apart, listing_hash, row_id, sources, write_source
 from clipflow_ray.errors import InputError, ReadError
-from clipflow_ray.storage import ObjectReader
+from clipflow_ray.place import Place
 
-LOCAL = S3Options()
 FILES = ("loose.jpg", "cats/a.jpg", "cats/b.jpg", "cats/deep/c.jpg", "dogs/a.jpg")
 
 
@@ -36,8 +35,8 @@ def manifest(tmp_path: Path, *inputs: Path | str, **options: str) -> list[dict]:
     folder = tmp_path / f"manifest-{len(os.listdir(tmp_path))}"
     folder.mkdir()
     settings, rows = InventoryOptions(**options), []
-    for number, source in enumerate(sources([str(uri) for uri in inputs], LOCAL, settings.input_format)):
-        names, count = write_source(source, number, str(folder), LOCAL, settings)
+    for number, source in enumerate(sources([Place.at(uri) for uri in inputs], settings.input_format)):
+        names, count = write_source(source, number, Place.at(folder), settings)
         tables = [pq.read_table(folder / name) for name in names]
         assert all(table.schema == MANIFEST_SCHEMA for table in tables) and sum(map(len, tables)) == count
         rows += [row for table in tables for row in table.to_pylist()]
@@ -103,23 +102,23 @@ def test_a_long_listing_fills_several_files_in_order(tmp_path, photos: Path, mon
 @pytest.mark.parametrize("output", ["photos/out", "photos/cats/out", "photos", "photos/", "photos/new/../out"])
 def test_an_output_inside_an_input_is_refused(tmp_path: Path, photos: Path, output: str) -> None:
     with pytest.raises(InputError, match=str(photos)):
-        check_apart([str(tmp_path / "elsewhere"), str(photos)], f"{tmp_path}/{output}")
+        check_apart([Place.at(tmp_path / "elsewhere"), Place.at(photos)], Place.at(f"{tmp_path}/{output}"))
 
 
 def test_a_relative_output_inside_an_input_is_refused(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(photos)
     with pytest.raises(InputError):
-        check_apart(["."], "out")
+        check_apart([Place.at(".")], Place.at("out"))
 
 
 def test_an_output_under_an_s3_prefix_that_is_listed_is_refused() -> None:
     """`s3://shelf/photos` lists every key that starts so, `photos-out/` too."""
     with pytest.raises(InputError, match="inside the input"):
-        check_apart(["s3://shelf/photos"], "s3://shelf/photos-out/manifest")
+        check_apart([Place.at("s3://shelf/photos")], Place.at("s3://shelf/photos-out/manifest"))
 
 
 def test_an_output_beside_an_input_with_the_same_beginning_is_fine(photos: Path) -> None:
-    check_apart([str(photos)], f"{photos}-out")
+    check_apart([Place.at(photos)], Place.at(f"{photos}-out"))
 
 
 @pytest.mark.parametrize("broken", ["absent", "empty", "http://host/photos"])
@@ -142,11 +141,11 @@ def test_a_file_name_that_is_not_utf8_gives_a_row_or_an_input_error(tmp_path: Pa
 
 def test_the_listing_hash_is_equal_across_calls_and_changes_with_what_is_there(photos: Path) -> None:
     def now() -> str:
-        return listing_hash([str(photos)], LOCAL)
+        return listing_hash([Place.at(photos)])
 
     seen = [now()]
     assert re.fullmatch("[0-9a-f]{16}", seen[0])
-    assert now() == seen[0] == listing_hash([f"{photos}/"], LOCAL)
+    assert now() == seen[0] == listing_hash([Place.at(f"{photos}/")])
     (photos / "dogs" / "b.jpg").write_bytes(b"x")
     seen.append(now())
     (photos / "dogs" / "b.jpg").write_bytes(b"xy")
@@ -205,10 +204,10 @@ def test_parquet_rows_are_found_by_number_whatever_the_column_is(tmp_path: Path)
         (f, n) for f in ("a.parquet", "b.parquet") for n in "012"
     ]
     assert [row["label"] for row in rows] == ["1", "2", "3", None, None, None]
-    read = [containers.parquet_value(row["uri"], row["offset"], LOCAL, 99, None) for row in rows if row["offset"] < 2]
+    read = [containers.parquet_value(Place(row["uri"]), row["offset"], 99, None) for row in rows if row["offset"] < 2]
     assert read == [b"one", b"two"] * 2
     with pytest.raises(ReadError) as caught:
-        containers.parquet_value(rows[2]["uri"], 2, LOCAL, 99, None)
+        containers.parquet_value(Place(rows[2]["uri"]), 2, 99, None)
     assert caught.value.item_code == "empty"
 
 
@@ -228,8 +227,7 @@ def test_tar_members_are_found_by_offset_and_only_images_are(tmp_path: Path) -> 
             archive.addfile(member, io.BytesIO(data))
     rows = manifest(tmp_path, tmp_path / "shard-0.tar")
     assert [row["member"] for row in rows] == ["a/1.jpg", "a/2.png", "a/1.jpg"]
-    reader = ObjectReader(LOCAL)
-    read = [reader.read(row["uri"], 99, None, (row["offset"], row["bytes"])) for row in rows]
+    read = [Place(row["uri"]).read(99, None, (row["offset"], row["bytes"])) for row in rows]
     assert read == [b"first", b"second!", b"again"]
 
 

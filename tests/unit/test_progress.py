@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from clipflow_ray.audit.ledger import SCORED
 from clipflow_ray.audit.progress import PROGRESS, reported
-from clipflow_ray.config import S3Options
+from clipflow_ray.place import Place
 from clipflow_ray.runs.folder import Run
 
 
@@ -18,12 +18,12 @@ def test_a_file_that_is_still_being_written_costs_a_report_and_not_the_run(tmp_p
     pq.write_table(pa.table({"error_code": ["empty", None, None]}), whole)
     part = tmp_path / "run" / SCORED / "part-0.parquet"
     part.parent.mkdir(parents=True)
-    run = Run(str(tmp_path / "run"), S3Options())
+    run = Run(Place.at(tmp_path / "run"))
     with reported(run, total=3, seconds=1e6):
         part.write_bytes(whole.read_bytes()[:-8])
-    assert not Path(run.path(PROGRESS)).exists()
+    assert not Path((run.place / PROGRESS).uri).exists()
     part.unlink()
     with reported(run, total=3, seconds=1e6):
         shutil.copy(whole, part)
-    state = json.loads(Path(run.path(PROGRESS)).read_text())
+    state = json.loads(Path((run.place / PROGRESS).uri).read_text())
     assert state["done"] == 3 and state["errors"] == {"empty": 1}
