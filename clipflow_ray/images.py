@@ -118,16 +118,17 @@ def view(rgb: Pixels, kind: ViewKind) -> Pixels:
     if kind == "resize" or min(height, width) < VIEW_SIZE:
         short = min(height, width)
         width, height = int(VIEW_SIZE * width / short), int(VIEW_SIZE * height / short)
-        rgb = _resized(rgb, width, height)
+        rgb = resized(rgb, width, height)
     top, left = round((height - VIEW_SIZE) / 2.0), round((width - VIEW_SIZE) / 2.0)
     return np.ascontiguousarray(rgb[top : top + VIEW_SIZE, left : left + VIEW_SIZE])
 
 
-def _resized(rgb: Pixels, width: int, height: int) -> Pixels:
-    """Antialiased bicubic as Pillow's; what shrinks goes through torch's vectorized kernel, in a tenth of the time.
+def resized(rgb: Pixels, width: int, height: int) -> Pixels:
+    """Resize uint8 [height, width, 3] by antialiased bicubic interpolation, as Pillow does.
 
-    Both round to uint8 between their two passes. Pillow starts with the vertical one where that saves work; torch
-    never does, so the image is turned for it.
+    If no side grows, the vectorized kernel of torch does it in a tenth of the time. Both libraries round to uint8
+    between their two passes. Pillow starts with the vertical pass if that saves work; torch never does, so the image
+    is transposed for torch.
     """
     if width > rgb.shape[1] or height > rgb.shape[0]:
         return np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC))
@@ -136,7 +137,7 @@ def _resized(rgb: Pixels, width: int, height: int) -> Pixels:
 
     vertical_first = rgb.shape[0] - height > max(0, 2 * (rgb.shape[1] - width))
     if vertical_first:
-        return _resized(rgb.swapaxes(0, 1), height, width).swapaxes(0, 1)
+        return resized(rgb.swapaxes(0, 1), height, width).swapaxes(0, 1)
     batch = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)[None]
     result: Pixels = interpolate(batch, (height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
     return result

@@ -1,11 +1,13 @@
-"""Natural view -> proxy view: a photograph changed in ways in which generated images differ from photographs.
+"""Natural view -> proxy view: a photograph, changed in the ways in which generated images differ from photographs.
 
-Each family is a pure function `(view, rng, **ranges) -> view` on float32 [3, H, W] in 0..255, whose ranges
-come from `ProxyConfig.families`. All of them act on the view that the encoder sees, keep the mean colour,
-and end in the same clip and 8-bit rounding that natural views pass through, so the pipeline is not the cue.
-The operators follow the observations collected in Durall et al. 2020 (arXiv 2003.01826), Zhang et al. 2019
-(1907.06515), Corvi et al. 2023 (2304.06408) and Shiohara & Yamasaki 2022 (self-blended images); their
-strengths are our own, and so are the families from `warp` to `patch_resynthesis`.
+Each family is a pure function `(view, rng, **ranges) -> view` on float32 [3, H, W] in 0..255. Views are square and
+of any size. `ProxyConfig.families` holds the ranges. Lengths in a range are pixels of the view, whatever its size;
+frequencies are relative to Nyquist. Every family acts on the view that the encoder sees. `proxy` then restores the
+mean colour, clips and rounds to 8 bits, as `natural` does for natural views, so that rounding gives no proxy away.
+
+Sources: Durall et al. 2020 (arXiv 2003.01826), Zhang et al. 2019 (1907.06515), Corvi et al. 2023 (2304.06408) and
+Shiohara & Yamasaki 2022 (self-blended images). The strengths are ours. So are the families from `warp` to
+`patch_resynthesis`.
 """
 
 import hashlib
@@ -19,7 +21,7 @@ from PIL import Image
 
 from clipflow_ray.config import ProxyConfig
 from clipflow_ray.errors import ConfigError
-from clipflow_ray.images import VIEW_SIZE, Pixels
+from clipflow_ray.images import Pixels
 from clipflow_ray.proxies import denoised, learned, spatial, spectral
 from clipflow_ray.proxies.planes import F32, Rng, channels_first, irfft, quantized, rfft
 
@@ -67,7 +69,7 @@ FAMILIES: Final[dict[str, Family]] = {
 
 
 def check(config: ProxyConfig) -> None:
-    """Raise ConfigError where `config` names no family, one that is not there, or other ranges than a family takes."""
+    """Raise ConfigError if `config` names no family, an unknown family, or ranges that a family does not take."""
     unknown = sorted(set(config.families) - set(FAMILIES))
     if unknown or not config.families:
         raise ConfigError(f"Unknown proxy families {unknown}; there are: {', '.join(FAMILIES)}. Name at least one.")
@@ -78,13 +80,13 @@ def check(config: ProxyConfig) -> None:
 
 
 def generator(seed: int, row_id: str, *draw: int) -> Rng:
-    """The random stream of one image and draw: the same on every machine, worker and batch."""
+    """The random stream of one image and draw. It is the same on every machine and worker and in every batch."""
     digest = hashlib.blake2b(f"{seed}/{row_id}/{draw}".encode(), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(digest, "little"))
 
 
 def proxy(view: Pixels, family: str, rng: Rng, config: ProxyConfig) -> Pixels:
-    """One proxy of a natural view, uint8 [H, W, 3] to uint8 [H, W, 3]; mean colour kept up to clipping."""
+    """One proxy of a natural view, both uint8 [H, W, 3]. Except for clipping, the mean colour stays."""
     source = channels_first(view)
     changed = FAMILIES[family](source, rng, **config.families[family])
     changed = changed + (source.mean(axis=(1, 2)) - changed.mean(axis=(1, 2)))[:, None, None]
@@ -92,7 +94,10 @@ def proxy(view: Pixels, family: str, rng: Rng, config: ProxyConfig) -> Pixels:
 
 
 def drawn(view: Pixels, family: str, rng: Rng, config: ProxyConfig) -> tuple[str, Pixels]:
-    """A proxy by `family` and, for the share `pairs` of them, by another one on top; labelled `first+second` then."""
+    """The label and the view of a proxy by `family`.
+
+    The share `pairs` of proxies is changed by a second family as well and labelled `first+second`.
+    """
     made = proxy(view, family, rng, config)
     others = sorted(set(config.families) - {family})
     if not config.pairs or not others or rng.random() >= config.pairs:
@@ -102,35 +107,36 @@ def drawn(view: Pixels, family: str, rng: Rng, config: ProxyConfig) -> tuple[str
 
 
 def involves(labels: NDArray[np.str_], families: Collection[str]) -> NDArray[np.bool_]:
-    """Which of the labels [N] name one of `families`, alone or in a pair."""
+    """Whether each of the labels [N] names one of `families`, alone or in a pair."""
     kinds, place = np.unique(labels, return_inverse=True)
     named = np.array([not set(families).isdisjoint(str(kind).split(_PAIR)) for kind in kinds], bool)
     return named[place]
 
 
 def merged(labels: NDArray[np.str_]) -> NDArray[np.str_]:
-    """The labels [N], with `pairs` for each pair."""
+    """The labels [N], with each pair replaced by `pairs`."""
     return np.where(np.char.find(labels, _PAIR) < 0, labels, PAIRS)
 
 
 def natural(view: Pixels) -> Pixels:
-    """A natural view through the proxies' own round trip: spectrum and back, clip, 8-bit rounding."""
+    """A natural view after the round trip of the proxies: to the spectrum and back, clip, 8-bit rounding."""
     source = channels_first(view)
     return np.ascontiguousarray(quantized(irfft(rfft(source), source.shape[1])).transpose(1, 2, 0))
 
 
-def augmented(rgb: Pixels, rng: Rng) -> Pixels:
-    """A second natural view of an image, uint8 [224, 224, 3]: a random square, mirrored half the time.
+def augmented(rgb: Pixels, rng: Rng, size: int) -> Pixels:
+    """A second natural view of an image, uint8 [size, size, 3]: a random square, mirrored half the time.
 
-    The square has 80 to 100 % of the short side and is never enlarged where the image has 224 pixels: an enlarged or
-    recompressed natural would teach that softness is natural, which is what proxies and generators share.
+    The side of the square is 80 to 100 % of the short side, and at least `size` pixels if the image has that many, so
+    that the square is not enlarged. Enlarged natural views would teach the flow that softness is natural, but
+    softness is what proxies and generated images have in common.
     """
     height, width = rgb.shape[:2]
     short = min(height, width)
-    side = max(round(short * rng.uniform(0.8, 1.0)), min(short, VIEW_SIZE))
+    side = max(round(short * rng.uniform(0.8, 1.0)), min(short, size))
     top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
     image = Image.fromarray(rgb[top : top + side, left : left + side])
-    image = image.resize((VIEW_SIZE, VIEW_SIZE), Image.Resampling.BICUBIC)
+    image = image.resize((size, size), Image.Resampling.BICUBIC)
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(image)

@@ -1,4 +1,4 @@
-"""A small convolutional auto-encoder of natural views, with one of three decoders that leave different traces."""
+"""A small convolutional auto-encoder of natural views. Each of its three decoders leaves different traces."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -11,15 +11,15 @@ Decoder = Literal["transposed", "nearest", "shuffle"]
 
 DECODERS: Final[tuple[Decoder, ...]] = get_args(Decoder)
 PACKAGED: Final = Path(__file__).parent.parent / "assets" / "autoencoders"
-_WIDTHS: Final = (16, 32, 64, 64)  # of the layers, at the view's own resolution, a half, a quarter and an eighth
+_WIDTHS: Final = (16, 32, 64, 64)  # channels at the full resolution of the view, a half, a quarter and an eighth
 _LATENT: Final = 8
 
 
 class Autoencoder(nn.Module):
     """Views -> their reconstructions, float32 [N, 3, H, W] in 0..1, H and W multiples of 8.
 
-    Eight channels at an eighth of each side: 24 values become one. `decoder` says how it gets back to size: transposed
-    convolutions (which overlap unevenly), nearest neighbours and a convolution, or pixels shuffled out of channels.
+    The latent has eight channels at an eighth of each side: 24 values become one. `decoder` selects the up-sampling:
+    transposed convolutions (which overlap unevenly), nearest neighbours and a convolution, or a pixel shuffle.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -40,7 +40,7 @@ class Autoencoder(nn.Module):
 
 
 def load(decoder: Decoder, folder: Path = PACKAGED) -> Autoencoder:
-    """The trained auto-encoder with this decoder, for reconstruction only."""
+    """The trained auto-encoder with this decoder, in evaluation mode and without gradients."""
     weights = {name: value.float() for name, value in load_file(folder / f"{decoder}.safetensors").items()}
     autoencoder = Autoencoder(decoder)
     autoencoder.load_state_dict(weights)
@@ -48,7 +48,7 @@ def load(decoder: Decoder, folder: Path = PACKAGED) -> Autoencoder:
 
 
 def save(autoencoder: Autoencoder, decoder: Decoder, folder: Path) -> None:
-    """Write what `load` reads, in half precision."""
+    """Write the weights for `load`, in half precision."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.half().contiguous() for name, value in autoencoder.state_dict().items()}
     save_file(weights, folder / f"{decoder}.safetensors")

@@ -1,8 +1,8 @@
-"""Families that were learned: reconstructions by small auto-encoders that saw nothing but photographs.
+"""Learned families: reconstructions by small auto-encoders that were trained on photographs alone.
 
-Of another kind than the rest, and never among the defaults: what they change is not stated but fitted (see
-`lab/autoencoders.py`). Their decoders end as those of image generators do (Aligned Datasets, arXiv 2410.11835, and
-DDA take a generator's own; these are no generators).
+Unlike the other families, these are learned (see `lab/autoencoders.py`), and none is a default. Their decoders end in
+the same layers as those of image generators. Aligned Datasets (arXiv 2410.11835) and DDA use the auto-encoder of a
+generator instead; these auto-encoders belong to no generator.
 """
 
 from functools import lru_cache
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from clipflow_ray.config import Range
-from clipflow_ray.proxies.planes import F32, Rng, f32
+from clipflow_ray.proxies.planes import F32, Rng, extended, f32
 
-_GRID = 8  # pixels of the view to one of the latent
+_GRID = 8  # pixels of the view, in each direction, for one pixel of the latent
 
 
 def learned_transposed(view: F32, rng: Rng, mix: Range) -> F32:
@@ -27,19 +27,20 @@ def learned_nearest(view: F32, rng: Rng, mix: Range) -> F32:
 
 
 def learned_shuffle(view: F32, rng: Rng, mix: Range) -> F32:
-    """Blend in a reconstruction by convolutions whose channels become pixels."""
+    """Blend in a reconstruction by convolutions and a pixel shuffle."""
     return _reconstructed("shuffle", view, rng, mix)
 
 
 def _reconstructed(decoder: str, view: F32, rng: Rng, mix: Range) -> F32:
-    """The latent's grid lies anywhere on the view, as it does on an image that was cropped."""
-    import torch  # seconds, which tasks that make no such proxy need not spend
+    """Blend in a reconstruction with the latent grid at a random offset, as in a cropped image."""
+    import torch  # deferred: the import takes seconds, and most tasks draw no learned family
 
     shift = tuple(int(at) for at in rng.integers(_GRID, size=2))
-    moved = np.roll(view, shift, axis=(1, 2)) / 255.0
+    moved = np.roll(extended(view, _GRID), shift, axis=(1, 2)) / 255.0
     with torch.inference_mode():
         rebuilt = _autoencoder(decoder)(torch.from_numpy(f32(moved))[None])[0].numpy()
-    rebuilt = np.roll(255.0 * rebuilt, (-shift[0], -shift[1]), axis=(1, 2))
+    size = view.shape[1]
+    rebuilt = np.roll(255.0 * rebuilt, (-shift[0], -shift[1]), axis=(1, 2))[:, :size, :size]
     return f32(view + np.float32(rng.uniform(*mix)) * (rebuilt - view))
 
 

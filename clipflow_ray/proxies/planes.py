@@ -1,4 +1,4 @@
-"""Arithmetic on planes: float32 [3, H, W] in 0..255, and their half-plane spectra."""
+"""Arithmetic on views as planes, float32 [3, H, W] in 0..255 with H = W, and on their half-plane spectra."""
 
 from functools import lru_cache
 
@@ -29,12 +29,18 @@ def f32(values: NDArray[np.floating]) -> F32:
 
 
 def log_uniform(rng: Rng, range_: tuple[float, ...]) -> float:
-    """A draw between the two ends of `range_`, both above 0, of uniform logarithm."""
+    """Draw a number whose logarithm is uniform between those of the two ends of `range_`. Both ends are above 0."""
     return float(np.exp(rng.uniform(*np.log(range_))))
 
 
+def extended(view: F32, multiple: int) -> F32:
+    """Mirror the view past its lower and right border until `multiple` divides its side; a copy if it already does."""
+    missing = -view.shape[1] % multiple
+    return np.pad(view, ((0, 0), (0, missing), (0, missing)), mode="symmetric")
+
+
 def box(planes: F32, size: int) -> F32:
-    """Mean over size x size neighbours, per channel."""
+    """The mean over size x size neighbours, for each channel."""
     return f32(ndimage.uniform_filter(planes, (0, size, size)))
 
 
@@ -50,7 +56,7 @@ def irfft(spectrum: C64, size: int) -> F32:
 
 
 def filtered(view: F32, transfer: NDArray[np.inexact]) -> F32:
-    """Multiply the half-plane spectrum of each channel by `transfer` [..., H, W // 2 + 1]; DC stays."""
+    """Multiply the half-plane spectrum of each channel by `transfer` [..., H, W // 2 + 1]; the mean stays."""
     kind = np.complex64 if np.iscomplexobj(transfer) else np.float32
     transfer = transfer.astype(kind)
     transfer[..., 0, 0] = 1.0
@@ -59,11 +65,11 @@ def filtered(view: F32, transfer: NDArray[np.inexact]) -> F32:
 
 @lru_cache(maxsize=4)
 def radii(size: int) -> F32:
-    """Radial frequency over Nyquist on the half plane, float32 [size, size // 2 + 1]; do not write to it."""
+    """Radial frequency over Nyquist on the half plane, float32 [size, size // 2 + 1]. Cached: do not write to it."""
     return f32(np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :]) * 2.0)
 
 
 def ramp(view: F32, start: float, width: float | None = None) -> F32:
-    """0 below `start`, rising linearly to 1 at Nyquist, or over `width` where it is given."""
+    """0 below `start`, then a linear rise to 1. The rise ends at Nyquist, or after `width` if given."""
     reach = (1.0 - start) if width is None else width
     return f32(np.clip((radii(view.shape[1]) - start) / reach, 0.0, 1.0))

@@ -47,7 +47,7 @@ def distorted(
     made: list[tuple[str, Pixels]] = []
     for number in range(1 if plain else config.natural_views):
         rng = proxies.generator(config.seed, row_id, number)
-        view = images.view(rgb, kind) if number == 0 else proxies.augmented(rgb, rng)
+        view = images.view(rgb, kind) if number == 0 else proxies.augmented(rgb, rng, images.VIEW_SIZE)
         made.append((proxies.NATURAL, proxies.natural(view)))
         if not plain:
             count = config.proxies_per_view
