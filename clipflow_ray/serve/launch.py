@@ -20,16 +20,19 @@ from clipflow_ray.errors import ConfigError
 from clipflow_ray.serve.app import build_app
 from clipflow_ray.serve.edge import nginx_path
 from clipflow_ray.serve.upstreams import APPLICATION, edge_of_serve
+from clipflow_ray.serve.whole import CALLBACK
 
 _LOOPBACK: Final = "127.0.0.1"
-# Ray's own set for short ways: the edge asks replicas without Serve's proxy (see `upstreams`), and pixels, 150 kB an
-# image, reach the detector by gRPC (with Ray's token), here with room for those of a whole request. A replica that is
-# to stop answers for three more seconds, in which the edge learns of it. Our logs stay in the workers' own files. And
-# torch's threads sleep between their tasks: spinning, they take the time of those that decode.
+# Ray's own set for throughput: the edge asks replicas directly instead of Serve's proxy (see `upstreams`), and pixels
+# reach the detector by gRPC (with Ray's token). A message has room for the pixels of a whole request, 150 kB an image.
+# A replica that is to stop answers for three more seconds, in which the edge learns of it. An answer leaves in one
+# write (see `whole`). Our logs stay in the workers' own files. Torch's threads sleep between tasks, because spinning
+# threads would take time from decoding.
 SWITCHES: Final = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**30),
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": CALLBACK,
     "RAY_SERVE_LOG_TO_STDERR": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
 }

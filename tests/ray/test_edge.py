@@ -1,6 +1,7 @@
 """The edge with the real nginx, over raw sockets: what Serve's own proxy gets wrong does not reach it."""
 
 import json
+import re
 import socket
 import threading
 import time
@@ -284,6 +285,17 @@ def test_what_serve_says_in_plain_text_becomes_the_interfaces_own(
     assert (answer.status, answer.error["code"]) == (status, code)
     if status in (429, 503):
         assert answer.headers["retry-after"] == ("2" if said == 408 else "7")
+
+
+def test_replicas_and_the_proxy_answer_in_one_write(site: Site) -> None:
+    """A reader that is quicker than the writer would see the head of an answer alone."""
+    servers = re.findall(r"server 127.0.0.1:(\d+)(?: backup)?;", (site.folder / "nginx.conf").read_text())
+    assert len(servers) >= 3  # the translation, a replica and the proxy
+    for port in servers:
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", int(port)), timeout=10) as connection:
+                connection.sendall(b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n")
+                assert connection.recv(65536).endswith(b'{"status":"ok"}')
 
 
 def test_a_port_in_use_is_said_and_nothing_is_left(tmp_path: Path) -> None:

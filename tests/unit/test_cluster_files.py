@@ -20,7 +20,7 @@ from ray.autoscaler._private.kuberay import autoscaling_config
 
 from clipflow_ray import __version__
 from clipflow_ray.cli import app
-from clipflow_ray.serve import edge, metrics
+from clipflow_ray.serve import edge, metrics, whole
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
 KUBERNETES = "1.30"
@@ -64,6 +64,13 @@ def test_gpu_pods_alone_ask_for_a_gpu_and_no_pod_runs_as_root(name: str) -> None
         assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (group.get("groupName") == "gpu")
         assert ("tolerations" in pod) == (group.get("groupName") == "gpu")
         assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
+
+
+def test_every_pod_of_the_endpoint_answers_in_one_write() -> None:
+    spec = cluster_spec(resource("rayservice.yaml"))
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert {"name": "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "value": whole.CALLBACK} in container["env"]
 
 
 def test_the_committed_files_are_what_the_base_renders() -> None:
