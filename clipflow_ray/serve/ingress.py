@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from ray.exceptions import RayError
-from ray.serve._private.constants import RAY_SERVE_USE_GRPC_BY_DEFAULT
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from clipflow_ray import compat
 from clipflow_ray.config import DISCLAIMER, ServeConfig
 from clipflow_ray.data.resources import cores
 from clipflow_ray.errors import ItemError
@@ -71,8 +71,7 @@ class Ingress:
         self.config = config
         self.metrics = IngressMetrics()
         self.admission = Admission(config)
-        # The handle took Ray's default in the process that bound it; here holds the one of this cluster (see `launch`).
-        self._detector = detector.options(_by_reference=not RAY_SERVE_USE_GRPC_BY_DEFAULT)
+        self._detector = compat.handle_of_cluster(detector)
         self.decoders = DecoderPool(config.decoders or cores(), self.metrics)
         self._decoding: Decoding | None = None
 

@@ -17,9 +17,9 @@ import pytest
 import ray
 from PIL import Image
 from ray import serve
-from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
+from clipflow_ray import compat
 from clipflow_ray.model.checkpoint import load_checkpoint, save_checkpoint
 from clipflow_ray.model.detector import Detector
 from clipflow_ray.serve.tokens import new_token
@@ -58,7 +58,7 @@ class Endpoint:
             "args": arguments,
             "deployments": [{"name": "Detector", **detector}] if detector else [],
         }
-        _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
+        compat.serve_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
 
     def detect(self, client: httpx.Client, *contents: bytes) -> httpx.Response:
         return client.post("/v1/detect", files=[("files", (f"{at}", c)) for at, c in enumerate(contents)])

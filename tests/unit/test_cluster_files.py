@@ -16,9 +16,8 @@ import ray.autoscaler
 import typer
 import yaml
 from jsonschema import Draft7Validator
-from ray.autoscaler._private.kuberay import autoscaling_config
 
-from clipflow_ray import __version__
+from clipflow_ray import __version__, compat
 from clipflow_ray.cli import app
 from clipflow_ray.serve import edge, metrics, whole
 
@@ -126,9 +125,7 @@ def test_every_series_of_the_dashboard_is_one_that_the_service_keeps_and_none_is
 def test_rays_autoscaler_reads_each_cluster_as_it_would_from_kuberay(name: str) -> None:
     document = resource(name)
     metadata = {"name": document["metadata"]["name"], "namespace": "default"}
-    config = autoscaling_config._derive_autoscaling_config_from_ray_cr(
-        {"metadata": metadata, "spec": cluster_spec(document)}
-    )
+    config = compat.autoscaler_config({"metadata": metadata, "spec": cluster_spec(document)})
     nodes = config["available_node_types"]
     assert set(nodes) == {"headgroup", "cpu", "gpu"}
     assert nodes["headgroup"]["resources"]["CPU"] == 0
