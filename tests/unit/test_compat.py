@@ -1,4 +1,4 @@
-"""What an upgrade of another package broke: the private names that `compat` uses exist and take what it gives them."""
+"""The private names that `compat` uses exist and take its arguments: a failure says what an upgrade broke."""
 
 import importlib
 import inspect

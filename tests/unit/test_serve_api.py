@@ -1,4 +1,4 @@
-"""The HTTP interface of one ingress replica, in process: real routes, limits and decoders, a scripted detector."""
+"""The HTTP interface of one ingress replica in this process: real routes, limits and decoders, a scripted detector."""
 
 import asyncio
 import base64
@@ -39,7 +39,7 @@ class Method:
 
 
 class ScriptedDetector:
-    """What a handle to the detectors offers. Every image scores `value`; `errors` are raised first, one a call."""
+    """A handle to detectors that give every image the score `value`; each of `errors` is raised by one call first."""
 
     def __init__(self, errors: list[Exception] | None = None, delay: float = 0.0, value: float = 1.0) -> None:
         self.value = value
@@ -269,7 +269,7 @@ def test_a_file_name_is_only_ever_given_back(service: Service) -> None:
     assert long.json()["results"][0]["id"] == "n" * 255
 
 
-def test_a_detector_that_dies_is_asked_once_more_and_then_the_client_is_told_to_wait() -> None:
+def test_a_call_to_a_detector_that_died_is_repeated_once_and_then_is_503() -> None:
     with served(errors=[ActorDiedError()]) as service:
         assert service.detect(files=files(PHOTO)).status_code == 200
     with served(errors=[ActorDiedError(), ActorDiedError()]) as service:
@@ -291,7 +291,7 @@ def test_a_detector_that_takes_too_long_is_504() -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
 
 
-def test_an_error_in_the_service_says_nothing_of_itself() -> None:
+def test_an_internal_error_discloses_nothing() -> None:
     with served(errors=[ZeroDivisionError("secret detail")]) as service:
         answer = service.detect(files=files(PHOTO))
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal")
@@ -331,7 +331,7 @@ def test_a_full_ingress_refuses_before_it_reads() -> None:
     assert ([a.status_code for a in answers], read) == ([200, 429], 0)
 
 
-def test_a_checkpoint_with_another_view_is_decoded_for_again(service: Service) -> None:
+def test_images_are_decoded_again_if_the_checkpoint_has_changed_its_view(service: Service) -> None:
     with served() as other:
         assert other.detect(files=files(PHOTO)).status_code == 200
         other.detector.decoding = Decoding(ImageLimits(min_side=100), "crop")
@@ -343,14 +343,14 @@ def test_a_checkpoint_with_another_view_is_decoded_for_again(service: Service) -
     ("given", "kept"),
     [("abc-123", True), ("a" * 64, True), ("a" * 65, False), ("a b", False), (b"caf\xc3\xa9", False), (b"\xff", False)],
 )
-def test_a_request_id_is_taken_over_only_where_it_is_plain(service: Service, given: str | bytes, kept: bool) -> None:
+def test_a_request_id_is_kept_only_if_it_is_plain(service: Service, given: str | bytes, kept: bool) -> None:
     answer = service.detect(files=files(PHOTO), headers={"X-Request-Id": given})
     own = answer.json()["request_id"]
     assert answer.status_code == 200
     assert (own == given) if kept else (len(own) == 32 and own == answer.headers["X-Request-Id"])
 
 
-def test_with_tokens_only_health_docs_model_and_page_are_open() -> None:
+def test_with_tokens_only_health_docs_model_and_page_need_none() -> None:
     token, digest = new_token()
     assert token not in digest and digest == hashlib.sha256(token.encode()).hexdigest()
     with served(LIMITS.model_copy(update={"tokens": (digest,)})) as service:
@@ -366,7 +366,7 @@ def test_with_tokens_only_health_docs_model_and_page_are_open() -> None:
         assert service.detect(files=files(PHOTO), headers=right).status_code == 200
 
 
-def test_readyz_is_503_where_the_probe_image_is_not_reproduced() -> None:
+def test_readyz_is_503_if_the_probe_image_is_not_reproduced() -> None:
     with served() as service:
         assert service.request("GET", "/readyz").status_code == 200
     with served(errors=[ValueError()]) as service:
@@ -375,7 +375,7 @@ def test_readyz_is_503_where_the_probe_image_is_not_reproduced() -> None:
         assert service.request("GET", "/healthz").status_code == 200
 
 
-def test_the_log_has_one_line_a_request_without_names_tokens_or_paths_of_the_client(service: Service) -> None:
+def test_the_log_has_one_line_per_request_without_names_tokens_or_paths_of_the_client(service: Service) -> None:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -391,7 +391,7 @@ def test_the_log_has_one_line_a_request_without_names_tokens_or_paths_of_the_cli
     assert "CANARY" not in "".join(lines)
 
 
-def test_page_and_docs_ask_nothing_of_other_hosts(service: Service) -> None:
+def test_page_and_docs_load_nothing_from_other_hosts(service: Service) -> None:
     for path in ("/", "/docs", "/page/page.js", "/page/page.css"):
         answer = service.request("GET", path)
         assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'self'")
@@ -403,7 +403,7 @@ def test_page_and_docs_ask_nothing_of_other_hosts(service: Service) -> None:
     assert card["card"] == "# Card" and card["limits"]["max_images"] == 3 and card["limits"]["formats"][0] == "JPEG"
 
 
-def test_what_the_api_says_of_itself_is_what_it_does(service: Service) -> None:
+def test_the_api_does_what_its_openapi_document_says(service: Service) -> None:
     described = schemathesis.openapi.from_asgi("/openapi.json", service.app)
     paths = []
     for found in described.get_all_operations():
@@ -415,7 +415,7 @@ def test_what_the_api_says_of_itself_is_what_it_does(service: Service) -> None:
         @settings(max_examples=60, deadline=None, database=None, derandomize=True)
         @given(operation.as_strategy())
         def check(case: schemathesis.Case) -> None:
-            # Whether text is base64, or alpha within reach of the calibration, no schema says.
+            # A schema cannot say whether text is base64, or whether the calibration supports an alpha.
             case.call_and_validate(excluded_checks=[positive_data_acceptance])
 
         check()

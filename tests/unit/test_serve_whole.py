@@ -1,4 +1,4 @@
-"""The head and the body of an answer leave in one write, whatever the answer is like."""
+"""The head and the body of every answer leave in one write."""
 
 import asyncio
 import subprocess
@@ -31,7 +31,7 @@ def protocols() -> Iterator[None]:
 
 
 class Transport(asyncio.Transport):
-    """Keeps what is written, one entry a write."""
+    """Keeps the data of each write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ async def failing(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def answered(app: ASGIApp, *received: bytes) -> Transport:
-    """What the protocol that Ray Serve would get writes to a client that sends `received`, one part after another."""
+    """The writes of uvicorn's default protocol to a client that sends `received`, one part after another."""
 
     async def run() -> Transport:
         config = Config(app, lifespan="off", log_config=None)
@@ -153,7 +153,7 @@ uvicorn.run(app, port=int(sys.argv[1]), log_level="critical")
 
 
 @pytest.mark.skipif(nginx_path() is None, reason="no nginx: install Debian's `nginx` to test the edge")
-def test_a_server_that_dies_between_head_and_body_is_an_error_in_the_interfaces_own_form() -> None:
+def test_a_server_that_dies_between_head_and_body_is_a_503_of_the_interface() -> None:
     port = free_port()
     with edge_before(port) as site, subprocess.Popen([sys.executable, "-c", DYING_SERVER, str(port)]) as server:
         try:
