@@ -1,11 +1,11 @@
-"""Typed HTTP client of the endpoint: it knows the schemas, not the server.
+"""Typed HTTP client of the endpoint. It needs the schemas, and nothing else of the server.
 
     with Client("http://127.0.0.1:8000") as client:
         for result in client.detect(["a.jpg", "b.png"]).results:
             print(result.id, result.verdict, result.p_value)
 
-What to send, what to make of an answer and when to try again is written once, as generators that yield requests and
-waits; `Client` and `AsyncClient` carry them out.
+What to send, how to read an answer and when to try again is written once, as generators that yield requests and
+waiting times. `Client` and `AsyncClient` run them.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ class _Request:
     alpha: float | None = None
 
 
-# A conversation yields a request or seconds to wait, is sent the answer or the error of the former, and returns a T.
+# A conversation yields a request, or seconds to wait. It is sent the answer or the error of a request, and returns a T.
 _Turn = _Request | float
 _Answer = httpx.Response | httpx.RequestError | None
 T = TypeVar("T")
@@ -53,10 +53,11 @@ _Conversation = Generator[_Turn, _Answer, T]
 
 
 class Client:
-    """Synchronous client. `token` is by default the environment's CLIPFLOW_TOKEN; it appears in no repr and no log.
+    """Synchronous client. `token` defaults to the environment's CLIPFLOW_TOKEN; no repr and no log shows it.
 
-    An overloaded or starting endpoint (429, 503) and a failed connection are tried again, 5 times in all, after what
-    the endpoint's Retry-After asks for and at most 30 seconds; nothing else is. Every method raises ClientError.
+    If the endpoint is overloaded or starting (429, 503) or a connection fails, a request is sent again, up to 5 times
+    in all. The client waits for the time of Retry-After, at most 30 seconds. Other errors are not tried again. Every
+    method raises ClientError.
     """
 
     def __init__(self, url: str, token: str | None = None) -> None:
@@ -65,22 +66,23 @@ class Client:
     def detect(self, images: Sequence[Image], alpha: float | None = None) -> DetectResponse:
         """Judge images (bytes, or paths of files) at the false-positive rate `alpha`, by default the endpoint's.
 
-        Any number of them: they travel in requests of at most 32 images and 60 MiB. Results come in the order of
-        `images`, `index` counts over all of them, and all but `results` is the first answer's. An image that cannot
-        be scored, also one too large to send, is a result with `error`. Raises ConfigError where a file cannot be read.
+        Any number of images: the client sends them in requests of at most 32 images and 60 MiB. Results come in the
+        order of `images`, and `index` counts over all of them. The other fields are those of the first answer. An
+        image that cannot be scored, or is too large to send, has a result with `error`. Raises ConfigError if a file
+        cannot be read.
         """
         return self._run(_detect(images, alpha))
 
     def model(self) -> ModelCard:
-        """Which model judges, its thresholds and limits, and its card."""
+        """The model that judges, its thresholds and limits, and its card."""
         return self._run(_model())
 
     def ready(self) -> bool:
-        """Whether the endpoint would judge now; never waits and never raises for an endpoint that is down."""
+        """Whether the endpoint could judge now; it neither waits nor raises if the endpoint is down."""
         return self._run(_ready())
 
     def close(self) -> None:
-        """Close the connections; the end of a `with` block does the same."""
+        """Close the connections. The end of a `with` block does the same."""
         self._http.close()
 
     def __enter__(self) -> Self:
@@ -173,7 +175,8 @@ def _detect(images: Sequence[Image], alpha: float | None) -> _Conversation[Detec
                 raise ClientError("file_too_large", f"The file is above {MAX_BODY_BYTES} bytes and was not sent.")
             answer = yield from _asked(DetectResponse, _Request("POST", "/v1/detect", chunk, alpha))
         except ClientError as error:
-            # A request of many holds a file that is too large as one bad result; so does a request of that file alone.
+            # In a request of several images, a file that is too large is one bad result. A file that was sent alone
+            # gets the same, although the endpoint refuses the request.
             if len(chunk) > 1 or error.code not in ("file_too_large", "batch_too_large"):
                 raise
             refused = error
@@ -215,7 +218,7 @@ def _asked(kind: type[SchemaT], request: _Request) -> _Conversation[SchemaT]:
 
 
 def _wait(answer: _Answer, attempt: int) -> float:
-    """Seconds: what the endpoint asks for, else longer each time; spread, so that clients do not come back at once."""
+    """Seconds to wait: those of Retry-After, else longer each time. Random, so that clients do not return together."""
     asked = answer.headers.get("Retry-After", "") if isinstance(answer, httpx.Response) else ""
     seconds = float(asked) if asked.isascii() and asked.isdigit() else 0.25 * 2**attempt
     return min(seconds * random.uniform(1.0, 1.25), _LONGEST_WAIT_SECONDS)
@@ -241,13 +244,13 @@ def _refusal(answer: httpx.Response) -> ClientError:
 def _unexpected(answer: httpx.Response) -> ClientError:
     return ClientError(
         "unexpected_answer",
-        f"HTTP {answer.status_code} in another form than this client knows: is this URL a clipflow-ray endpoint?",
+        f"HTTP {answer.status_code} in a format that this client does not know: is this URL a clipflow-ray endpoint?",
         answer.headers.get("X-Request-Id"),
     )
 
 
 def _chunks(images: Sequence[Image]) -> Iterator[list[tuple[str, tuple[str, bytes]]]]:
-    """Multipart parts of one request each; files are read when their turn comes."""
+    """The multipart parts of each request in turn; a file is read when its request is built."""
     chunk: list[tuple[str, tuple[str, bytes]]] = []
     size = 0
     for number, image in enumerate(images):
@@ -264,7 +267,7 @@ def _named(number: int, image: Image) -> tuple[str, bytes]:
     if isinstance(image, bytes):
         return f"image-{number}", image
     try:
-        # A name that is no text (Linux allows any bytes) still has to travel as some.
+        # On Linux a file name may be bytes that are not valid text; in a request it must be text.
         return Path(image).name.encode("utf-8", "replace").decode(), Path(image).read_bytes()
     except OSError as error:
         raise ConfigError(f"Cannot read {error.filename}: {error.strerror}.") from error
@@ -283,6 +286,6 @@ def _options(url: str, token: str | None) -> dict[str, Any]:
     if base.scheme not in ("http", "https") or not base.host:
         raise ConfigError("The endpoint's URL is like http://127.0.0.1:8000.")
     if token and not (token.isascii() and token.isprintable()):
-        raise ConfigError(f"The token holds characters that no token has; see {TOKEN_VARIABLE}.")
+        raise ConfigError(f"The token has characters that no token contains; see {TOKEN_VARIABLE}.")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     return {"base_url": base, "headers": headers, "timeout": _TIMEOUT}

@@ -12,6 +12,8 @@ from clipflow_ray.cli.options import Alpha, AsJson, Checkpoint
 from clipflow_ray.config import DISCLAIMER
 from clipflow_ray.errors import ConfigError
 
+_Said = tuple[dict[str, Any], str]  # what --json prints of an image, and what is printed without --json
+
 
 def score(
     files: Annotated[list[Path], typer.Argument(help="Image files.")],
@@ -25,19 +27,13 @@ def score(
     """Judge a few image files on this machine without Ray, or on a server."""
     if url and checkpoint:
         raise ConfigError("--url asks a server, which has its own checkpoint: leave out one of --url and --checkpoint.")
-    for path, found in zip(
-        files, _asked(url, files, alpha) if url else _detected(files, checkpoint, alpha), strict=True
-    ):
-        if as_json:
-            print(json.dumps({"file": str(path), **found}))
-        elif found["status"] == "error":
-            print(f"{path}: error {found['error']['code']}: {found['error']['message']}")
-        else:
-            print(f"{path}: {found['verdict']} (p {found['p_value']:.4f}, score {found['score']:.4f})")
+    said = _asked(url, files, alpha) if url else _detected(files, checkpoint, alpha)
+    for path, (record, sentence) in zip(files, said, strict=True):
+        print(json.dumps({"file": str(path), **record}) if as_json else f"{path}: {sentence}")
     print(DISCLAIMER, file=sys.stderr)
 
 
-def _detected(files: list[Path], checkpoint: str | None, alpha: float | None) -> list[dict[str, Any]]:
+def _detected(files: list[Path], checkpoint: str | None, alpha: float | None) -> list[_Said]:
     from clipflow_ray import load_detector
 
     try:
@@ -46,14 +42,38 @@ def _detected(files: list[Path], checkpoint: str | None, alpha: float | None) ->
         raise ConfigError(f"Cannot read {error.filename}: {error.strerror}.") from error
     detector = load_detector(checkpoint)
     findings = detector.detect(data) if alpha is None else detector.detect(data, alpha)
-    return [asdict(finding) for finding in findings]
+    return [
+        (
+            asdict(finding),
+            _failure(finding.error["code"], finding.error["message"])
+            if finding.error
+            else _judgement(finding.verdict, finding.p_value, finding.score),
+        )
+        for finding in findings
+    ]
 
 
-def _asked(url: str, files: list[Path], alpha: float | None) -> list[dict[str, Any]]:
+def _asked(url: str, files: list[Path], alpha: float | None) -> list[_Said]:
     from clipflow_ray.client import Client
 
     with Client(url) as client:
         most = client.model().limits.max_images
         chunks = [files[at : at + most] for at in range(0, len(files), most)]
         results = [result for chunk in chunks for result in client.detect(chunk, alpha).results]
-    return [result.model_dump(exclude_none=True) for result in results]
+    return [
+        (
+            result.model_dump(exclude_none=True),
+            _failure(result.error.code, result.error.message)
+            if result.error
+            else _judgement(result.verdict, result.p_value, result.score),
+        )
+        for result in results
+    ]
+
+
+def _failure(code: str, message: str) -> str:
+    return f"error {code}: {message}"
+
+
+def _judgement(verdict: str | None, p_value: float | None, score: float | None) -> str:
+    return f"{verdict} (p {p_value:.4f}, score {score:.4f})"

@@ -2,9 +2,9 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, overload
+from typing import Final, overload
 
 import numpy as np
 import torch
@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from clipflow_ray import images, sandbox
 from clipflow_ray.errors import CalibrationError, EncoderMismatchError, ItemError
 from clipflow_ray.images import DecodedImage, Pixels
-from clipflow_ray.model.calibration import Calibration, Verdict, verdict
+from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint
 from clipflow_ray.model.encoder import Encoder
+from clipflow_ray.model.finding import FileFacts, Finding, Numbers, judged, refused
 
 F32 = NDArray[np.float32]
 
@@ -36,25 +37,10 @@ class Scores:
     score: F32
     p_value: F32
 
-
-@dataclass(frozen=True)
-class Finding:
-    """What is said of one image. `status` is `error` where there is no score, with a code and a sentence."""
-
-    index: int
-    sha256: str
-    status: Literal["ok", "error"]
-    width: int | None = None
-    height: int | None = None
-    format: str | None = None
-    log_likelihood: float | None = None
-    score: float | None = None
-    p_value: float | None = None
-    stratum: str | None = None
-    verdict: Verdict | None = None
-    reasons: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    error: dict[str, str] | None = None
+    def rows(self) -> list[Numbers]:
+        """The numbers of each image, in order."""
+        columns = (self.log_likelihood, self.score, self.p_value)
+        return [Numbers(float(a), float(b), float(c)) for a, b, c in zip(*columns, strict=True)]
 
 
 class Detector:
@@ -117,48 +103,11 @@ class Detector:
 
     def _findings(self, chunk: Sequence[bytes], alpha: float, start: int) -> Iterator[Finding]:
         decoded = sandbox.decode_all(chunk, self.checkpoint.limits, self.checkpoint.encoder.view)
-        good = [image for image in decoded if isinstance(image, DecodedImage)]
-        scores = self.score_views(np.stack([image.rgb for image in good])) if good else None
-        row = 0
+        good = [image.rgb for image in decoded if isinstance(image, DecodedImage)]
+        numbers = iter(self.score_views(np.stack(good)).rows() if good else [])
         for index, (data, image) in enumerate(zip(chunk, decoded, strict=True), start):
             digest = hashlib.sha256(data).hexdigest()
             if isinstance(image, ItemError):
                 yield refused(index, digest, image)
-                continue
-            assert scores is not None
-            score, p, total = scores.score[row], scores.p_value[row], scores.log_likelihood[row]
-            row += 1
-            yield judged(index, digest, image, float(total), float(score), float(p), alpha)
-
-
-def judged(
-    index: int, sha256: str, image: DecodedImage, log_likelihood: float, score: float, p_value: float, alpha: float
-) -> Finding:
-    """The Finding of a decoded image from its numbers; of one without a finite score, status `error`."""
-    if not np.isfinite(score):
-        error = ItemError("non_finite", "The encoder gave no finite embedding for this image.")
-        return refused(index, sha256, error)
-    judgement, reasons = verdict(p_value, alpha)
-    warnings = [] if image.has_exif else ["no_exif"]
-    if min(image.width, image.height) < images.VIEW_SIZE:
-        warnings.append("enlarged_to_view")
-    return Finding(
-        index,
-        sha256,
-        status="ok",
-        width=image.width,
-        height=image.height,
-        format=image.format,
-        log_likelihood=log_likelihood,
-        score=score,
-        p_value=p_value,
-        stratum=images.stratum(image.format, image.width, image.height),
-        verdict=judgement,
-        reasons=reasons,
-        warnings=warnings,
-    )
-
-
-def refused(index: int, sha256: str, error: ItemError) -> Finding:
-    """The Finding of an image that has no score."""
-    return Finding(index, sha256, status="error", error={"code": error.item_code, "message": str(error)})
+            else:
+                yield judged(index, digest, FileFacts.of(image), next(numbers), alpha, images.VIEW_SIZE)

@@ -1,6 +1,5 @@
-"""The routes of the HTTP interface, as a FastAPI application around one ingress replica."""
+"""The routes of the HTTP interface, as a FastAPI application around one Service."""
 
-import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -16,11 +15,12 @@ from starlette.types import ASGIApp
 from clipflow_ray import __version__
 from clipflow_ray.config import DISCLAIMER, ServeConfig
 from clipflow_ray.serve import body
+from clipflow_ray.serve.body import Submission
 from clipflow_ray.serve.boundary import INTERNAL, Boundary, refusal, refused
 from clipflow_ray.serve.failures import STATUS, RequestError
-from clipflow_ray.serve.ingress import Ingress
 from clipflow_ray.serve.metrics import exposition
 from clipflow_ray.serve.schemas import DetectResponse, ErrorBody, ErrorCode, JsonImage, ModelCard, Schema
+from clipflow_ray.serve.service import Service
 
 _HERE: Final = Path(__file__).parent
 _CSP: Final = (
@@ -38,9 +38,9 @@ class Healthy(Schema):
     status: str = "ok"
 
 
-def build_api(ingress: Ingress) -> ASGIApp:
-    """The application of one replica; see the module `boundary` for what surrounds it."""
-    config = ingress.config
+def build_api(service: Service) -> ASGIApp:
+    """The ASGI application of one ingress replica; the module `boundary` says what surrounds its routes."""
+    config = service.config
     app = FastAPI(
         title="clipflow-ray",
         version=__version__,
@@ -51,28 +51,23 @@ def build_api(ingress: Ingress) -> ASGIApp:
     )
 
     async def detect(request: Request) -> Response:
+        async def read() -> Submission:
+            submission = await body.read(request, config)
+            request.scope["state"]["items"] = len(submission.uploads)
+            return submission
+
         declared = request.headers.get("content-length", "")
-        size = int(declared) if declared.isdecimal() and len(declared) < 16 else config.max_body_bytes
-        # One item now, so that a full server refuses before it reads; the others when their number is known.
-        with ingress.admission.hold(requests=1, bytes=min(size, config.max_body_bytes), items=1):
-            try:
-                async with asyncio.timeout(config.timeout_seconds):
-                    submission = await body.read(request, config)
-                    request.scope["state"]["items"] = len(submission.uploads)
-                    answer = await ingress.detect(submission, request.scope["state"]["request_id"])
-            except TimeoutError as error:
-                message = f"No answer within {config.timeout_seconds:g} seconds; send fewer images at once."
-                raise RequestError("timeout", message) from error
-        return _json(answer)
+        size = int(declared) if declared.isdecimal() and len(declared) < 16 else None
+        return _json(await service.detect(size, read, request.scope["state"]["request_id"]))
 
     async def model(request: Request) -> Response:
-        return _json(await ingress.model_card())
+        return _json(await service.model_card())
 
     async def healthz(request: Request) -> Response:
         return _json(Healthy())
 
     async def readyz(request: Request) -> Response:
-        await ingress.ready()
+        await service.check_ready()
         return _json(Healthy())
 
     async def metrics(request: Request) -> Response:
@@ -84,8 +79,8 @@ def build_api(ingress: Ingress) -> ASGIApp:
     _route(app, "/readyz", readyz, "GET", Healthy, ("overloaded", "not_ready"))
     app.add_api_route("/metrics", metrics, methods=["GET"], summary=_SUMMARIES["/metrics"], response_class=Response)
     _add_pages(app)
-    _add_refusals(app, ingress)
-    return Boundary(app, config, ingress.metrics)
+    _add_refusals(app, config)
+    return Boundary(app, config, service.metrics)
 
 
 def _json(answer: Schema) -> Response:
@@ -117,7 +112,7 @@ def _route(
 
 
 def _add_pages(app: FastAPI) -> None:
-    """`/` and its files, and `/docs`: written from /openapi.json, so that no script from elsewhere is needed."""
+    """`/` and its files, and `/docs`, rendered here from the OpenAPI document so that it needs no script of others."""
     page = (_HERE / "page" / "index.html").read_bytes()
     files = {name: (_HERE / "page" / name).read_bytes() for name in _PAGE_FILES}
     template = (_HERE / "templates" / "docs.html.j2").read_text(encoding="utf-8")
@@ -143,10 +138,10 @@ def _guarded(content: bytes, media_type: str) -> Response:
     return Response(content, headers={"Content-Security-Policy": _CSP}, media_type=media_type)
 
 
-def _add_refusals(app: FastAPI, ingress: Ingress) -> None:
+def _add_refusals(app: FastAPI, config: ServeConfig) -> None:
     async def request_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestError)
-        return refused(ingress.config, request, error)
+        return refused(config, request, error)
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -162,7 +157,7 @@ def _add_refusals(app: FastAPI, ingress: Ingress) -> None:
         return refusal(request.scope, "validation_error", "The request is not what the interface allows; see /docs.")
 
     async def internal(request: Request, error: Exception) -> Response:
-        # Starlette raises it again once this is sent; `Boundary` logs it.
+        # Starlette raises the error again after it has sent this answer, and `Boundary` logs it.
         return refusal(request.scope, "internal", INTERNAL)
 
     app.add_exception_handler(RequestError, request_error)
@@ -172,7 +167,7 @@ def _add_refusals(app: FastAPI, ingress: Ingress) -> None:
 
 
 _SUMMARIES: Final = {
-    "/v1/detect": "Judge up to 32 images; results in request order, a bad image fails alone.",
+    "/v1/detect": "Judge up to 32 images. Results come in request order, and a bad image fails alone.",
     "/v1/model": "The model, its thresholds, the limits of a request, and the model card.",
     "/healthz": "Whether the process answers.",
     "/readyz": "Whether the model is loaded and reproduces the score of its probe image.",
@@ -191,7 +186,7 @@ _DETECT_ERRORS: Final[tuple[ErrorCode, ...]] = (
 
 
 def _detect_body(config: ServeConfig) -> dict[str, Any]:
-    """The two kinds of body, which FastAPI cannot know: the handler reads them itself, within limits."""
+    """The two kinds of body. FastAPI cannot know them, because the handler reads the body itself, within limits."""
     alpha = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
     several = {"type": "array", "minItems": 1, "maxItems": config.max_images}
     files = several | {"items": {"type": "string", "format": "binary"}}

@@ -1,6 +1,6 @@
 """The Serve application: an ingress in front of detectors, each with its own replicas, queue and health check.
 
-`serve run` and `serve deploy` name it as `clipflow_ray.serve.app:build_app`; `args` are a ServeConfig.
+For `serve run` and `serve deploy` its import path is `clipflow_ray.serve.app:build_app`, and `args` are a ServeConfig.
 """
 
 from typing import Any, Final
@@ -13,14 +13,15 @@ from clipflow_ray.config import ServeConfig, Tuning, validated
 from clipflow_ray.serve.detector import DetectorReplica
 from clipflow_ray.serve.ingress import Ingress
 
-# A replacement starts before the old replica stops, so that an update refuses nobody; it needs room beside it.
+# New replicas start before the old ones stop, so that an update refuses no request. The cluster needs room for both.
 _SURGE_PERCENT: Final = 100
-# The ingress refuses above `max_requests` in the words of the interface. Serve, which knows only a status, comes later.
+# Above `max_requests` the ingress refuses in the format of the interface. Serve, which sends only a status, must come
+# later.
 _HEADROOM: Final = 2
 
 
 def build_app(args: ServeConfig | dict[str, Any]) -> serve.Application:
-    """The application of these settings; raises ConfigError where they are wrong. Loads no model."""
+    """The application of these settings; raises ConfigError if they are wrong. Loads no model."""
     config = args if isinstance(args, ServeConfig) else validated(ServeConfig, args)
     tuning = config.model_dump(include=set(Tuning.model_fields))
     detector = serve.deployment(
@@ -55,6 +56,6 @@ def _common(config: ServeConfig) -> dict[str, Any]:
 
 
 def _autoscaling(replicas: tuple[int, int], target: float) -> AutoscalingConfig:
-    """Replicas are added before batches fill where the target is below the batch size."""
+    """`target` is the requests per replica that Serve aims at; below the batch size it scales before batches fill."""
     fewest, most = replicas
     return AutoscalingConfig(min_replicas=fewest, max_replicas=most, target_ongoing_requests=target)

@@ -1,4 +1,4 @@
-"""The body of POST /v1/detect -> images and alpha. Counted while it streams, held in memory, never written to disk."""
+"""The body of POST /v1/detect -> images and alpha. Limits apply while it streams; it stays in memory, never on disk."""
 
 import base64
 import binascii
@@ -24,7 +24,7 @@ _KEYS: Final = {"images", "alpha", "id", "b64"}
 
 @dataclass
 class Upload:
-    """One image of a request. `data` is None where it is larger than a file may be; `size` counts it all."""
+    """One image of a request. `data` is None if the file is larger than the limit; `size` is its size in bytes."""
 
     id: str
     data: bytes | None
@@ -33,14 +33,14 @@ class Upload:
 
 @dataclass
 class Submission:
-    """What a request asks: to judge `uploads`, in this order, at `alpha` or at the server's own."""
+    """One request: judge `uploads` in this order at `alpha`, or at the server's own alpha."""
 
     uploads: list[Upload]
     alpha: float | None = None
 
 
 async def read(request: Request, config: ServeConfig) -> Submission:
-    """Read a body of either kind; raises RequestError where it is not what the interface allows."""
+    """Read a multipart or JSON body; raises RequestError if the interface does not allow it."""
     kind, options = parse_options_header(request.headers.get("content-type"))
     if request.headers.get("content-encoding", "identity") != "identity":
         raise RequestError("unsupported_media_type", "Send the body without Content-Encoding.")
@@ -63,7 +63,7 @@ def _check(submission: Submission, config: ServeConfig) -> None:
 
 
 def too_large(size: int, config: ServeConfig) -> str:
-    """The sentence for a file above the limit."""
+    """The error message of a file above the limit."""
     return f"{size} bytes; the limit is {config.max_bytes}."
 
 
@@ -106,7 +106,7 @@ def _from_base64(at: int, name: str, text: str, config: ServeConfig) -> Upload:
 
 
 def _refusal(error: ValidationError) -> RequestError:
-    """Where and what, in pydantic's words; keys that the client made up are not repeated."""
+    """Place and cause of the error in pydantic's words, without keys that the client made up."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     if first["type"] == "json_invalid":
         return RequestError("invalid_request", "The body is not valid JSON.")
@@ -124,7 +124,7 @@ class _Part:
 
 
 class _Form:
-    """Callbacks of python-multipart that keep files in memory, and of a file that is too large its length only."""
+    """Callbacks of python-multipart. Files are kept in memory; oversized files are counted, not kept."""
 
     def __init__(self, boundary: bytes, config: ServeConfig) -> None:
         self.submission = Submission([])

@@ -1,4 +1,4 @@
-"""What every request passes first and last: its id, its token, its log line, and an error body whatever goes wrong."""
+"""What surrounds every request: its id, its token, its log line and metrics, and an error body for any exception."""
 
 import asyncio
 import json
@@ -56,7 +56,7 @@ class Boundary:
                 headers["X-Content-Type-Options"] = "nosniff"
                 headers["Referrer-Policy"] = "no-referrer"
                 headers.setdefault("Cache-Control", "no-store")
-                if not known:  # Serve's proxy repeats the id that it was given
+                if not known:  # if it was, Serve's proxy adds the header itself
                     headers["X-Request-Id"] = request_id
             await send(message)
 
@@ -65,7 +65,7 @@ class Boundary:
         except asyncio.CancelledError:
             status = status or _CLIENT_GONE
             raise
-        except Exception as error:
+        except Exception as error:  # the last layer: whatever was not handled is logged and answered with a 500
             self._log.error(json.dumps({"request_id": request_id, "error": type(error).__name__}), exc_info=True)
             if not status:
                 await refusal(scope, "internal", INTERNAL)(scope, receive, answer)
@@ -82,7 +82,7 @@ class Boundary:
         await self._app(scope, receive, send)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        """One line and two samples. The path is the route's: what clients make up is not kept."""
+        """One log line and two samples. The path is that of the route, so that nothing a client made up is kept."""
         path = getattr(scope.get("route"), "path", "")
         state = scope["state"]
         self._metrics.requests.inc(1, {"path": path, "status": str(status)})
@@ -102,7 +102,7 @@ class Boundary:
 
 
 def refusal(scope: Scope, code: ErrorCode, message: str, retry_after: int | None = None) -> Response:
-    """The answer to a request that is refused as a whole; notes the code for the log line."""
+    """The answer to a request that is refused as a whole; keeps the code for the log line."""
     scope["state"]["code"] = code
     body = error_body(code, message, scope["state"]["request_id"])
     headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
@@ -110,9 +110,9 @@ def refusal(scope: Scope, code: ErrorCode, message: str, retry_after: int | None
 
 
 def refused(config: ServeConfig, request: Request, error: RequestError) -> Response:
-    """As `refusal`, with Retry-After where trying again helps."""
-    passing = error.code in ("overloaded", "not_ready")
-    return refusal(request.scope, error.code, str(error), config.retry_after_seconds if passing else None)
+    """As `refusal`, with Retry-After if a later request may succeed."""
+    temporary = error.code in ("overloaded", "not_ready")
+    return refusal(request.scope, error.code, str(error), config.retry_after_seconds if temporary else None)
 
 
 def _header(scope: Scope, name: bytes) -> bytes:
@@ -120,7 +120,7 @@ def _header(scope: Scope, name: bytes) -> bytes:
 
 
 def _json_log() -> logging.Logger:
-    """Lines of JSON on stderr, which Ray keeps in the worker's own file."""
+    """A logger of JSON lines to stderr, which Ray writes to a file per worker."""
     log = logging.getLogger("clipflow_ray.serve")
     if not log.handlers:
         handler = logging.StreamHandler(sys.stderr)

@@ -1,4 +1,4 @@
-"""Killable decoders for a server: a fixed number of children, each driven by a thread, none on the event loop."""
+"""Decoders of a server: a fixed number of child processes that can be killed, each driven by a thread of its own."""
 
 import asyncio
 import hashlib
@@ -15,7 +15,7 @@ from clipflow_ray.serve.probe import probe_png
 
 
 class DecoderPool:
-    """`size` children, started at once."""
+    """`size` child processes, all started by the constructor."""
 
     def __init__(self, size: int, metrics: IngressMetrics) -> None:
         self._metrics = metrics
@@ -27,13 +27,13 @@ class DecoderPool:
             self._idle.put(child)
 
     async def decode(self, data: bytes, limits: ImageLimits, kind: ViewKind) -> tuple[str, DecodedImage | ItemError]:
-        """sha256 of `data`, and its view in `rgb` or why there is none."""
+        """sha256 of `data`, and the decoded image with its view in `rgb`, or the reason why there is none."""
         arrived = time.monotonic()
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self._decode, data, limits, kind, arrived)
 
     def close(self) -> None:
-        """Stop the children. What is still waiting to be decoded is given up."""
+        """Stop the children. Images that wait for a decoder are given up."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         while not self._idle.empty():
             self._idle.get().close()

@@ -1,7 +1,8 @@
 """The reverse proxy in front of Serve: nginx with `nginx.conf`, as a child of this process.
 
-Serve's proxy buffers bodies without limit, lets clients switch its timeouts off and fails on headers that are not
-UTF-8; the edge is what the public may reach. `serve_configs/edge/nginx.conf` is a link to the file beside this one.
+Serve's own proxy must not be reachable by the public: it buffers bodies without limit, lets clients switch its
+timeouts off and fails on headers that are not UTF-8. `serve_configs/edge/nginx.conf` is a link to the file beside this
+one.
 """
 
 import os
@@ -26,14 +27,14 @@ _DRAIN_SECONDS: Final = 20.0
 
 
 def nginx_path() -> str | None:
-    """Where nginx is, or None; Debian keeps it in a folder that is not on every user's PATH."""
+    """Path of the nginx program, or None. Debian installs it in a folder that is not on every user's PATH."""
     return shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
 
 
 class Edge:
-    """A running nginx before `upstreams`, as `point_to` takes them; `url` is where clients reach it.
+    """A running nginx in front of `upstreams`, as `point_to` takes them; `url` is the address for clients.
 
-    Raises EdgeError with nginx's last words where it does not start.
+    Raises EdgeError with the last line of nginx's log if nginx does not start.
     """
 
     def __init__(self, program: str, listen: str, upstreams: Sequence[str], home: Path) -> None:
@@ -54,15 +55,15 @@ class Edge:
             raise
 
     def point_to(self, upstreams: Sequence[str]) -> None:
-        """Send requests to these, each host:port; to the last only where no other can be reached.
+        """Send requests to these servers, each host:port, and to the last one only if no other can be reached.
 
-        What is under way is finished where it is.
+        A request that has been forwarded is finished by the server that has it.
         """
         self._configure(upstreams)
         self._process.send_signal(signal.SIGHUP)
 
     def stop(self) -> None:
-        """Finish the requests that nginx has, for 20 seconds at most."""
+        """Let nginx finish the requests that it has, for at most 20 seconds, and end it."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGQUIT)
             try:
@@ -80,16 +81,16 @@ class Edge:
 def edge(listen: str, upstreams: Sequence[str], folder: str) -> Iterator[Edge]:
     """Run the edge on `listen` (host:port) in front of `upstreams`, as `Edge.point_to` takes them.
 
-    `folder` is made where missing; it takes the rendered configuration, buffered bodies, `access.log` (json) and
-    `error.log`. On exit nginx finishes the requests it has. Raises EdgeError when nginx is missing or does not start.
+    `folder` is created if it is missing. It holds the rendered configuration, buffered bodies, `access.log` (json) and
+    `error.log`. On exit nginx finishes its requests. Raises EdgeError if nginx is missing or does not start.
     """
     program = nginx_path()
     if program is None:
-        raise EdgeError("nginx is not installed: `apt-get install nginx`, or talk to Serve itself on loopback.")
+        raise EdgeError("nginx is not installed: `apt-get install nginx`, or use Serve itself on loopback.")
     home = Path(folder)
     home.mkdir(parents=True, exist_ok=True)
     if os.geteuid() == 0:
-        # Workers give up root. They reach their files from here, whatever the folders above allow.
+        # nginx's workers run as another user than root, who must be able to enter this folder.
         home.chmod(home.stat().st_mode | 0o011)
     made = Edge(program, listen, upstreams, home)
     try:
@@ -99,7 +100,7 @@ def edge(listen: str, upstreams: Sequence[str], folder: str) -> Iterator[Edge]:
 
 
 def rendered(listen: str, upstreams: Sequence[str], translation: str) -> str:
-    """The packaged configuration with other addresses, each host:port; the last upstream backs the others up."""
+    """The packaged configuration for other addresses, each host:port. The last upstream backs the others up."""
     *first, last = upstreams
     servers = [f"server {each};" for each in first] + [f"server {last} backup;" if first else f"server {last};"]
     text = CONFIG.read_text(encoding="utf-8")
@@ -127,7 +128,7 @@ def _free_port() -> int:
 
 
 def _wait_for(process: "subprocess.Popen[bytes]", listen: str, home: Path) -> None:
-    """nginx writes its pid once it listens."""
+    """Wait for the pid file, which nginx writes once it listens."""
     deadline = time.monotonic() + _START_SECONDS
     pid = home / "nginx.pid"
     while time.monotonic() < deadline and process.poll() is None:
@@ -135,4 +136,4 @@ def _wait_for(process: "subprocess.Popen[bytes]", listen: str, home: Path) -> No
             return
         time.sleep(0.02)
     said = (home / "error.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    raise EdgeError(f"nginx does not start on {listen}: {said[-1] if said else 'it says nothing'}")
+    raise EdgeError(f"nginx does not start on {listen}: {said[-1] if said else 'its log is empty'}")

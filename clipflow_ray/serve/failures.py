@@ -1,4 +1,4 @@
-"""A refusal of a whole request, as the status and code that the client gets."""
+"""Errors that refuse a whole request, with the status and the code that the client gets."""
 
 from typing import Final
 
@@ -21,7 +21,7 @@ STATUS: Final[dict[ErrorCode, int]] = {
 
 
 class RequestError(Exception):
-    """The request as a whole is refused. The message is for the client: it holds nothing that the client sent."""
+    """The request as a whole is refused. The message goes to the client and holds nothing that the client sent."""
 
     def __init__(self, code: ErrorCode, message: str) -> None:
         super().__init__(message)

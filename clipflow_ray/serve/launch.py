@@ -1,4 +1,4 @@
-"""`clipflow-ray serve`: an embedded Ray, the application on loopback, the edge in front, until a signal ends it."""
+"""`clipflow-ray serve`: an embedded Ray, the application on loopback and the edge in front of it, until a signal."""
 
 import ipaddress
 import os
@@ -20,31 +20,35 @@ from clipflow_ray.errors import ConfigError
 from clipflow_ray.serve.app import build_app
 from clipflow_ray.serve.edge import nginx_path
 from clipflow_ray.serve.upstreams import APPLICATION, edge_of_serve
+from clipflow_ray.serve.whole import CALLBACK
 
 _LOOPBACK: Final = "127.0.0.1"
-# Ray's own set for short ways: the edge asks replicas without Serve's proxy (see `upstreams`), and pixels, 150 kB an
-# image, reach the detector by gRPC (with Ray's token), here with room for those of a whole request. A replica that is
-# to stop answers for three more seconds, in which the edge learns of it. Our logs stay in the workers' own files. And
-# torch's threads sleep between their tasks: spinning, they take the time of those that decode.
+# Ray's own set for throughput: the edge asks replicas directly instead of Serve's proxy (see `upstreams`), and pixels
+# reach the detector by gRPC (with Ray's token). A message has room for the pixels of a whole request, 150 kB an image.
+# A replica that is to stop answers for three more seconds, in which the edge learns of it. An answer leaves in one
+# write (see `whole`). Our logs stay in the workers' own files. Torch's threads sleep between tasks, because spinning
+# threads would take time from decoding.
 SWITCHES: Final = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**30),
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": CALLBACK,
     "RAY_SERVE_LOG_TO_STDERR": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
 }
-# The service ends a request in its own words after `timeout_seconds`; Serve, which answers in plain text, comes later.
+# After `timeout_seconds` the service ends a request with an error in its own format. Serve's timeout, which answers in
+# plain text, must come later.
 _SERVE_TIMEOUT_BEYOND: Final = 10.0
 
 
 def check_address(host: str, tokens: tuple[str, ...]) -> None:
-    """Raises ConfigError where anyone on a network could use the server without a token, or Serve's bare proxy."""
+    """Raises ConfigError if others on a network could use the server without a token or reach Serve's own proxy."""
     if _is_loopback(host):
         return
     if not tokens:
         raise ConfigError(
-            f"--host {host} lets others in: make a token with `clipflow-ray serve token new` and name its file with "
-            "--tokens, or stay on 127.0.0.1."
+            f"--host {host} opens the server to others: make a token with `clipflow-ray serve token new` and give its "
+            "file with --tokens, or stay on 127.0.0.1."
         )
     if nginx_path() is None:
         raise ConfigError(
@@ -54,9 +58,9 @@ def check_address(host: str, tokens: tuple[str, ...]) -> None:
 
 
 def run(config: ServeConfig, host: str, port: int) -> None:
-    """Serve until SIGTERM or SIGINT, then finish what is under way and return.
+    """Serve until SIGTERM or SIGINT, then finish the requests under way and return.
 
-    Clients reach `host`:`port`; with nginx, Serve itself listens on loopback one port above.
+    Clients reach `host`:`port`. If nginx is installed, Serve itself listens on loopback at `port` + 1.
     """
     check_address(host, config.tokens)
     stopping = threading.Event()
@@ -64,16 +68,16 @@ def run(config: ServeConfig, host: str, port: int) -> None:
         signal.signal(number, lambda *_: stopping.set())
     with endpoint(config, host, port) as url:
         print(url, flush=True)
-        _say(f"Page, API and /docs at {url}. Logs in {_logs()}. Ctrl-C ends.")
+        _say(f"Page, API and /docs at {url}. Logs in {_logs()}. Stop with Ctrl-C.")
         if not config.tokens:
-            _say("No token is asked for: only this machine can reach the server.")
+            _say("The server asks for no token: only this machine can reach it.")
         stopping.wait()
         _say("Finishing the requests under way.")
 
 
 @contextmanager
 def endpoint(config: ServeConfig, host: str, port: int) -> Iterator[str]:
-    """The URL of an endpoint that answers, with a Ray of its own; on leaving, what is under way is finished."""
+    """Start an endpoint with a Ray of its own and yield its URL; on exit the requests under way are finished."""
     for name, value in SWITCHES.items():
         os.environ.setdefault(name, value)
     with ExitStack() as stack:
@@ -94,14 +98,14 @@ def _start(config: ServeConfig, host: str, port: int, stack: ExitStack) -> str:
     stack.callback(serve.shutdown)
     serve.run(build_app(_sized(config)), name=APPLICATION, route_prefix="/")
     if not behind:
-        _say("nginx is not installed: you talk to Serve itself, without the edge's limits.")
+        _say("nginx is not installed: clients reach Serve itself, without the edge's limits.")
         return f"http://{host}:{port}"
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="clipflow-edge-"))
     return stack.enter_context(edge_of_serve(f"{host}:{port}", f"{upstream[0]}:{upstream[1]}", folder))
 
 
 def _sized(config: ServeConfig) -> ServeConfig:
-    """The detector gets this machine's GPU where there is one, else a thread on every core."""
+    """`config` with this machine's GPU for the detector if there is one, else with a thread per core."""
     gpu = 1.0 if ray.cluster_resources().get("GPU", 0.0) >= 1.0 else 0.0
     return config.model_copy(update={"detector_gpus": gpu, "detector_cpus": 1.0 if gpu else float(resources.cores())})
 

@@ -1,4 +1,4 @@
-"""Series named clipflow_serve_*, kept by Ray, and the text that GET /metrics answers."""
+"""Metrics named clipflow_serve_*, which Ray collects, and the text of GET /metrics."""
 
 import asyncio
 from collections.abc import Iterable
@@ -15,19 +15,19 @@ _SCRAPE_SECONDS: Final = 3.0
 
 
 class IngressMetrics:
-    """What the ingress counts: requests, items by verdict, errors by code, and its own waiting and decoding."""
+    """Metrics of the ingress: requests, items by verdict, errors by code, and the time to wait for and run decoders."""
 
     def __init__(self) -> None:
         self.requests = Counter("clipflow_serve_requests", "Requests answered.", ("path", "status"))
         self.request_seconds = Histogram("clipflow_serve_request_seconds", "Seconds of a request.", _SECONDS, ("path",))
-        self.items = Counter("clipflow_serve_items", "Images by verdict; `error` where there is none.", ("verdict",))
+        self.items = Counter("clipflow_serve_items", "Images by verdict; `error` if an image has none.", ("verdict",))
         self.errors = Counter("clipflow_serve_errors", "Errors of requests and images by code.", ("scope", "code"))
         self.decode_wait = Histogram("clipflow_serve_decode_wait_seconds", "Wait for a decoder.", _SECONDS)
         self.decode = Histogram("clipflow_serve_decode_seconds", "Seconds to decode an image.", _SECONDS)
 
 
 class DetectorMetrics:
-    """What a detector counts: sizes of its batches, how long images wait for theirs, seconds of a forward pass."""
+    """Metrics of a detector: sizes of batches, the time that images wait for one, and the time of a forward pass."""
 
     def __init__(self) -> None:
         self.batch_size = Histogram("clipflow_serve_batch_size", "Images in one forward pass.", _SIZES)
@@ -36,7 +36,7 @@ class DetectorMetrics:
 
 
 async def exposition() -> str:
-    """Our series of all nodes in Prometheus text; a node that does not answer in 3 seconds is left out."""
+    """Our metrics of all nodes in Prometheus text, without the nodes that do not answer in 3 seconds."""
     nodes = await asyncio.to_thread(ray.nodes)
     addresses = [f"{n['NodeManagerAddress']}:{n['MetricsExportPort']}" for n in nodes if n["Alive"]]
     async with httpx.AsyncClient(timeout=_SCRAPE_SECONDS, trust_env=False) as client:
@@ -52,7 +52,7 @@ async def _scraped(client: httpx.AsyncClient, address: str) -> str:
 
 
 def _merged(lines: Iterable[str]) -> list[str]:
-    """A series is described once, and all its samples follow, whichever nodes they come from."""
+    """Each metric's description once, followed by its samples from all nodes."""
     families: dict[str, list[str]] = {}
     for line in lines:
         name = line.split()[2] if line.startswith("#") else line.partition("{")[0].split()[0]

@@ -1,4 +1,4 @@
-"""The image that /readyz replays: made in code, the same everywhere, never from a photograph."""
+"""The image that /readyz has scored: generated, the same on every machine, and not a photograph."""
 
 import io
 
@@ -13,7 +13,7 @@ _SIDE = 256
 
 
 def probe_png() -> bytes:
-    """A PNG of coloured waves of several scales; lossless, so its pixels do not depend on a decoder's version."""
+    """A PNG of coloured waves of several scales. PNG is lossless: the pixels do not depend on the decoder's version."""
     across, down = np.meshgrid(np.arange(_SIDE), np.arange(_SIDE))
     planes = [(across * (1 + c) + down * (3 - c)) % 256 ^ (across * down // (16 + c)) % 128 for c in range(3)]
     out = io.BytesIO()

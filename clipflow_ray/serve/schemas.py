@@ -1,6 +1,6 @@
-"""The JSON of the HTTP interface. Within /v1 fields are added, never renamed or removed.
+"""The JSON of the HTTP interface. Within /v1 fields may be added, but are never renamed or removed.
 
-A field that does not apply is absent, not null. Numbers are finite: a NaN would be no JSON.
+A field that does not apply is absent, not null. Numbers are finite, because JSON has no NaN.
 """
 
 from typing import Literal
@@ -27,20 +27,20 @@ ErrorCode = Literal[
 
 
 class Schema(BaseModel):
-    """Finite numbers only, and an unknown key is an error in requests; clients may ignore new ones in answers."""
+    """Numbers are finite. An unknown key is an error in requests; clients should ignore unknown keys in answers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class JsonImage(Schema):
-    """One image of a JSON request: a name to find it again by, and its bytes in standard base64."""
+    """One image of a JSON request: an id that its result repeats, and its bytes in standard base64."""
 
     id: str = Field(max_length=255)
     b64: str
 
 
 class DetectRequest(Schema):
-    """JSON body of POST /v1/detect. Without `alpha` the server's own is used."""
+    """JSON body of POST /v1/detect. Without `alpha` the server uses its own."""
 
     images: list[JsonImage] = Field(min_length=1)
     alpha: float | None = Field(None, gt=0, lt=1)
@@ -54,7 +54,7 @@ class ItemFailure(Schema):
 
 
 class ItemResult(Schema):
-    """What is said of one image: the fields of a finding where `status` is ok, `error` where it is error."""
+    """The result of one image: the fields of a finding if `status` is ok, and `error` if `status` is error."""
 
     id: str
     index: int
@@ -75,7 +75,7 @@ class ItemResult(Schema):
 
 
 class ModelInfo(Schema):
-    """Which model, calibration and release judged."""
+    """The model, the calibration and the release that judged."""
 
     model_id: str
     calibration_id: str
@@ -83,10 +83,10 @@ class ModelInfo(Schema):
 
 
 class DetectResponse(Schema):
-    """Answer of POST /v1/detect, results in request order.
+    """Answer of POST /v1/detect, with results in request order.
 
-    `alpha_realised_95` is the 95 % interval of the false-positive rate that `alpha` realises on photographs like
-    those of the calibration.
+    `alpha_realised_95` is the 95 % interval of the false-positive rate at `alpha` on photographs like those of the
+    calibration.
     """
 
     request_id: str
@@ -98,7 +98,7 @@ class DetectResponse(Schema):
 
 
 class Threshold(Schema):
-    """At `alpha`, images that score above `score` are flagged; the interval is that of `alpha_realised_95`."""
+    """At `alpha`, images that score above `score` are flagged. The interval is as in `alpha_realised_95`."""
 
     alpha: float
     score: float
@@ -106,7 +106,7 @@ class Threshold(Schema):
 
 
 class ServiceLimits(Schema):
-    """What one request may hold."""
+    """Limits of one request."""
 
     max_images: int
     max_bytes: int
@@ -116,7 +116,7 @@ class ServiceLimits(Schema):
 
 
 class ModelCard(Schema):
-    """Answer of GET /v1/model. `thresholds` are those of common alphas that the calibration supports."""
+    """Answer of GET /v1/model. `thresholds` are for common alphas that the calibration supports."""
 
     model: ModelInfo
     alpha: float
@@ -130,7 +130,7 @@ class ModelCard(Schema):
 
 
 class ErrorDetail(Schema):
-    """`code` is stable, `message` says what to do next."""
+    """`code` is stable. `message` says what to do next."""
 
     code: ErrorCode
     message: str

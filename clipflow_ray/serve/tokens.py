@@ -1,4 +1,4 @@
-"""Bearer tokens: made here, shown once, kept as sha256 only, compared in constant time."""
+"""Bearer tokens: shown once when they are made, kept only as sha256, compared in constant time."""
 
 import hashlib
 import hmac
@@ -19,7 +19,7 @@ def new_token() -> tuple[str, str]:
 
 
 def accepted(authorization: bytes, hashes: Sequence[str]) -> bool:
-    """Whether an Authorization header bears one of the tokens; takes the same time whichever it is."""
+    """Whether an Authorization header holds one of the tokens; takes the same time for each of them."""
     scheme, _, token = authorization.partition(b" ")
     digest = _digest(token.strip())
     matches = [hmac.compare_digest(digest, known) for known in hashes]
@@ -27,7 +27,7 @@ def accepted(authorization: bytes, hashes: Sequence[str]) -> bool:
 
 
 def read_hashes(path: str) -> tuple[str, ...]:
-    """The hashes of a tokens file: one a line, a comment after `#`. Raises ConfigError where there is none."""
+    """The hashes of a tokens file: one per line, with comments after `#`. Raises ConfigError if there is none."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,7 +1,7 @@
-"""Whom the edge asks: the ingress replicas of this machine, and Serve's proxy where none of them can be reached.
+"""The servers that the edge asks: the ingress replicas of this machine, and Serve's proxy if no replica can be reached.
 
-A replica that answers HTTP itself spares each request the way through the proxy, and the body a copy by RPC. Serve has
-replicas do so where its switches say so (see `launch.SWITCHES`); where they do not, only the proxy is asked.
+A request that goes straight to a replica is not copied through the proxy. Replicas answer HTTP themselves if Serve's
+switches say so (see `launch.SWITCHES`). Without the switches only the proxy is asked.
 """
 
 import threading
@@ -11,33 +11,31 @@ from typing import Final
 
 import ray
 from ray.exceptions import RayError
-from ray.serve.context import _get_global_client
 
+from clipflow_ray import compat
 from clipflow_ray.serve.edge import edge
 
 APPLICATION: Final = "clipflow"
-_LOOK_SECONDS: Final = 1.0  # well within the time that a replica which is to stop still answers
+_LOOK_SECONDS: Final = 1.0  # a replica that is to stop answers for longer than this
 _ANSWER_SECONDS: Final = 10.0
 
 
 def upstreams(proxy: str) -> list[str]:
     """host:port of each of the application's ingress replicas on this machine, then `proxy`.
 
-    Raises RayError where Serve does not answer.
+    Raises RayError if Serve does not answer.
     """
-    client = _get_global_client()
-    assert client is not None
-    groups = ray.get(client._controller.get_target_groups.remote(APPLICATION), timeout=_ANSWER_SECONDS)
     here, host = ray.util.get_node_ip_address(), proxy.rpartition(":")[0]
-    ports = {each.port for group in groups if group.protocol == "HTTP" for each in group.targets if each.ip == here}
+    ports = {port for ip, port in compat.ingress_addresses(APPLICATION, _ANSWER_SECONDS) if ip == here}
     return [*sorted({f"{host}:{port}" for port in ports} - {proxy}), proxy]
 
 
 @contextmanager
 def edge_of_serve(listen: str, proxy: str, folder: str) -> Iterator[str]:
-    """The edge on `listen` before Serve, whose proxy is at `proxy`; yields its URL. It follows replicas that change.
+    """Run the edge on `listen` in front of Serve, whose proxy is at `proxy`; yields the URL of the edge.
 
-    Raises EdgeError where nginx does not start, and RayError where Serve does not answer.
+    The edge learns of replicas that come and go. Raises EdgeError if nginx does not start, and RayError if Serve does
+    not answer.
     """
     known = upstreams(proxy)
     with edge(listen, known, folder) as front:
@@ -48,7 +46,7 @@ def edge_of_serve(listen: str, proxy: str, folder: str) -> Iterator[str]:
             while not left.wait(_LOOK_SECONDS):
                 try:
                     found = upstreams(proxy)
-                except RayError:  # a controller that is being replaced; until then nginx itself turns to the proxy
+                except RayError:  # the controller is being replaced; until it is back, nginx falls back to the proxy
                     continue
                 if found != current:
                     front.point_to(found)

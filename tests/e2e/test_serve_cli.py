@@ -1,4 +1,4 @@
-"""`clipflow-ray serve` as a user meets it: up, asked, stopped. The checkpoint is a tiny one that is not trained."""
+"""`clipflow-ray serve` from start to stop, as a user runs it. The checkpoint is tiny and not trained."""
 
 import json
 import os
@@ -113,7 +113,7 @@ def test_a_new_token_is_printed_once_beside_its_hash() -> None:
         (("score", "a.jpg", "--url", "http://127.0.0.1:1", "--checkpoint", "c"), "--url"),
     ],
 )
-def test_a_wrong_use_of_serve_is_one_sentence_and_exit_code_2(arguments: tuple[str, ...], words: str) -> None:
+def test_wrong_arguments_of_serve_give_one_sentence_and_exit_code_2(arguments: tuple[str, ...], words: str) -> None:
     done = subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
     assert words in done.stderr and "Traceback" not in done.stderr and done.stdout == ""

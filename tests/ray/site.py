@@ -1,4 +1,4 @@
-"""The application with the tiny checkpoint, and the edge in front of it, as a client meets them."""
+"""The application with the tiny checkpoint and the edge in front of it, as a client sees them."""
 
 import json
 import socket
@@ -32,7 +32,7 @@ class Answer:
 
     @property
     def error(self) -> dict[str, str]:
-        """The error of the interface; anything else than its form fails here."""
+        """The error of the interface; fails if the body has another format."""
         assert self.headers["content-type"] == "application/json"
         (error,) = json.loads(self.body).values()
         assert set(error) == {"code", "message", "request_id"}
@@ -47,7 +47,7 @@ class Site:
     folder: Path
 
     def connect(self, source: str = "127.0.0.1") -> socket.socket:
-        """`source`, any address of the loopback network, is whom the edge takes us for."""
+        """Connect from `source`, any address of the loopback network, which the edge takes for the client's."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=10, source_address=(source, 0))
 
     def raw(self, request: bytes) -> Answer:
@@ -87,7 +87,7 @@ def edge_before(upstream: int) -> Iterator[Site]:
 
 @contextmanager
 def asking(client: Callable[[], httpx.Client], ask: Callable[[httpx.Client], T]) -> Iterator[list[T]]:
-    """Three clients that never stop asking; yields their answers."""
+    """Three clients that send one request after another until the context ends; yields their answers."""
     answers: list[T] = []
     done = threading.Event()
 
@@ -114,13 +114,13 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 def replicas(deployment: str) -> set[str]:
-    """Names of its actors, in the namespace `serve`."""
+    """Names of the deployment's actors, in the namespace `serve`."""
     named = ray.util.list_named_actors(all_namespaces=True)
     return {actor["name"] for actor in named if f"#{deployment}#" in actor["name"]}
 
 
 def deploy(checkpoint: str, **changes: Any) -> None:
-    """The application with small replicas; returns when those of these settings are up."""
+    """Deploy the application with small replicas; returns when replicas with these settings are running."""
     settings = {"checkpoint": checkpoint, "alpha": ALPHA, "ingress_cpus": 0.2, "detector_cpus": 0.2, "decoders": 2}
     serve.run(build_app(settings | changes), name=APPLICATION, route_prefix="/")
 

@@ -1,6 +1,7 @@
-"""The edge with the real nginx, over raw sockets: what Serve's own proxy gets wrong does not reach it."""
+"""The edge with the real nginx, over raw sockets: requests that Serve's own proxy mishandles do not reach it."""
 
 import json
+import re
 import socket
 import threading
 import time
@@ -43,7 +44,7 @@ def detected(site: Site, picture: bytes, source: str = "127.0.0.1") -> httpx.Res
         return client.post("/v1/detect", files={"files": ("a.jpg", picture)})
 
 
-def test_an_image_is_judged_and_the_services_own_refusals_pass(site: Site, picture: bytes) -> None:
+def test_an_image_is_judged_and_the_service_s_own_errors_pass_unchanged(site: Site, picture: bytes) -> None:
     answer = detected(site, picture)
     assert answer.status_code == 200
     assert answer.json()["results"][0]["status"] == "ok"
@@ -53,7 +54,7 @@ def test_an_image_is_judged_and_the_services_own_refusals_pass(site: Site, pictu
     assert "multipart" in refused.error["message"]
 
 
-def test_a_body_that_waits_on_disk_arrives_whole(site: Site) -> None:
+def test_a_body_that_is_spilled_to_disk_arrives_whole(site: Site) -> None:
     answer = detected(site, encoded(photo(2, (1400, 1400)), "PNG"))
     assert answer.json()["results"][0]["width"] == 1400
 
@@ -73,7 +74,7 @@ def test_a_body_that_waits_on_disk_arrives_whole(site: Site) -> None:
         b"Traceparent: \xff",
     ],
 )
-def test_serves_own_headers_do_nothing_and_the_id_is_fresh(site: Site, header: bytes) -> None:
+def test_headers_that_ray_serve_reads_have_no_effect_and_the_request_id_is_new(site: Site, header: bytes) -> None:
     answer = site.raw(b"GET /healthz HTTP/1.1\r\n" + HOST + header + b"\r\n\r\n")
     assert answer.status == 200
     assert len(answer.headers["x-request-id"]) == 32
@@ -110,13 +111,13 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_what_two_servers_could_read_differently_is_refused(site: Site, name: str) -> None:
+def test_a_request_that_two_servers_could_read_differently_is_refused(site: Site, name: str) -> None:
     answer = site.raw(MALFORMED[name])
     assert (answer.status, answer.error["code"]) == (400, "invalid_request")
 
 
-def test_a_bare_line_feed_smuggles_nothing(site: Site) -> None:
-    """nginx reads it as the end of a line, as it may, and forwards a request of its own making."""
+def test_a_bare_line_feed_smuggles_no_second_request(site: Site) -> None:
+    """nginx reads it as the end of a line, as the standard allows, and forwards a request that it writes itself."""
     hidden = b"GET /hidden HTTP/1.1\r\nHost: x\r\n\r\n"
     length = b"Content-Length: %d\r\n\r\n" % len(hidden)
     answer = site.raw(b"GET /healthz HTTP/1.1\r\nX-A: b\nHost: x\r\nConnection: close\r\n" + length + hidden)
@@ -152,7 +153,7 @@ def test_many_small_chunks_add_up_to_the_limit(site: Site) -> None:
     assert (answer.status, answer.error["code"]) == (413, "batch_too_large")
 
 
-def test_the_limit_is_the_one_that_the_settings_state() -> None:
+def test_the_body_limit_is_the_one_of_the_settings() -> None:
     assert f"client_max_body_size {ServeConfig().max_body_bytes // 2**20}m;" in CONFIG.read_text()
 
 
@@ -169,12 +170,12 @@ def test_the_limit_is_the_one_that_the_settings_state() -> None:
         "/metrics/x",
     ],
 )
-def test_what_is_not_for_the_public_is_not_found(site: Site, path: str) -> None:
+def test_paths_that_are_not_public_are_not_found(site: Site, path: str) -> None:
     answer = site.raw(f"GET {path} HTTP/1.1\r\n".encode() + HOST + b"\r\n")
     assert (answer.status, answer.error["code"]) == (404, "not_found")
 
 
-def test_trace_is_no_method_and_a_long_address_is_refused(site: Site) -> None:
+def test_trace_is_not_allowed_and_a_long_address_is_refused(site: Site) -> None:
     answer = site.raw(b"TRACE / HTTP/1.1\r\n" + HOST + b"\r\n")
     assert (answer.status, answer.error["code"]) == (405, "method_not_allowed")
     answer = site.raw(b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n")
@@ -183,7 +184,7 @@ def test_trace_is_no_method_and_a_long_address_is_refused(site: Site) -> None:
 
 @pytest.mark.parametrize("count", [50, pytest.param(200, marks=pytest.mark.stress)])
 @pytest.mark.parametrize("start", [b"GET / HTTP/1.1\r\nX-A: ", POST + b"Content-Length: 100000\r\n\r\n"])
-def test_slow_clients_disturb_nobody_and_are_cut_off(site: Site, picture: bytes, start: bytes, count: int) -> None:
+def test_slow_clients_do_not_delay_others_and_are_cut_off(site: Site, picture: bytes, start: bytes, count: int) -> None:
     with ExitStack() as stack:
         slow = [stack.enter_context(site.connect()) for _ in range(count)]
         for connection in slow:
@@ -200,7 +201,7 @@ def test_slow_clients_disturb_nobody_and_are_cut_off(site: Site, picture: bytes,
 
 
 def closed(connection: socket.socket) -> bool:
-    """Whether the edge has ended the connection, with or without an answer."""
+    """Whether the edge has closed the connection, with or without an answer."""
     try:
         while connection.recv(65536):
             pass
@@ -211,7 +212,7 @@ def closed(connection: socket.socket) -> bool:
     return True
 
 
-def test_an_address_with_too_many_connections_is_told_to_wait_and_others_are_not(site: Site, picture: bytes) -> None:
+def test_an_address_with_too_many_connections_gets_429_and_others_do_not(site: Site, picture: bytes) -> None:
     with ExitStack() as stack:
         for _ in range(128):
             connection = stack.enter_context(site.connect("127.0.0.3"))
@@ -224,7 +225,7 @@ def test_an_address_with_too_many_connections_is_told_to_wait_and_others_are_not
         assert detected(site, picture).status_code == 200
 
 
-def test_the_log_is_json_and_holds_no_query_and_no_header(site: Site) -> None:
+def test_the_log_is_json_without_query_strings_and_headers(site: Site) -> None:
     hostile = b"GET /docs?" + CANARY.encode() + b' HTTP/1.1\r\nHost: x\r\nConnection: close\r\nUser-Agent: "\n'
     site.raw(hostile + f"Authorization: {CANARY}\r\nReferer: {CANARY}\r\nX-Request-Id: {CANARY}\r\n\r\n".encode())
     site.raw(f"GET /?{CANARY} HTTP/1.1\r\nHost: x\r\nBad\0: {CANARY}\r\n\r\n".encode())
@@ -236,7 +237,7 @@ def test_the_log_is_json_and_holds_no_query_and_no_header(site: Site) -> None:
     assert CANARY not in text + (site.folder / "error.log").read_text(errors="replace")
 
 
-def test_without_the_service_the_answer_is_not_ready() -> None:
+def test_without_a_server_behind_the_edge_the_answer_is_not_ready() -> None:
     with edge_before(free_port()) as site:
         answer = site.raw(POST + b"Content-Length: 3\r\n\r\nabc")
         assert (answer.status, answer.error["code"]) == (503, "not_ready")
@@ -256,7 +257,7 @@ def plain_speaker() -> Iterator[Site]:
             self.wfile.write(b"Ping http://.../-/routes for available routes.")
 
         def log_message(self, *_: object) -> None:
-            """Quiet."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -277,7 +278,7 @@ def plain_speaker() -> Iterator[Site]:
         (504, 504, "timeout"),
     ],
 )
-def test_what_serve_says_in_plain_text_becomes_the_interfaces_own(
+def test_a_plain_text_error_of_ray_serve_gets_the_format_of_the_interface(
     plain_speaker: Site, said: int, status: int, code: str
 ) -> None:
     answer: Answer = plain_speaker.raw(f"GET /{said} HTTP/1.1\r\n".encode() + HOST + b"\r\n")
@@ -286,7 +287,18 @@ def test_what_serve_says_in_plain_text_becomes_the_interfaces_own(
         assert answer.headers["retry-after"] == ("2" if said == 408 else "7")
 
 
-def test_a_port_in_use_is_said_and_nothing_is_left(tmp_path: Path) -> None:
+def test_replicas_and_the_proxy_answer_in_one_write(site: Site) -> None:
+    """A reader that is quicker than the writer would see the head of an answer alone."""
+    _, _, block = (site.folder / "nginx.conf").read_text().partition("upstream serve {")
+    replica, proxy = re.findall(r"server 127.0.0.1:(\d+)(?: backup)?;", block)
+    for port in (replica, proxy):
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", int(port)), timeout=10) as connection:
+                connection.sendall(b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n")
+                assert connection.recv(65536).endswith(b'{"status":"ok"}')
+
+
+def test_a_port_in_use_is_an_error_and_no_process_is_left(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -1,4 +1,4 @@
-"""Hostile images and hostile requests through the edge: refused one by one, at once, and nothing grows or dies."""
+"""Hostile images and requests through the edge: each is refused in time, memory does not grow and no process dies."""
 
 import io
 import json
@@ -49,7 +49,7 @@ def seeds() -> list[bytes]:
 
 
 def mutants(count: int) -> Iterator[bytes]:
-    """The same ones in every run: cut, with bits flipped, with a stretch overwritten, repeated or of another file."""
+    """The same files in every run: cut, with flipped bits, or with bytes overwritten, repeated or from another file."""
     rng, originals = random.Random(4), seeds()
     for _ in range(count):
         data = bytearray(rng.choice(originals))
@@ -89,7 +89,7 @@ def memory() -> int:
 
 
 @pytest.mark.parametrize("count", [10_000])
-def test_hostile_images_get_a_verdict_or_a_code_each_at_once(site: Site, count: int) -> None:
+def test_each_hostile_image_gets_a_verdict_or_an_error_code_in_time(site: Site, count: int) -> None:
     images = list(mutants(count))
     seen: set[str] = set()
     before = 0
@@ -103,8 +103,8 @@ def test_hostile_images_get_a_verdict_or_a_code_each_at_once(site: Site, count: 
             results = DetectResponse.model_validate_json(answer.content).results
             assert [result.index for result in results] == list(range(len(chunk)))
             seen |= {result.error.code if result.error else "ok" for result in results}
-            # From cold, allocators and decoders take about 130 MiB over the first 10,000 images, and 40 over the next
-            # 30,000: the first half is warm-up, what leaks shows in the second.
+            # Allocators and decoders take about 130 MiB over the first 10,000 images and 40 over the next 30,000. So
+            # the first half is the warm-up, and the second half shows leaks.
             if at // PER_REQUEST == count // PER_REQUEST // 2:
                 before = memory()
         assert client.get("/readyz").status_code == 200
@@ -113,7 +113,7 @@ def test_hostile_images_get_a_verdict_or_a_code_each_at_once(site: Site, count: 
 
 
 @pytest.mark.parametrize("count", [5_000])
-def test_requests_made_up_from_the_openapi_document_are_never_a_5xx(site: Site, count: int) -> None:
+def test_requests_generated_from_the_openapi_document_never_get_a_5xx(site: Site, count: int) -> None:
     schema = schemathesis.openapi.from_dict(httpx.get(f"{site.url}/openapi.json").json())
     valid, invalid = (schema.as_strategy(generation_mode=mode) for mode in schemathesis.GenerationMode)
     before = memory()

@@ -1,6 +1,6 @@
-"""The whole site, edge included, under more load than it can take, under replicas that die, and beside hostile clients.
+"""The whole site, edge included: under too much load, with replicas that are killed, and with hostile clients.
 
-The long forms are the issue's own figures; the short ones, which CI runs, say that the same holds for a moment.
+The long forms (`stress`) check the figures that we promise. The short forms, which CI runs, check the same briefly.
 """
 
 import itertools
@@ -36,7 +36,7 @@ CLIENTS = 48
 
 @dataclass
 class Body:
-    """A request's body, made once: what clients take of the machine is not the server's doing."""
+    """A request's body, built once, so that the clients use little of the machine."""
 
     content: bytes
     headers: dict[str, str]
@@ -78,7 +78,7 @@ def load(site: Site, body: Body) -> AbstractContextManager[list[Answered]]:
 
 
 def offered(site: Site, body: Body, rate: float, seconds: float) -> list[Answered]:
-    """Answers to requests that come at `rate` a second, whatever became of the ones before."""
+    """Send `rate` requests per second without waiting for answers; returns the answers."""
     answers: list[Future[Answered]] = []
     with httpx.Client(base_url=site.url, timeout=60) as client, ThreadPoolExecutor(CLIENTS) as pool:
         start = time.monotonic()
@@ -92,7 +92,7 @@ def offered(site: Site, body: Body, rate: float, seconds: float) -> list[Answere
 
 
 @pytest.mark.parametrize("seconds", [5, pytest.param(120, marks=pytest.mark.stress)])
-def test_at_four_times_capacity_the_admitted_succeed_and_the_rest_are_told_to_wait(
+def test_at_four_times_capacity_admitted_requests_succeed_and_the_others_get_429(
     site: Site, full: Body, seconds: float
 ) -> None:
     with httpx.Client(base_url=site.url, timeout=60) as client, ThreadPoolExecutor(3) as pool:
@@ -125,14 +125,14 @@ def test_a_replica_killed_every_ten_seconds_gives_no_500(site: Site, kills: int)
         time.sleep(2)
     statuses = Counter(each.status for each in answers)
     print(f"{kills} kills: {dict(statuses)}")
-    # 504: on a busy machine the successor can take longer to start than a request may.
+    # 504: on a busy machine a new replica can take longer to start than a request may.
     assert set(statuses) <= {200, 503, 504} and statuses[200] > 0, statuses
     assert all(int(each.retry_after or 0) >= 1 for each in answers if each.status == 503)
     assert answers[-1].status == 200
 
 
 def asked_first(site: Site) -> str:
-    """The upstream that comes first in what nginx was last told."""
+    """The first upstream in the current configuration of nginx."""
     found = re.search(r"upstream serve \{\s+server ([0-9.:]+);", (site.folder / "nginx.conf").read_text())
     assert found is not None
     return found[1]
@@ -156,7 +156,7 @@ def test_an_update_of_both_deployments_fails_no_request_and_the_edge_asks_the_ne
 
 
 @pytest.mark.parametrize(("count", "seconds"), [(10, 3), pytest.param(50, 20, marks=pytest.mark.stress)])
-def test_scan_bombs_fail_nobody_elses_request(site: Site, count: int, seconds: float) -> None:
+def test_scan_bombs_do_not_fail_other_requests(site: Site, count: int, seconds: float) -> None:
     bomb = made([scan_bomb()])
     done = threading.Event()
 

@@ -20,9 +20,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PAGE = Path(__file__).parents[2] / "clipflow_ray" / "serve" / "page"
 ALPHA = 0.1
 VERDICTS = {"likely_ai": "likely AI", "inconclusive": "inconclusive", "no_ai_signal": "no AI signal"}
-# What Chromium itself writes to the console of any answer that is not 2xx, whoever handles it.
+# Chromium writes this to the console for every answer that is not 2xx, even if the page handles it.
 REFUSAL = "Failed to load resource"
-# A file is a name and its bytes, or how many zeros it holds.
+# A file is a name and its bytes, or a number of zero bytes.
 DROP = """([files, kind]) => {
   const transfer = new DataTransfer();
   for (const [name, bytes] of files) transfer.items.add(new File([new Uint8Array(bytes)], name, {type: "image/jpeg"}));
@@ -57,7 +57,7 @@ def served(trained: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 
 @pytest.fixture(scope="module")
 def browser(served: str) -> Iterator[Browser]:
-    """Started after the server: Playwright's event loop would be in the way of Serve's start."""
+    """Started after the server, because Serve does not start while Playwright's event loop runs."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -72,7 +72,7 @@ def problems() -> list[str]:
 
 @pytest.fixture
 def page(browser: Browser, served: str, problems: list[str]) -> Iterator[Page]:
-    """A page on a phone, loaded; fails the test whose page complained of anything."""
+    """The page, loaded at the size of a phone; fails the test if the page reported a problem."""
     context = browser.new_context(viewport={"width": 390, "height": 844}, base_url=served)
     page = context.new_page()
     page.on("console", lambda message: problems.append(message.text))
@@ -122,7 +122,7 @@ def refusal(status: int, code: str, **headers: str) -> Callable[[Route], None]:
 
 
 def serious(page: Page) -> list[str]:
-    """What axe-core finds that keeps people from using the page."""
+    """Serious findings of the accessibility checker axe-core."""
     found = Axe().run(page).response["violations"]
     return [f"{rule['id']}: {rule['nodes']}" for rule in found if rule["impact"] in ("serious", "critical")]
 
@@ -132,7 +132,7 @@ def only_refusals(problems: list[str], count: int) -> None:
     problems.clear()
 
 
-def test_chosen_images_get_verdicts_in_words_in_their_order(page: Page) -> None:
+def test_chosen_images_get_verdicts_in_their_order(page: Page) -> None:
     give(page, images(6))
     wait_for(page, 6)
     assert page.locator("#list h3").all_text_contents() == [f"{at}.jpg" for at in range(6)]
@@ -159,7 +159,7 @@ def test_the_scale_marks_p_and_alpha_in_their_order(page: Page) -> None:
         assert (here <= limit + 1e-3) == (answer["results"][0]["verdict"] == "likely_ai")
 
 
-def test_a_broken_file_is_said_to_be_broken_beside_good_ones(page: Page) -> None:
+def test_a_broken_file_among_good_ones_is_reported_as_broken(page: Page) -> None:
     broken: FilePayload = {"name": "<b>note</b>.jpg", "mimeType": "image/jpeg", "buffer": b"a note"}
     give(page, [*images(1), broken, *images(2)[1:]])
     wait_for(page, 3)
@@ -180,7 +180,7 @@ def test_images_can_be_dropped_and_pasted(page: Page, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "words"), [("drop", "That was no file."), ("paste", "The clipboard holds no image.")])
-def test_what_holds_no_file_is_said_to_hold_none(page: Page, kind: str, words: str) -> None:
+def test_a_drop_or_paste_without_a_file_is_an_alert(page: Page, kind: str, words: str) -> None:
     page.evaluate(DROP, [[], kind])
     expect(page.get_by_role("alert")).to_contain_text(words)
 
@@ -201,7 +201,7 @@ def test_a_file_above_the_size_limit_is_not_sent(page: Page) -> None:
     assert page.locator("#list .verdict").last.inner_text() in VERDICTS.values()
 
 
-def test_a_busy_server_is_waited_for_and_asked_again(page: Page, problems: list[str]) -> None:
+def test_a_busy_server_is_asked_again_after_its_waiting_time(page: Page, problems: list[str]) -> None:
     once(page, refusal(429, "overloaded", **{"Retry-After": "1"}))
     give(page, images(1))
     expect(page.get_by_role("status")).to_have_text("The server is busy. Trying again in 1 second.")
@@ -210,7 +210,7 @@ def test_a_busy_server_is_waited_for_and_asked_again(page: Page, problems: list[
     only_refusals(problems, 1)
 
 
-def test_a_lost_connection_is_told_and_can_be_tried_again(page: Page, problems: list[str]) -> None:
+def test_a_lost_connection_is_an_alert_with_a_button_to_try_again(page: Page, problems: list[str]) -> None:
     once(page, lambda route: route.abort())
     give(page, images(1))
     expect(page.get_by_role("alert")).to_contain_text("The server cannot be reached.")
@@ -270,8 +270,8 @@ def test_the_raw_json_can_be_copied(page: Page) -> None:
     assert json.loads(page.evaluate("navigator.clipboard.readText()")) == answers(page)[0]
 
 
-def test_the_keyboard_alone_picks_images_and_sees_where_it_is(page: Page) -> None:
-    # Playwright catches file choosers from here on; asked for only with the key, it would at times come too late.
+def test_images_can_be_chosen_by_keyboard_with_a_visible_focus(page: Page) -> None:
+    # From here on Playwright catches file choosers. If it started with the key press, it would sometimes be too late.
     page.on("filechooser", lambda _: None)
     page.keyboard.press("Tab")
     expect(page.get_by_label("Choose images")).to_be_focused()
@@ -287,9 +287,7 @@ def test_the_keyboard_alone_picks_images_and_sees_where_it_is(page: Page) -> Non
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1200])
-def test_nothing_is_in_the_way_of_assistive_technology_or_wider_than_the_screen(
-    page: Page, scheme: str, width: int
-) -> None:
+def test_the_page_passes_the_accessibility_check_and_fits_the_screen(page: Page, scheme: str, width: int) -> None:
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": width, "height": 844})
     broken: FilePayload = {"name": "long_" * 30 + ".jpg", "mimeType": "image/jpeg", "buffer": b"a note"}
@@ -323,7 +321,7 @@ def test_the_page_shows_the_model_and_its_card(page: Page, served: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_documentation_of_the_interface_is_as_readable(browser: Browser, served: str, scheme: str) -> None:
+def test_the_documentation_passes_the_same_check(browser: Browser, served: str, scheme: str) -> None:
     page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme=scheme, base_url=served)
     page.goto("/docs")
     expect(page.get_by_role("heading", name="POST /v1/detect")).to_be_visible()
@@ -332,6 +330,6 @@ def test_the_documentation_of_the_interface_is_as_readable(browser: Browser, ser
     page.context.close()
 
 
-def test_the_pages_own_words_promise_no_more_than_the_method_does() -> None:
+def test_the_page_uses_no_word_that_promises_more_than_the_method() -> None:
     for file in PAGE.iterdir():
         assert not re.findall(r"\b(real|fake|authentic|probability|genuine)\b", file.read_text(), re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""The endpoint over real HTTP: the detector's own numbers, and no failed request whatever happens behind it."""
+"""The endpoint over HTTP: it gives the detector's own numbers, and updates and crashes fail no request."""
 
 import io
 import os
@@ -17,9 +17,9 @@ import pytest
 import ray
 from PIL import Image
 from ray import serve
-from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
+from clipflow_ray import compat
 from clipflow_ray.model.checkpoint import load_checkpoint, save_checkpoint
 from clipflow_ray.model.detector import Detector
 from clipflow_ray.serve.tokens import new_token
@@ -58,7 +58,7 @@ class Endpoint:
             "args": arguments,
             "deployments": [{"name": "Detector", **detector}] if detector else [],
         }
-        _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
+        compat.serve_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
 
     def detect(self, client: httpx.Client, *contents: bytes) -> httpx.Response:
         return client.post("/v1/detect", files=[("files", (f"{at}", c)) for at, c in enumerate(contents)])
@@ -91,7 +91,7 @@ def other(trained: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def contents(naturals: Path) -> list[bytes]:
-    """Files of all formats and sizes, and broken ones among them."""
+    """Files of all formats and several sizes, some of them broken."""
     jpegs = [path.read_bytes() for path in sorted(naturals.glob("*/*.jpg"))[::4]]
     made = [encoded(photo(900 + at, (60 + 40 * at, 300)), kind) for at, kind in enumerate(("PNG", "WEBP", "GIF"))]
     grey = io.BytesIO()
@@ -146,14 +146,14 @@ def test_more_than_32_images_and_a_wrong_token_are_refused(endpoint: Endpoint) -
         assert client.post("/v1/detect", content=b"x").json()["error"]["code"] == "unsupported_media_type"
 
 
-def test_an_alpha_beyond_the_calibration_is_refused_in_words(endpoint: Endpoint) -> None:
+def test_an_alpha_beyond_the_calibration_is_refused_with_the_reason(endpoint: Endpoint) -> None:
     with endpoint.client() as client:
         answer = client.post("/v1/detect", files=[("files", ("a", b"x"))], data={"alpha": "0.0001"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (422, "validation_error")
     assert "calibration images" in answer.json()["error"]["message"]
 
 
-def test_the_request_id_is_one_header_and_the_same_in_the_body(endpoint: Endpoint) -> None:
+def test_the_request_id_is_in_one_header_and_the_same_in_the_body(endpoint: Endpoint) -> None:
     with endpoint.client() as client:
         for given in (None, "abc-123"):
             answer = client.get("/nothing", headers={"X-Request-Id": given} if given else {})
@@ -176,7 +176,7 @@ def test_alpha_and_batching_change_without_a_restart(endpoint: Endpoint) -> None
         until(lambda: client.get("/v1/model").json()["alpha"] == ALPHA)
 
 
-def test_a_new_checkpoint_is_taken_up_without_a_failed_request(endpoint: Endpoint, other: str) -> None:
+def test_a_new_checkpoint_is_served_without_a_failed_request(endpoint: Endpoint, other: str) -> None:
     old, new = (load_checkpoint(path).model_id for path in (endpoint.checkpoint, other))
     first = replicas("Detector")
     with load(endpoint, [encoded(photo(3)), b"text"]) as answers:
@@ -200,13 +200,13 @@ def test_a_detector_that_is_killed_under_load_gives_no_500(endpoint: Endpoint) -
         seen = len(answers)
         until(lambda: len(answers) > seen + 5)
     statuses = Counter(answer.status_code for answer in answers)
-    # 504: on a busy machine the successor can take longer to start than a request may.
+    # 504: on a busy machine a new replica can take longer to start than a request may.
     assert set(statuses) <= {200, 503, 504}, statuses
     assert all("Retry-After" in answer.headers for answer in answers if answer.status_code == 503)
     assert [answer.status_code for answer in answers[-3:]] == [200] * 3
 
 
-def test_overload_is_429_with_retry_after_and_the_admitted_succeed(endpoint: Endpoint) -> None:
+def test_overload_is_429_with_retry_after_and_admitted_requests_succeed(endpoint: Endpoint) -> None:
     data = [encoded(photo(at)) for at in range(16)]
     with endpoint.client() as client, ThreadPoolExecutor(40) as pool:
         answers = list(pool.map(lambda _: endpoint.detect(client, *data), range(40)))
@@ -216,7 +216,7 @@ def test_overload_is_429_with_retry_after_and_the_admitted_succeed(endpoint: End
         assert endpoint.detect(client, data[0]).status_code == 200
 
 
-def test_the_metrics_tell_requests_verdicts_errors_and_batches(endpoint: Endpoint) -> None:
+def test_the_metrics_count_requests_verdicts_errors_and_batches(endpoint: Endpoint) -> None:
     names = ("requests", "items", "errors", "batch_size", "queue_seconds", "decode_seconds", "inference_seconds")
     with endpoint.client() as client:
         until(lambda: all(f"clipflow_serve_{name}" in client.get("/metrics").text for name in names))
@@ -228,7 +228,7 @@ def test_the_metrics_tell_requests_verdicts_errors_and_batches(endpoint: Endpoin
     )
 
 
-def test_nothing_that_clients_send_is_logged_or_given_away(endpoint: Endpoint) -> None:
+def test_nothing_that_clients_send_is_logged_or_disclosed(endpoint: Endpoint) -> None:
     picture = io.BytesIO()
     exif = Image.Exif()
     exif[0x010E] = CANARY

@@ -1,4 +1,4 @@
-"""The client against a small real HTTP server that answers what a test tells it to."""
+"""The client against a small HTTP server with scripted answers."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ class Asked:
 
 @dataclass
 class Endpoint:
-    """`planned` answers come first, as (status, headers, body); then each image is found to be fine."""
+    """`planned` answers (status, headers, body) come first; after them every image gets an ok result."""
 
     url: str = ""
     planned: list[tuple[int, dict[str, str], bytes]] = field(default_factory=list)
@@ -91,7 +91,7 @@ def endpoint() -> Iterator[Endpoint]:
         do_POST = do_GET
 
         def log_message(self, *_: object) -> None:
-            """Quiet."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -119,7 +119,7 @@ def detect(request: pytest.FixtureRequest, endpoint: Endpoint) -> Detect:
     return synchronous if request.param == "sync" else lambda *a: asyncio.run(awaited(*a))
 
 
-def test_paths_and_bytes_come_back_in_order_whatever_the_number(
+def test_any_number_of_paths_and_bytes_gives_results_in_their_order(
     detect: Detect, endpoint: Endpoint, tmp_path: Path
 ) -> None:
     (tmp_path / "a.jpg").write_bytes(b"first")
@@ -131,9 +131,7 @@ def test_paths_and_bytes_come_back_in_order_whatever_the_number(
     assert endpoint.asked[0].files[0] == ("a.jpg", b"first")
 
 
-def test_no_request_is_above_the_limit_of_a_body(
-    detect: Detect, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_request_exceeds_the_body_limit(detect: Detect, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_BODY_BYTES", 300_000)
     answer = detect([bytes(100_000)] * 5)
     assert [len(asked.files) for asked in endpoint.asked] == [2, 2, 1]
@@ -142,16 +140,16 @@ def test_no_request_is_above_the_limit_of_a_body(
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_busy_endpoint_is_asked_again_after_the_time_it_names(
-    detect: Detect, endpoint: Endpoint, status: int
-) -> None:
+def test_a_busy_endpoint_is_asked_again_after_retry_after(detect: Detect, endpoint: Endpoint, status: int) -> None:
     endpoint.planned = [(status, {"Retry-After": "1"}, refusal("overloaded"))]
     assert detect([b"x"]).results[0].status == "ok"
     first, second = endpoint.asked
     assert second.at - first.at >= 1.0
 
 
-def test_a_wait_is_capped_and_attempts_end(detect: Detect, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_time_and_attempts_are_limited(
+    detect: Detect, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_LONGEST_WAIT_SECONDS", 0.05)
     endpoint.planned = [(429, {"Retry-After": "86400"}, refusal("overloaded"))] * 9
     with pytest.raises(ClientError, match="Do this next") as caught:
@@ -170,7 +168,7 @@ def test_a_dropped_connection_is_tried_again(detect: Detect, endpoint: Endpoint)
     ("status", "code"),
     [(400, "invalid_request"), (401, "unauthorized"), (422, "validation_error"), (500, "internal"), (504, "timeout")],
 )
-def test_other_refusals_are_errors_at_once(detect: Detect, endpoint: Endpoint, status: int, code: str) -> None:
+def test_other_errors_are_not_tried_again(detect: Detect, endpoint: Endpoint, status: int, code: str) -> None:
     endpoint.planned = [(status, {}, refusal(code))]
     with pytest.raises(ClientError) as caught:
         detect([b"x"])
@@ -178,7 +176,7 @@ def test_other_refusals_are_errors_at_once(detect: Detect, endpoint: Endpoint, s
     assert len(endpoint.asked) == 1
 
 
-def test_a_file_too_large_for_a_request_of_its_own_is_one_bad_result(
+def test_a_file_too_large_to_send_alone_is_one_result_with_an_error(
     detect: Detect, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_BODY_BYTES", 10_000)
@@ -193,7 +191,9 @@ def test_a_file_too_large_for_a_request_of_its_own_is_one_bad_result(
 
 @pytest.mark.parametrize("body", [b"<html>", b"{}", b"[1]", b'{"error":"no"}', b"\xff", b"null"])
 @pytest.mark.parametrize("status", [200, 404])
-def test_an_answer_of_something_else_says_so(detect: Detect, endpoint: Endpoint, status: int, body: bytes) -> None:
+def test_an_answer_that_is_not_the_endpoint_s_is_an_unexpected_answer(
+    detect: Detect, endpoint: Endpoint, status: int, body: bytes
+) -> None:
     endpoint.planned = [(status, {"X-Request-Id": "r-3"}, body)]
     with pytest.raises(ClientError, match="clipflow-ray endpoint") as caught:
         detect([b"x"])
@@ -221,7 +221,7 @@ def test_the_token_is_sent_and_shown_nowhere(
     assert TOKEN not in caplog.text + repr(client) + repr(vars(client)) + repr(caught.value) + str(caught.value)
 
 
-def test_what_the_caller_gets_wrong_is_a_config_error(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_a_mistake_of_the_caller_is_a_config_error(endpoint: Endpoint, tmp_path: Path) -> None:
     for url in ("127.0.0.1:8000", "ftp://x", "http://", "", "http://a:b:c"):
         with pytest.raises(ConfigError, match="http://127"):
             Client(url)

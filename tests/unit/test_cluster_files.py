@@ -16,11 +16,10 @@ import ray.autoscaler
 import typer
 import yaml
 from jsonschema import Draft7Validator
-from ray.autoscaler._private.kuberay import autoscaling_config
 
-from clipflow_ray import __version__
+from clipflow_ray import __version__, compat
 from clipflow_ray.cli import app
-from clipflow_ray.serve import edge, metrics
+from clipflow_ray.serve import edge, metrics, whole
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
 KUBERNETES = "1.30"
@@ -64,6 +63,13 @@ def test_gpu_pods_alone_ask_for_a_gpu_and_no_pod_runs_as_root(name: str) -> None
         assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (group.get("groupName") == "gpu")
         assert ("tolerations" in pod) == (group.get("groupName") == "gpu")
         assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
+
+
+def test_every_pod_of_the_endpoint_answers_in_one_write() -> None:
+    spec = cluster_spec(resource("rayservice.yaml"))
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert {"name": "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "value": whole.CALLBACK} in container["env"]
 
 
 def test_the_committed_files_are_what_the_base_renders() -> None:
@@ -119,9 +125,7 @@ def test_every_series_of_the_dashboard_is_one_that_the_service_keeps_and_none_is
 def test_rays_autoscaler_reads_each_cluster_as_it_would_from_kuberay(name: str) -> None:
     document = resource(name)
     metadata = {"name": document["metadata"]["name"], "namespace": "default"}
-    config = autoscaling_config._derive_autoscaling_config_from_ray_cr(
-        {"metadata": metadata, "spec": cluster_spec(document)}
-    )
+    config = compat.autoscaler_config({"metadata": metadata, "spec": cluster_spec(document)})
     nodes = config["available_node_types"]
     assert set(nodes) == {"headgroup", "cpu", "gpu"}
     assert nodes["headgroup"]["resources"]["CPU"] == 0

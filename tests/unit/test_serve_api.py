@@ -1,4 +1,4 @@
-"""The HTTP interface of one ingress replica, in process: real routes, limits and decoders, a scripted detector."""
+"""The HTTP interface of one ingress replica in this process: real routes, limits and decoders, a scripted detector."""
 
 import asyncio
 import base64
@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import httpx
@@ -19,10 +18,11 @@ from ray.serve.exceptions import BackPressureError
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from clipflow_ray.config import ImageLimits, ServeConfig
-from clipflow_ray.model.detector import judged
-from clipflow_ray.serve.api import build_api
-from clipflow_ray.serve.detector import Decoding, Judged, Refused, ToJudge
+from clipflow_ray.images import Pixels
+from clipflow_ray.model.finding import Numbers
 from clipflow_ray.serve.ingress import Ingress
+from clipflow_ray.serve.messages import Decoding, Description, Refused, Scored
+from clipflow_ray.serve.schemas import ModelInfo, Threshold
 from clipflow_ray.serve.tokens import new_token
 from tests.conftest import encoded, photo
 
@@ -30,7 +30,7 @@ PHOTO = encoded(photo(1, (64, 64)), quality=60)
 LIMITS = ServeConfig(
     decoders=1, max_images=3, max_bytes=4000, max_body_bytes=20_000, max_json_bytes=20_000, timeout_seconds=5.0
 )
-MODEL = {"model_id": "m", "calibration_id": "c", "tool_version": "0"}
+MODEL = ModelInfo(model_id="m", calibration_id="c", tool_version="0")
 
 
 class Method:
@@ -39,32 +39,31 @@ class Method:
 
 
 class ScriptedDetector:
-    """What a handle to the detectors offers. Every image scores 1.0; `errors` are raised first, one a call."""
+    """A handle to detectors that give every image the score `value`; each of `errors` is raised by one call first."""
 
-    def __init__(self, errors: list[Exception] | None = None, delay: float = 0.0) -> None:
+    def __init__(self, errors: list[Exception] | None = None, delay: float = 0.0, value: float = 1.0) -> None:
+        self.value = value
         self.errors = errors or []
         self.delay = delay
         self.decoding = Decoding(ImageLimits(), "resize")
-        self.judge, self.describe, self.reproduces = Method(self._judge), Method(self._describe), Method(self._probe)
+        self.score, self.describe, self.reproduces = Method(self._score), Method(self._describe), Method(self._probe)
 
     def options(self, **_: object) -> "ScriptedDetector":
         return self
 
-    async def _judge(self, images: list[ToJudge], alpha: float | None) -> Judged | Refused:
+    async def _score(self, views: list[Pixels], alpha: float | None) -> Scored | Refused:
         await asyncio.sleep(self.delay)
         if self.errors:
             raise self.errors.pop(0)
         if alpha is not None and alpha < 0.001:
             return Refused("too small for this calibration.")
-        alpha = alpha or 0.01
-        findings = [asdict(judged(each.index, each.sha256, each.image, -9.0, 1.0, 0.5, alpha)) for each in images]
-        return Judged(MODEL, self.decoding, alpha, (0.005, 0.02), findings)
+        numbers = [Numbers(-9.0, self.value, 0.5) for _ in views]
+        return Scored(MODEL, self.decoding, alpha or 0.01, (0.005, 0.02), numbers)
 
-    async def _describe(self) -> dict[str, Any]:
+    async def _describe(self) -> Description:
         interval = (0.005, 0.02)
-        thresholds = [{"alpha": 0.01, "score": 2.0, "false_positive_rate_95": interval}]
-        facts: dict[str, Any] = {"model": MODEL, "alpha": 0.01, "alpha_realised_95": interval, "calibration_n": 999}
-        return facts | {"decoding": self.decoding, "thresholds": thresholds, "card": "# Card"}
+        thresholds = [Threshold(alpha=0.01, score=2.0, false_positive_rate_95=interval)]
+        return Description(MODEL, self.decoding, 0.01, interval, 999, thresholds, "# Card")
 
     async def _probe(self, view: object) -> bool:
         return not self.errors
@@ -74,8 +73,9 @@ class Service:
     """One ingress replica without Ray."""
 
     def __init__(self, config: ServeConfig, detector: ScriptedDetector) -> None:
+        self.detector = detector
         self.ingress = Ingress(config, detector)  # type: ignore[arg-type]
-        self.app = build_api(self.ingress)
+        self.app = self.ingress.__serve_build_asgi_app__()
 
     def request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         return self.together([(method, path, kwargs)])[0]
@@ -96,7 +96,7 @@ class Service:
 def served(config: ServeConfig = LIMITS, **script: Any) -> Iterator[Service]:
     service = Service(config, ScriptedDetector(**script))
     yield service
-    service.ingress.decoders.close()
+    service.ingress.service.close()
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,44 @@ def test_results_come_in_request_order_and_a_bad_image_fails_alone(service: Serv
     assert [r["error"]["code"] for r in answer["results"] if "error" in r] == ["unsupported_format", "empty"]
     assert answer["results"][1]["sha256"] == hashlib.sha256(PHOTO).hexdigest()
     assert "error" not in answer["results"][1] and "score" not in answer["results"][0]
-    assert answer["model"] == MODEL and "not proof" in answer["disclaimer"]
+    assert answer["model"] == MODEL.model_dump() and "not proof" in answer["disclaimer"]
+
+
+def test_an_item_holds_what_is_said_of_its_image(service: Service) -> None:
+    good, bad = service.detect(files=files(PHOTO, b"text")).json()["results"]
+    assert good.pop("latency_ms") > 0
+    assert good == {
+        "id": "0.jpg",
+        "index": 0,
+        "status": "ok",
+        "sha256": hashlib.sha256(PHOTO).hexdigest(),
+        "width": 64,
+        "height": 64,
+        "format": "JPEG",
+        "score": 1.0,
+        "log_likelihood": -9.0,
+        "p_value": 0.5,
+        "stratum": "jpeg|0-256",
+        "verdict": "no_ai_signal",
+        "reasons": ["above_alpha"],
+        "warnings": ["no_exif", "enlarged_to_view"],
+    }
+    message = "Not a JPEG, PNG, WebP or GIF."
+    assert bad == {
+        "id": "1.jpg",
+        "index": 1,
+        "status": "error",
+        "sha256": hashlib.sha256(b"text").hexdigest(),
+        "error": {"code": "unsupported_format", "message": message},
+    }
+
+
+def test_an_image_without_a_finite_score_is_an_error_of_its_own() -> None:
+    with served(value=float("nan")) as service:
+        answer = service.detect(files=files(PHOTO))
+    (result,) = answer.json()["results"]
+    assert (answer.status_code, result["status"], result["error"]["code"]) == (200, "error", "non_finite")
+    assert "score" not in result and "verdict" not in result
 
 
 def test_json_and_multipart_give_the_same_finding(service: Service) -> None:
@@ -232,7 +269,7 @@ def test_a_file_name_is_only_ever_given_back(service: Service) -> None:
     assert long.json()["results"][0]["id"] == "n" * 255
 
 
-def test_a_detector_that_dies_is_asked_once_more_and_then_the_client_is_told_to_wait() -> None:
+def test_a_call_to_a_detector_that_died_is_repeated_once_and_then_is_503() -> None:
     with served(errors=[ActorDiedError()]) as service:
         assert service.detect(files=files(PHOTO)).status_code == 200
     with served(errors=[ActorDiedError(), ActorDiedError()]) as service:
@@ -254,7 +291,7 @@ def test_a_detector_that_takes_too_long_is_504() -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
 
 
-def test_an_error_in_the_service_says_nothing_of_itself() -> None:
+def test_an_internal_error_discloses_nothing() -> None:
     with served(errors=[ZeroDivisionError("secret detail")]) as service:
         answer = service.detect(files=files(PHOTO))
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal")
@@ -294,11 +331,10 @@ def test_a_full_ingress_refuses_before_it_reads() -> None:
     assert ([a.status_code for a in answers], read) == ([200, 429], 0)
 
 
-def test_a_checkpoint_with_another_view_is_decoded_for_again(service: Service) -> None:
+def test_images_are_decoded_again_if_the_checkpoint_has_changed_its_view(service: Service) -> None:
     with served() as other:
         assert other.detect(files=files(PHOTO)).status_code == 200
-        detector: Any = other.ingress._detector
-        detector.decoding = Decoding(ImageLimits(min_side=100), "crop")
+        other.detector.decoding = Decoding(ImageLimits(min_side=100), "crop")
         answer = other.detect(files=files(PHOTO)).json()
     assert answer["results"][0]["error"]["code"] == "too_small"
 
@@ -307,14 +343,14 @@ def test_a_checkpoint_with_another_view_is_decoded_for_again(service: Service) -
     ("given", "kept"),
     [("abc-123", True), ("a" * 64, True), ("a" * 65, False), ("a b", False), (b"caf\xc3\xa9", False), (b"\xff", False)],
 )
-def test_a_request_id_is_taken_over_only_where_it_is_plain(service: Service, given: str | bytes, kept: bool) -> None:
+def test_a_request_id_is_kept_only_if_it_is_plain(service: Service, given: str | bytes, kept: bool) -> None:
     answer = service.detect(files=files(PHOTO), headers={"X-Request-Id": given})
     own = answer.json()["request_id"]
     assert answer.status_code == 200
     assert (own == given) if kept else (len(own) == 32 and own == answer.headers["X-Request-Id"])
 
 
-def test_with_tokens_only_health_docs_model_and_page_are_open() -> None:
+def test_with_tokens_only_health_docs_model_and_page_need_none() -> None:
     token, digest = new_token()
     assert token not in digest and digest == hashlib.sha256(token.encode()).hexdigest()
     with served(LIMITS.model_copy(update={"tokens": (digest,)})) as service:
@@ -330,7 +366,7 @@ def test_with_tokens_only_health_docs_model_and_page_are_open() -> None:
         assert service.detect(files=files(PHOTO), headers=right).status_code == 200
 
 
-def test_readyz_is_503_where_the_probe_image_is_not_reproduced() -> None:
+def test_readyz_is_503_if_the_probe_image_is_not_reproduced() -> None:
     with served() as service:
         assert service.request("GET", "/readyz").status_code == 200
     with served(errors=[ValueError()]) as service:
@@ -339,7 +375,7 @@ def test_readyz_is_503_where_the_probe_image_is_not_reproduced() -> None:
         assert service.request("GET", "/healthz").status_code == 200
 
 
-def test_the_log_has_one_line_a_request_without_names_tokens_or_paths_of_the_client(service: Service) -> None:
+def test_the_log_has_one_line_per_request_without_names_tokens_or_paths_of_the_client(service: Service) -> None:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -355,7 +391,7 @@ def test_the_log_has_one_line_a_request_without_names_tokens_or_paths_of_the_cli
     assert "CANARY" not in "".join(lines)
 
 
-def test_page_and_docs_ask_nothing_of_other_hosts(service: Service) -> None:
+def test_page_and_docs_load_nothing_from_other_hosts(service: Service) -> None:
     for path in ("/", "/docs", "/page/page.js", "/page/page.css"):
         answer = service.request("GET", path)
         assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'self'")
@@ -367,7 +403,7 @@ def test_page_and_docs_ask_nothing_of_other_hosts(service: Service) -> None:
     assert card["card"] == "# Card" and card["limits"]["max_images"] == 3 and card["limits"]["formats"][0] == "JPEG"
 
 
-def test_what_the_api_says_of_itself_is_what_it_does(service: Service) -> None:
+def test_the_api_does_what_its_openapi_document_says(service: Service) -> None:
     described = schemathesis.openapi.from_asgi("/openapi.json", service.app)
     paths = []
     for found in described.get_all_operations():
@@ -379,7 +415,7 @@ def test_what_the_api_says_of_itself_is_what_it_does(service: Service) -> None:
         @settings(max_examples=60, deadline=None, database=None, derandomize=True)
         @given(operation.as_strategy())
         def check(case: schemathesis.Case) -> None:
-            # Whether text is base64, or alpha within reach of the calibration, no schema says.
+            # A schema cannot say whether text is base64, or whether the calibration supports an alpha.
             case.call_and_validate(excluded_checks=[positive_data_acceptance])
 
         check()

@@ -1,4 +1,4 @@
-"""The files under `serve_configs/`, against Ray's own schema, our settings and each other."""
+"""The files of `serve_configs/`, checked against Ray's schema, our settings and each other."""
 
 from importlib import import_module
 from pathlib import Path
@@ -32,20 +32,20 @@ def test_each_file_fits_rays_schema_and_builds_the_application_from_valid_settin
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_file_says_where_it_listens_and_open_ones_ask_for_a_token(name: str) -> None:
+def test_each_file_names_its_address_and_public_ones_ask_for_a_token(name: str) -> None:
     options, args = config(name)["http_options"], config(name)["applications"][0]["args"]
     assert options["host"] == "127.0.0.1" or ServeConfig(**args).tokens
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_service_ends_a_request_before_the_edge_does_and_that_before_serve(name: str) -> None:
+def test_the_service_times_out_before_the_edge_and_the_edge_before_serve(name: str) -> None:
     args = config(name)["applications"][0]["args"]
     assert f"proxy_read_timeout {EDGE_READ_SECONDS}s;" in edge.CONFIG.read_text()
     serves = config(name)["http_options"]["request_timeout_s"]
     assert ServeConfig(**args).timeout_seconds < EDGE_READ_SECONDS < serves
 
 
-def test_the_local_file_listens_where_the_edge_looks() -> None:
+def test_the_local_file_listens_at_the_edge_s_upstream() -> None:
     options = config("local.yaml")["http_options"]
     assert f"server {options['host']}:{options['port']};" in edge.CONFIG.read_text()
 
@@ -61,7 +61,7 @@ def test_rendering_changes_the_addresses_and_nothing_else() -> None:
     assert changed == ["server 127.0.0.1:7;", "server 127.0.0.1:9;", "listen 127.0.0.1:8001;", "listen 127.0.0.1:7;"]
 
 
-def test_with_replicas_to_ask_the_proxy_is_asked_only_where_none_answers() -> None:
+def test_the_proxy_is_the_backup_of_the_replicas() -> None:
     lines = edge.rendered("127.0.0.1:8000", ["127.0.0.1:7", "127.0.0.1:8", "127.0.0.1:9"], "127.0.0.1:6").splitlines()
     servers = [line.strip() for line in lines if line.strip().startswith("server 127")]
     assert servers == [

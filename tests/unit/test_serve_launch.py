@@ -1,4 +1,4 @@
-"""What `clipflow-ray serve` refuses before it starts anything, and the settings of the endpoint."""
+"""Arguments that `clipflow-ray serve` refuses before it starts, and the settings of the endpoint."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def test_on_loopback_no_token_is_needed(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
-def test_elsewhere_a_token_is(host: str) -> None:
+def test_on_other_addresses_a_token_is_needed(host: str) -> None:
     with pytest.raises(ConfigError, match="serve token new"):
         check_address(host, ())
 

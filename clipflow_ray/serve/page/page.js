@@ -1,18 +1,18 @@
 // The page at `/`. Images go to POST /v1/detect a few at a time, so that the first verdicts show while others wait.
-// Whatever comes from a file or from the server is set as text, never as markup.
+// Text from a file or from the server is always set as text, never as markup.
 
-const GROUP = 4; // images a request
-const PATIENCE = 5; // times that a busy server is asked again before the person decides
+const GROUP = 4; // images per request
+const RETRIES = 5; // how often a busy server is asked again before the page offers a button
 const THUMB = 208; // pixels of a preview's longer side
-const PREVIEW_PIXELS = 50e6; // a preview must not cost the browser more memory than this
+const PREVIEW_PIXELS = 50e6; // above this a preview would need too much of the browser's memory
 
 const VERDICTS = { likely_ai: "likely AI", inconclusive: "inconclusive", no_ai_signal: "no AI signal" };
 const WORDS = {
   below_alpha: (limit) => `At or below the threshold of ${limit}: photographs rarely score this high, but some do.`,
-  near_alpha: (limit) => `Above the threshold of ${limit}, but near it: unusual, not unusual enough.`,
+  near_alpha: (limit) => `Above the threshold of ${limit}, but near it: unusual, but not unusual enough to flag.`,
   above_alpha: (limit) => `Well above the threshold of ${limit}: nothing unusual was found. AI-generated images can look like this too.`,
   no_exif: () => "No camera data (EXIF) in the file. Editing, sharing and screenshots remove it too.",
-  enlarged_to_view: () => "Smaller than what the model looks at, so it was enlarged.",
+  enlarged_to_view: () => "Smaller than the model's input, so it was enlarged.",
 };
 
 const $ = (id) => document.getElementById(id);
@@ -22,21 +22,21 @@ const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 const say = (text) => ($("status").textContent = text);
 const pause = (seconds) => new Promise((done) => setTimeout(done, 1000 * seconds));
 
-let model = null; // what /v1/model said
+let model = null; // the answer of /v1/model
 let token = "";
 let items = []; // {file, node, outcome: null | verdict | "error"}, in the order in which they were given
 let busy = false;
 let previews = Promise.resolve(); // one preview is decoded at a time
 
-// --- asking the server -------------------------------------------------------------------------------------------
+// --- asking the server ----------------------------------------------------------------------------------------------
 
 class Problem extends Error {
   constructor(code, message, { status = 0, requestId = "", wait = null } = {}) {
     super(message);
     Object.assign(this, { code, status, requestId, wait });
   }
-  // Nothing is wrong with the images: the same request may succeed later.
-  get passing() {
+  // Nothing is wrong with the images, and the same request may succeed later.
+  get temporary() {
     return this.code === "network" || this.wait !== null;
   }
 }
@@ -62,7 +62,7 @@ async function ask(path, options = {}) {
   throw new Problem(code, message, { status: response.status, requestId: request_id, wait });
 }
 
-// Waits as long as a busy server asks for, and asks for a token when the server does.
+// Waits as long as a busy server asks for. If the server wants a token, asks the user for it.
 async function insist(path, options) {
   for (let tries = 0; ; ) {
     try {
@@ -72,7 +72,7 @@ async function insist(path, options) {
         await tokenGiven(token ? "That token was not accepted." : "");
         continue;
       }
-      if (problem.wait === null || ++tries > PATIENCE) throw problem;
+      if (problem.wait === null || ++tries > RETRIES) throw problem;
       say(`The server is busy. Trying again in ${plural(problem.wait, "second")}.`);
       await pause(problem.wait);
     }
@@ -84,7 +84,7 @@ function tokenGiven(complaint) {
   form.hidden = false;
   $("token-complaint").textContent = complaint;
   $("token").setAttribute("aria-invalid", Boolean(complaint));
-  $("token").focus(); // its description, with the complaint, is read out
+  $("token").focus(); // a screen reader then reads the complaint, which is part of the field's description
   say("Waiting for the access token.");
   return new Promise((done) => {
     form.onsubmit = (event) => {
@@ -98,7 +98,7 @@ function tokenGiven(complaint) {
   });
 }
 
-// --- the model -----------------------------------------------------------------------------------------------------
+// --- the model ------------------------------------------------------------------------------------------------------
 
 async function loadModel() {
   model = await insist("/v1/model");
@@ -158,7 +158,7 @@ function element(name, children, properties = {}) {
   return node;
 }
 
-// --- images in -----------------------------------------------------------------------------------------------------
+// --- adding images --------------------------------------------------------------------------------------------------
 
 function add(files) {
   alertText("");
@@ -195,13 +195,13 @@ async function preview(file, node) {
     canvas.setAttribute("aria-label", `Preview of ${file.name}`);
     canvas.hidden = false;
   } catch {
-    // What the browser cannot show, the server judges all the same.
+    // The server judges the image although the browser cannot show it.
   } finally {
     URL.revokeObjectURL(image.src);
   }
 }
 
-// --- verdicts out --------------------------------------------------------------------------------------------------
+// --- showing verdicts -----------------------------------------------------------------------------------------------
 
 async function work() {
   if (busy) return;
@@ -239,7 +239,7 @@ async function check(group) {
       continue;
     }
     try {
-      // Read first: what cannot be read would otherwise look like a failing network.
+      // Read the file first: otherwise a file that cannot be read would look like a network error.
       form.append("files", new Blob([await file.arrayBuffer()], { type: file.type }), file.name || "image");
       sent.push(item);
     } catch {
@@ -252,9 +252,9 @@ async function check(group) {
     if (answer.model?.model_id !== model.model.model_id) await loadModel(); // the server was updated meanwhile
     sent.forEach((item, at) => settle(item, answer, answer.results?.[at]));
   } catch (problem) {
-    if (!(problem instanceof Problem) || problem.passing) throw problem;
+    if (!(problem instanceof Problem) || problem.temporary) throw problem;
     if (sent.length === 1) return fail(sent[0], problem);
-    for (const item of sent) await check([item]); // a refusal of all tells nothing about each
+    for (const item of sent) await check([item]); // a refusal of the group does not say which image caused it
   }
 }
 
@@ -287,7 +287,7 @@ function outcome(item, name, words) {
 
 const plain = (code) => code.replaceAll("_", " ");
 
-// The p-value between 1 / (n + 1), the smallest that n calibration photographs allow, and 1; logarithmic.
+// A logarithmic scale of p-values from 1 / (n + 1), the smallest with n calibration photographs, to 1.
 function scale(node, p, alpha) {
   const n = model.calibration_n;
   const place = (value) => `${100 * Math.min(1, Math.max(0, 1 + Math.log(value) / Math.log(n + 1)))}%`;
@@ -324,7 +324,7 @@ function raw(node, answer) {
       say("Raw JSON copied.");
       button.textContent = "Copied";
     } catch {
-      getSelection().selectAllChildren(text); // without https there is no clipboard
+      getSelection().selectAllChildren(text); // browsers offer the clipboard only over https
       say("Raw JSON selected; copy it with the keyboard.");
       button.textContent = "Selected";
     }
@@ -349,16 +349,16 @@ function alertText(text) {
   $("alert").classList.toggle("notice", Boolean(text));
 }
 
-// --- what people do ------------------------------------------------------------------------------------------------
+// --- user input -----------------------------------------------------------------------------------------------------
 
 $("files").addEventListener("change", ({ target }) => {
   const files = [...target.files];
-  target.value = ""; // so that the same file can be chosen again
+  target.value = ""; // lets the user choose the same file again
   if (files.length) add(files);
 });
 $("retry").addEventListener("click", () => {
   alertText("");
-  $("files").focus(); // the button goes away
+  $("files").focus(); // the button disappears and would take the focus with it
   work();
 });
 $("clear").addEventListener("click", () => {
@@ -376,7 +376,7 @@ addEventListener("paste", ({ clipboardData, target }) => {
   else if (target !== $("token")) alertText("The clipboard holds no image.");
 });
 addEventListener("dragover", (event) => {
-  event.preventDefault(); // else the browser would leave the page to show the file
+  event.preventDefault(); // otherwise the browser would open the file instead of this page
   $("drop").classList.add("over");
 });
 addEventListener("dragleave", ({ relatedTarget }) => {

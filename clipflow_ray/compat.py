@@ -1,0 +1,53 @@
+"""Names that other packages keep private, each behind a function of ours that says why it is needed.
+
+No other module uses such a name. `tests/unit/test_compat.py` says at once which of them an upgrade has changed. The
+imports lie inside the functions, because a process pays only for the package that it uses.
+"""
+
+from typing import Any
+
+
+def handle_of_cluster(handle: Any) -> Any:
+    """`handle` of a deployment, with its calls sent as this process's cluster is set to send them: by gRPC or by Ray.
+
+    Private because Ray fixes that choice in the process that binds the application, which may have other switches than
+    the cluster, and offers no public way to ask for the choice of the cluster or to change it.
+    """
+    from ray.serve._private.constants import RAY_SERVE_USE_GRPC_BY_DEFAULT
+
+    return handle.options(_by_reference=not RAY_SERVE_USE_GRPC_BY_DEFAULT)
+
+
+def ingress_addresses(application: str, timeout_seconds: float) -> list[tuple[str, int]]:
+    """IP address and port of each server that answers HTTP for `application`, on all nodes.
+
+    These are the ingress replicas if they answer HTTP themselves, and Serve's proxies otherwise. Private because Ray
+    tells the addresses of replicas only to its own load balancer. Raises RayError if Serve does not answer in time.
+    """
+    import ray
+
+    groups = ray.get(serve_client()._controller.get_target_groups.remote(application), timeout=timeout_seconds)
+    return [(each.ip, each.port) for group in groups if group.protocol == "HTTP" for each in group.targets]
+
+
+def serve_client() -> Any:
+    """Ray's own client of the Serve controller that this process is connected to; raises RayServeException if none.
+
+    Private because `serve.run` deploys an application from this process, but nothing public deploys one from a Serve
+    config file as the Serve REST API does.
+    """
+    from ray.serve.context import _get_global_client
+
+    return _get_global_client(raise_if_no_controller_running=True)
+
+
+def autoscaler_config(cluster: dict[str, Any]) -> dict[str, Any]:
+    """What Ray's autoscaler makes of a RayCluster resource; `available_node_types` has its groups by name.
+
+    Private because only the autoscaler in a KubeRay pod reads such a resource. The tests read the files of `cluster/`
+    by it.
+    """
+    from ray.autoscaler._private.kuberay import autoscaling_config
+
+    config: dict[str, Any] = autoscaling_config._derive_autoscaling_config_from_ray_cr(cluster)
+    return config

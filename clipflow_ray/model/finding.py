@@ -1,0 +1,134 @@
+"""What is said of one image: facts of its file, numbers of the model and a verdict. Needs neither torch nor Ray.
+
+Every form of an answer is made from these classes, each in one place. `Detector.detect` returns a Finding, and
+`clipflow-ray score` prints its fields as JSON. `serve.service` turns a Finding into an item of an HTTP answer. The
+ledger's columns of the same names hold FileFacts and Numbers, and its verdicts come from `calibration.verdict` too.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict
+
+from clipflow_ray import images
+from clipflow_ray.errors import ItemCode, ItemError
+from clipflow_ray.images import DecodedImage
+from clipflow_ray.model.calibration import Verdict, verdict
+
+WarningCode = Literal["no_exif", "enlarged_to_view"]
+
+
+class Failure(TypedDict):
+    """Why an image has no score: a stable code, and a sentence that says what to do next."""
+
+    code: ItemCode
+    message: str
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What the file says of its image. `width` and `height` are those of the upright image, in pixels.
+
+    `jpeg_quality` is on the IJG scale from 1 to 100, and None if the file has no quantization table.
+    """
+
+    width: int
+    height: int
+    format: str
+    mode: str
+    frames: int
+    jpeg_quality: int | None
+    has_exif: bool
+
+    @classmethod
+    def of(cls, image: DecodedImage) -> "FileFacts":
+        """The facts of a decoded image, without its pixels."""
+        return cls(
+            width=image.width,
+            height=image.height,
+            format=image.format,
+            mode=image.mode,
+            frames=image.frames,
+            jpeg_quality=image.jpeg_quality,
+            has_exif=image.has_exif,
+        )
+
+    @property
+    def stratum(self) -> str:
+        """Format and long-side class, such as `jpeg|512-1024`; calibration knows images by it."""
+        return images.stratum(self.format, self.width, self.height)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What the model says of one view. `score` is the negative log-likelihood per dimension, in nats.
+
+    All are NaN if the encoder gave no finite embedding.
+    """
+
+    log_likelihood: float
+    score: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is said of one image. If `status` is `error`, the image has no score and `error` says why.
+
+    `index` is the image's place in its request, and `sha256` the hash of its bytes; a server does not keep the bytes
+    of a file that is too large, and has no hash of it.
+    """
+
+    index: int
+    sha256: str | None
+    status: Literal["ok", "error"]
+    width: int | None = None
+    height: int | None = None
+    format: str | None = None
+    log_likelihood: float | None = None
+    score: float | None = None
+    p_value: float | None = None
+    stratum: str | None = None
+    verdict: Verdict | None = None
+    reasons: list[str] = field(default_factory=list)
+    warnings: list[WarningCode] = field(default_factory=list)
+    error: Failure | None = None
+
+
+def judged(index: int, sha256: str | None, facts: FileFacts, numbers: Numbers, alpha: float, view_size: int) -> Finding:
+    """The Finding of a decoded image at `alpha`; without a finite score its status is `error`.
+
+    `view_size` is the side of the encoder's view in pixels: a smaller image was enlarged.
+    """
+    if not math.isfinite(numbers.score):
+        return refused(index, sha256, non_finite())
+    decision, reasons = verdict(numbers.p_value, alpha)
+    warnings: list[WarningCode] = []
+    if not facts.has_exif:
+        warnings.append("no_exif")
+    if min(facts.width, facts.height) < view_size:
+        warnings.append("enlarged_to_view")
+    return Finding(
+        index,
+        sha256,
+        status="ok",
+        width=facts.width,
+        height=facts.height,
+        format=facts.format,
+        log_likelihood=numbers.log_likelihood,
+        score=numbers.score,
+        p_value=numbers.p_value,
+        stratum=facts.stratum,
+        verdict=decision,
+        reasons=reasons,
+        warnings=warnings,
+    )
+
+
+def refused(index: int, sha256: str | None, error: ItemError) -> Finding:
+    """The Finding of an image that has no score."""
+    return Finding(index, sha256, status="error", error={"code": error.item_code, "message": str(error)})
+
+
+def non_finite() -> ItemError:
+    """The error of an image whose embedding is not finite."""
+    return ItemError("non_finite", "The encoder gave no finite embedding for this image.")

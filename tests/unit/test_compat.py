@@ -1,0 +1,70 @@
+"""The private names that `compat` uses exist and take its arguments: a failure says what an upgrade broke."""
+
+import importlib
+import inspect
+from typing import Any
+
+import pytest
+import ray
+import ray.serve.context
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import Target, TargetGroup
+
+from clipflow_ray import compat
+
+
+def test_a_handle_takes_the_option_that_chooses_how_calls_are_sent() -> None:
+    given: dict[str, Any] = {}
+
+    class Handle:
+        def options(self, **options: Any) -> str:
+            given.update(options)
+            return "changed"
+
+    assert compat.handle_of_cluster(Handle()) == "changed"
+    assert [type(value) for value in given.values()] == [bool]
+    assert set(given) <= set(inspect.signature(DeploymentHandle.options).parameters)
+
+
+def test_the_controller_tells_the_addresses_of_an_application(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = ray.serve.context.ServeControllerClient
+    package = client.__module__.rpartition(".")[0]
+    controller = importlib.import_module(f"{package}.controller").ServeController
+    asked: list[str] = []
+
+    class Remote:
+        def remote(self, *arguments: str) -> str:
+            inspect.signature(controller.get_target_groups).bind(controller, *arguments)
+            asked.extend(arguments)
+            return "reference"
+
+    made = client.__new__(client)
+    monkeypatch.setattr(made, "_controller", type("Controller", (), {"get_target_groups": Remote()}), raising=False)
+    monkeypatch.setattr(compat, "serve_client", lambda: made)
+    targets = [Target(ip="10.0.0.1", port=30000, instance_id="i", name="n")]
+    groups = [TargetGroup(targets=targets, route_prefix="/", protocol=protocol) for protocol in ("HTTP", "gRPC")]
+    monkeypatch.setattr(ray, "get", lambda reference, timeout: groups if reference == "reference" else None)
+    assert compat.ingress_addresses("clipflow", 1.0) == [("10.0.0.1", 30000)]
+    assert asked == ["clipflow"]
+    assert "self._controller" in inspect.getsource(client.__init__)
+
+
+def test_the_client_of_serve_can_deploy_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    context, found = ray.serve.context, object()
+    (name,) = [name for name in vars(context) if name.endswith("get_global_client")]
+    assert "raise_if_no_controller_running" in inspect.signature(vars(context)[name]).parameters
+    monkeypatch.setattr(context, name, lambda raise_if_no_controller_running: found)
+    assert compat.serve_client() is found
+    assert "config" in inspect.signature(context.ServeControllerClient.deploy_apps).parameters
+
+
+def test_the_autoscaler_reads_a_cluster() -> None:
+    def group(**more: Any) -> dict[str, Any]:
+        limits = {"resources": {"limits": {"cpu": "2", "memory": "4Gi"}}}
+        return {"rayStartParams": {}, "template": {"spec": {"containers": [{"name": "ray", **limits}]}}, **more}
+
+    workers = group(groupName="cpu", replicas=1, minReplicas=0, maxReplicas=3)
+    spec = {"headGroupSpec": group(), "workerGroupSpecs": [workers]}
+    config = compat.autoscaler_config({"metadata": {"name": "c", "namespace": "default"}, "spec": spec})
+    node = config["available_node_types"]["cpu"]
+    assert (node["min_workers"], node["max_workers"], node["resources"]["CPU"]) == (0, 3, 2)
