@@ -13,6 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from clipflow_ray.audit.repeats import numbered
+from clipflow_ray.data.columns import add_columns, ledger_table
 from clipflow_ray.model.calibration import Calibration, verdict
 from clipflow_ray.runs.folder import Run
 from clipflow_ray.statistics import flagged_rate
@@ -21,43 +22,6 @@ log = logging.getLogger(__name__)
 
 SCORED: Final = "scored"
 LEDGER: Final = "ledger"
-SCHEMA: Final = pa.schema(
-    [
-        ("row_id", pa.string()),
-        ("uri", pa.string()),
-        ("member", pa.string()),
-        ("group", pa.string()),
-        ("sha256", pa.string()),
-        ("bytes", pa.int64()),
-        ("dup_of", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("format", pa.string()),
-        ("mode", pa.string()),
-        ("frames", pa.int32()),
-        ("jpeg_quality", pa.int32()),
-        ("has_exif", pa.bool_()),
-        ("status", pa.string()),
-        ("error_code", pa.string()),
-        ("error_message", pa.string()),
-        ("log_likelihood", pa.float32()),
-        ("log_base", pa.float32()),
-        ("log_det", pa.float32()),
-        ("score", pa.float32()),
-        ("p_value", pa.float32()),
-        ("stratum", pa.string()),
-        ("p_stratum", pa.float32()),
-        ("q_value", pa.float32()),
-        ("verdict", pa.string()),
-        ("verdict_reasons", pa.list_(pa.string())),
-        ("label", pa.string()),
-        ("generator", pa.string()),
-        ("model_id", pa.string()),
-        ("calibration_id", pa.string()),
-        ("tool_version", pa.string()),
-        ("scored_at", pa.string()),
-    ]
-)
 
 
 def finalize(run: Run, alpha: float, constants: dict[str, str], dedupe: bool = False) -> dict[str, Any]:
@@ -72,7 +36,7 @@ def finalize(run: Run, alpha: float, constants: dict[str, str], dedupe: bool = F
     with numbered(run.parts(SCORED)) as rows:
         q_values = rows.q_values(dedupe)
         for name, table in _tables(run):
-            table = _judged(table, q_values, rows.repeated(start, len(table)), dedupe, alpha, constants)
+            table = judged(table, q_values, rows.repeated(start, len(table)), dedupe, alpha, constants)
             start += len(table)
             (run.place / LEDGER / name).write_parquet(table)
             for column, counter in counts.items():
@@ -100,7 +64,7 @@ def _tables(run: Run) -> Iterator[tuple[str, pa.Table]]:
             yield fragment.path.rsplit("/", 1)[-1], fragment.to_table(schema=part.schema)
 
 
-def _judged(
+def judged(
     table: pa.Table,
     q_values: Callable[[NDArray[np.float32]], NDArray[np.float32]],
     dup_of: list[str | None],
@@ -108,19 +72,19 @@ def _judged(
     alpha: float,
     constants: dict[str, str],
 ) -> pa.Table:
-    ok = [value == "ok" for value in table["status"].to_pylist()]
-    skipped = [dedupe and good and name is not None for good, name in zip(ok, dup_of, strict=True)]
-    p_values = zip(table["p_value"].to_pylist(), skipped, strict=True)
-    judged = [(None, None) if p is None or skip else verdict(p, alpha) for p, skip in p_values]
-    columns: dict[str, pa.Array] = {name: table[name] for name in table.column_names}
-    status = zip(table["status"].to_pylist(), skipped, strict=True)
-    columns["status"] = pa.array(["skipped_duplicate" if skip else value for value, skip in status], pa.string())
-    columns["dup_of"] = pa.array(dup_of, pa.string())
-    p_value = np.where(skipped, np.nan, table["p_value"].to_numpy()).astype(np.float32)
-    columns["q_value"] = pa.array(q_values(p_value), pa.float32(), from_pandas=True)
-    columns["verdict"] = pa.array([name for name, _ in judged], pa.string())
-    columns["verdict_reasons"] = pa.array([reasons for _, reasons in judged], pa.list_(pa.string()))
-    for name, value in constants.items():
-        columns[name] = pa.array([value] * len(table), pa.string())
-    absent = pa.nulls(len(table))
-    return pa.table({field.name: columns.get(field.name, absent).cast(field.type) for field in SCHEMA}, SCHEMA)
+    """Scored rows -> rows of the ledger; see `finalize`."""
+    status, p_values = table["status"].to_pylist(), table["p_value"].to_numpy()
+    skipped = np.array(
+        [dedupe and old == "ok" and first is not None for old, first in zip(status, dup_of, strict=True)], bool
+    )
+    p_values = np.where(skipped, np.nan, p_values).astype(np.float32)
+    verdicts = [(None, None) if np.isnan(p) else verdict(float(p), alpha) for p in p_values]
+    values: dict[str, Any] = {
+        "status": ["skipped_duplicate" if skip else old for old, skip in zip(status, skipped, strict=True)],
+        "dup_of": dup_of,
+        "q_value": q_values(p_values),
+        "verdict": [name for name, _ in verdicts],
+        "verdict_reasons": [reasons for _, reasons in verdicts],
+        **{name: [value] * len(table) for name, value in constants.items()},
+    }
+    return ledger_table(add_columns(table, "finalizing", values))

@@ -16,8 +16,9 @@ import pyarrow.compute as pc
 from scipy import stats
 
 from clipflow_ray.audit.distribution import Distribution
-from clipflow_ray.audit.ledger import LEDGER, SCHEMA
+from clipflow_ray.audit.ledger import LEDGER
 from clipflow_ray.config import DISCLAIMER, AuditConfig, ImageLimits
+from clipflow_ray.data.columns import LEDGER_SCHEMA
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.reports import pages
 from clipflow_ray.runs.folder import Run
@@ -148,7 +149,7 @@ def _gallery(run: Run, size: int, column: str | None) -> dict[str, list[dict[str
 def _first(run: Run, only: pc.Expression, column: str, order: str, size: int) -> list[dict[str, Any]]:
     """The first `size` rows in that order; a batch at a time, for a ledger may be long."""
     columns = ["row_id", "uri", "member", "p_value", "score", "verdict"]
-    best = pa.schema([SCHEMA.field(name) for name in columns]).empty_table()
+    best = pa.schema([LEDGER_SCHEMA.field(name) for name in columns]).empty_table()
     for batch in _batches(run, columns, only):
         best = pa.concat_tables([best, pa.Table.from_batches([batch])]).sort_by([(column, order)]).slice(0, size)
     result: list[dict[str, Any]] = best.to_pylist()

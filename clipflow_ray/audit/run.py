@@ -11,16 +11,17 @@ import torch
 from ray.data import Dataset
 
 from clipflow_ray import __version__
-from clipflow_ray.audit.ledger import LEDGER, SCORED, calibration_card, finalize
+from clipflow_ray.audit.ledger import LEDGER, SCORED, calibration_card, finalize, judged
 from clipflow_ray.audit.progress import reported
 from clipflow_ray.audit.report import write_report
 from clipflow_ray.config import AuditConfig, validated
 from clipflow_ray.data import resources
+from clipflow_ray.data.columns import MANIFEST_SCHEMA
 from clipflow_ray.data.inventory import rows, sources
 from clipflow_ray.data.listing import write_manifest
 from clipflow_ray.data.pipeline import read_then_encode
 from clipflow_ray.data.reading import read_and_decode, read_bytes
-from clipflow_ray.data.scoring import Score
+from clipflow_ray.data.scoring import Score, scored
 from clipflow_ray.errors import CalibrationError, ConfigError, InputError, ReadError
 from clipflow_ray.images import VIEW_SIZE
 from clipflow_ray.model.calibration import Calibration
@@ -84,7 +85,7 @@ def _audited(config: AuditConfig, run: Run, checkpoint: Checkpoint, calibration:
         return record
     if not run.finished:
         record["config"] = config.model_dump(mode="json")
-        _score(config, run, checkpoint, record)
+        _score(config, run, checkpoint, calibration, constants, record)
     record |= {"alpha": config.alpha, "dedupe": config.dedupe, "ledger": (run.place / LEDGER).uri}
     record["calibration"] = calibration_card(calibration, config.alpha)
     record |= finalize(run, config.alpha, constants, config.dedupe == "sha256")
@@ -163,7 +164,20 @@ def _check_readable(config: AuditConfig, run: Run) -> None:
         )
 
 
-def _score(config: AuditConfig, run: Run, checkpoint: Checkpoint, record: dict[str, Any]) -> None:
+def check_columns(reading: dict[str, Any], calibration: Calibration, constants: dict[str, str]) -> None:
+    """Send an empty manifest through every stage: raises ClipflowError if their columns are not those of columns.py."""
+    table = read_and_decode(MANIFEST_SCHEMA.empty_table(), **reading)
+    judged(scored(table, None, calibration), lambda p_values: p_values, [], False, 0.5, constants)
+
+
+def _score(
+    config: AuditConfig,
+    run: Run,
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    constants: dict[str, str],
+    record: dict[str, Any],
+) -> None:
     resources.connect()
     before = run.committed(SCORED)
     share = resources.plan_scoring(record["manifest_rows"] - before, config.batch_size)
@@ -175,6 +189,7 @@ def _score(config: AuditConfig, run: Run, checkpoint: Checkpoint, record: dict[s
         "column": config.inventory.bytes_column,
         "sample": config.sample,
     }
+    check_columns(reading, calibration, constants)
 
     def stages(manifest: Dataset) -> Dataset:
         scoring = {"checkpoint": checkpoint}

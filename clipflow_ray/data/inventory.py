@@ -18,24 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipflow_ray.config import InputFormat, InventoryOptions
+from clipflow_ray.data.columns import manifest_table
 from clipflow_ray.data.containers import PARQUET, TAR, image_column
 from clipflow_ray.errors import InputError
 from clipflow_ray.place import Place, StoredObject
 
-MANIFEST_SCHEMA: Final = pa.schema(
-    [
-        ("row_id", pa.string()),
-        ("uri", pa.string()),
-        ("member", pa.string()),
-        ("container", pa.string()),
-        ("offset", pa.int64()),
-        ("group", pa.string()),
-        ("bytes", pa.int64()),
-        ("etag", pa.string()),
-        ("label", pa.string()),
-        ("generator", pa.string()),
-    ]
-)
 _ROWS_PER_FILE: Final = 100_000
 _ROWS_PER_GROUP: Final = 10_000
 _LISTS: Final = (".txt", ".csv", ".jsonl")
@@ -87,8 +74,7 @@ def write_source(source: Source, number: int, folder: Place, options: InventoryO
     count, listed = 0, rows(source, options)
     while chunk := list(islice(listed, _ROWS_PER_FILE)):
         names.append(f"part-{number:05d}-{len(names):05d}.parquet")
-        table = pa.Table.from_pylist(chunk, MANIFEST_SCHEMA)
-        (folder / names[-1]).write_parquet(table, _ROWS_PER_GROUP)
+        (folder / names[-1]).write_parquet(manifest_table(chunk), _ROWS_PER_GROUP)
         count += len(chunk)
     return names, count
 
@@ -150,9 +136,20 @@ def _file_row(source: Source, item: StoredObject, options: InventoryOptions) -> 
     return _row(item.uri, group=group, bytes=item.bytes, etag=item.etag)
 
 
-def _row(uri: str, member: str = "", identity: str | None = None, **values: Any) -> dict[str, Any]:
-    row = {name: None for name in MANIFEST_SCHEMA.names}
-    return row | {"row_id": identity or row_id(uri, member), "uri": uri, "member": member, "container": ""} | values
+def _row(uri: str, member: str = "", identity: str | None = None, **known: Any) -> dict[str, Any]:
+    """A manifest row; what is not `known` is null."""
+    return {
+        "row_id": identity or row_id(uri, member),
+        "uri": uri,
+        "member": member,
+        "container": "",
+        "offset": None,
+        "etag": None,
+        "group": None,
+        "bytes": None,
+        "label": None,
+        "generator": None,
+    } | known
 
 
 def group_of(base: str, uri: str, depth: int) -> str:

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from clipflow_ray import images, sandbox
 from clipflow_ray.config import ImageLimits
+from clipflow_ray.data.columns import add_columns
 from clipflow_ray.data.containers import PARQUET, TAR, parquet_value
 from clipflow_ray.errors import ItemError
 from clipflow_ray.images import DecodedImage, ViewKind
@@ -69,29 +70,27 @@ def read_bytes(table: pa.Table, near: Place, limits: ImageLimits, column: str | 
         return list(pool.map(read, wanted))
 
 
-def described(table: pa.Table, outcomes: Sequence[ReadImage]) -> pa.Table:
-    """Manifest rows plus what reading and decoding told: the ledger's columns from sha256 to error_message."""
+def described(table: pa.Table, outcomes: Sequence[ReadImage], views: Sequence[bytes | None]) -> pa.Table:
+    """Manifest rows -> the same rows with the columns of the reading stage, from one outcome and `view` a row."""
     decoded = [o.image if isinstance(o.image, DecodedImage) else None for o in outcomes]
     errors = [o.image if isinstance(o.image, ItemError) else None for o in outcomes]
-    size = pa.array([o.bytes for o in outcomes], pa.int64())
-    table = table.drop_columns(["bytes", "etag", "container", "offset"])
-    for name, values, kind in (
-        ("sha256", [o.sha256 for o in outcomes], pa.string()),
-        ("bytes", size, pa.int64()),
-        ("width", [i and i.width for i in decoded], pa.int32()),
-        ("height", [i and i.height for i in decoded], pa.int32()),
-        ("format", [i and i.format for i in decoded], pa.string()),
-        ("mode", [i and i.mode for i in decoded], pa.string()),
-        ("frames", [i and i.frames for i in decoded], pa.int32()),
-        ("jpeg_quality", [i and i.jpeg_quality for i in decoded], pa.int32()),
-        ("has_exif", [i.has_exif if i else None for i in decoded], pa.bool_()),
-        ("stratum", [i and images.stratum(i.format, i.width, i.height) for i in decoded], pa.string()),
-        ("status", [_status(o.image) for o in outcomes], pa.string()),
-        ("error_code", [e and e.item_code for e in errors], pa.string()),
-        ("error_message", [e and str(e) for e in errors], pa.string()),
-    ):
-        table = table.append_column(name, pa.array(values, kind))
-    return table
+    values: dict[str, Sequence[Any]] = {
+        "sha256": [o.sha256 for o in outcomes],
+        "bytes": [o.bytes for o in outcomes],
+        "width": [i and i.width for i in decoded],
+        "height": [i and i.height for i in decoded],
+        "format": [i and i.format for i in decoded],
+        "mode": [i and i.mode for i in decoded],
+        "frames": [i and i.frames for i in decoded],
+        "jpeg_quality": [i and i.jpeg_quality for i in decoded],
+        "has_exif": [i and i.has_exif for i in decoded],
+        "stratum": [i and images.stratum(i.format, i.width, i.height) for i in decoded],
+        "status": [_status(o.image) for o in outcomes],
+        "error_code": [e and e.item_code for e in errors],
+        "error_message": [e and str(e) for e in errors],
+        VIEW: views,
+    }
+    return add_columns(table, "reading", values)
 
 
 def read_and_decode(
@@ -107,14 +106,14 @@ def read_and_decode(
     Of all rows the share `sample` is read, by row id: the same ones in every run, and a larger sample holds a
     smaller one. The others come out as skipped_sample.
     """
-    chosen = np.array([int(identity[:8], 16) < sample * 2**32 for identity in table["row_id"].to_pylist()])
+    chosen = np.array([int(identity[:8], 16) < sample * 2**32 for identity in table["row_id"].to_pylist()], bool)
     outcomes = [ReadImage(None, None, None)] * len(table)
     for at, outcome in zip(
         np.flatnonzero(chosen), read_images(table.filter(chosen), near, limits, kind, column), strict=True
     ):
         outcomes[at] = outcome
     views = [o.image.rgb.tobytes() if isinstance(o.image, DecodedImage) else None for o in outcomes]
-    return described(table, outcomes).append_column(VIEW, pa.array(views, pa.large_binary()))
+    return described(table, outcomes, views)
 
 
 def _status(image: DecodedImage | ItemError | None) -> str:

@@ -3,8 +3,9 @@
 import time
 from collections import Counter as Outcomes
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +14,13 @@ from numpy.typing import NDArray
 from ray.util.metrics import Counter, Histogram
 
 from clipflow_ray.config import EncoderConfig
+from clipflow_ray.data.columns import add_columns
 from clipflow_ray.data.reading import VIEW
 from clipflow_ray.errors import EncoderMismatchError
 from clipflow_ray.images import VIEW_SIZE, Pixels
+from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint
-from clipflow_ray.model.detector import Detector
+from clipflow_ray.model.detector import Detector, Scores
 from clipflow_ray.model.encoder import Encoder
 
 _VIEW_SHAPE: Final = (VIEW_SIZE, VIEW_SIZE, 3)
@@ -39,31 +42,48 @@ class Score:
         self._encoding = Histogram("clipflow_encode_seconds", "Seconds of one encoder batch.", _SECONDS)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Rows with a `view` -> the same rows with score columns in its place; a row without one gets nulls."""
-        present = table[VIEW].is_valid().to_numpy()
+        """Rows with a `view` -> the same rows with the columns of the scoring stage instead."""
         views = [view.as_buffer() for view in table[VIEW].drop_null()]
-        table = table.drop_columns([VIEW])
         scores = None
         if views:
             start = time.monotonic()
             scores = self._detector.score_embeddings(self._detector.encoder.embed(stacked_views(views)))
             self._encoding.observe(time.monotonic() - start)
-        for name in ("log_likelihood", "log_base", "log_det", "score", "p_value"):
-            values = np.full(len(table), np.nan, np.float32)
-            if scores is not None:
-                values[present] = getattr(scores, name)
-            table = table.append_column(name, pa.array(values, pa.float32(), from_pandas=True))
-        calibration = self._detector.calibration
-        score = table["score"].to_numpy().astype(np.float32)
-        p_stratum = calibration.p_stratum(score, [name or "" for name in table["stratum"].to_pylist()])
-        table = table.append_column("p_stratum", pa.array(p_stratum, pa.float32(), from_pandas=True))
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        table = table.append_column("scored_at", pa.array([now] * len(table), pa.string()))
-        table = _with_non_finite_as_errors(table, present & np.isnan(score))
+        table = scored(table, scores, self._detector.calibration)
         outcomes = Outcomes(zip(table["status"].to_pylist(), table["error_code"].to_pylist(), strict=True))
         for (status, code), count in outcomes.items():
             self._images.inc(count, {"status": status, "error_code": code or ""})
         return table
+
+
+def scored(table: pa.Table, scores: Scores | None, calibration: Calibration) -> pa.Table:
+    """Described rows and the scores of those with a `view`, in their order -> rows with the scoring columns.
+
+    A row without a view has no scores. A view without a finite score makes its row an error. `scores` may be None if
+    no row has a view.
+    """
+    present = table[VIEW].is_valid().to_numpy().astype(bool)
+    numbers = {field.name: np.full(len(table), np.nan, np.float32) for field in fields(Scores)}
+    if scores is not None:
+        for name, values in numbers.items():
+            values[present] = getattr(scores, name)
+    strata = [name or "" for name in table["stratum"].to_pylist()]
+    broken = present & np.isnan(numbers["score"])
+    errors = {
+        "status": "error",
+        "error_code": "non_finite",
+        "error_message": "The encoder gave no finite embedding for this image.",
+    }
+    columns: dict[str, Any] = {
+        **numbers,
+        "p_stratum": calibration.p_stratum(numbers["score"], strata),
+        "scored_at": [datetime.now(UTC).isoformat(timespec="seconds")] * len(table),
+        **{
+            name: [error if bad else old for bad, old in zip(broken, table[name].to_pylist(), strict=True)]
+            for name, error in errors.items()
+        },
+    }
+    return add_columns(table, "scoring", columns)
 
 
 class Embed:
@@ -90,16 +110,3 @@ class Embed:
             column = pa.array([part.ravel() for part in parts], pa.large_list(pa.float32()))
             table = table.append_column(name, column)
         return table
-
-
-def _with_non_finite_as_errors(table: pa.Table, broken: NDArray[np.bool_]) -> pa.Table:
-    if not broken.any():
-        return table
-    for name, value in (
-        ("status", "error"),
-        ("error_code", "non_finite"),
-        ("error_message", "The encoder gave no finite embedding for this image."),
-    ):
-        values = [value if bad else old for bad, old in zip(broken, table[name].to_pylist(), strict=True)]
-        table = table.set_column(table.column_names.index(name), name, pa.array(values, pa.string()))
-    return table

@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 
 from clipflow_ray import images
 from clipflow_ray.config import ImageLimits
-from clipflow_ray.data.reading import VIEW, described, read_images
+from clipflow_ray.data.reading import described, read_images
 from clipflow_ray.images import DecodedImage, Pixels, ViewKind
 from clipflow_ray.place import Place
 
@@ -49,8 +49,7 @@ def read_both(table: pa.Table, near: Place, limits: ImageLimits, kind: ViewKind)
             sizes[-1] = len(encoded)
             pair = [images.view(rgb, kind) for rgb in (outcome.image.rgb, _decoded(encoded))]
         views.append(b"".join(view.tobytes() for view in pair))
-    result = described(table, outcomes).append_column(ALIGNED_BYTES, pa.array(sizes, pa.int64()))
-    return result.append_column(VIEW, pa.array(views, pa.large_binary()))
+    return described(table, outcomes, views).append_column(ALIGNED_BYTES, pa.array(sizes, pa.int64()))
 
 
 def read_distorted(table: pa.Table, near: Place, limits: ImageLimits, kind: ViewKind) -> pa.Table:
@@ -62,7 +61,7 @@ def read_distorted(table: pa.Table, near: Place, limits: ImageLimits, kind: View
         if isinstance(outcome.image, DecodedImage):
             made = [images.view(distorted(outcome.image.rgb, name, level, draw), kind) for name, level in CASES]
         views.append(b"".join(view.tobytes() for view in made))
-    return described(table, outcomes).append_column(VIEW, pa.array(views, pa.large_binary()))
+    return described(table, outcomes, views)
 
 
 def aligned(rgb: Pixels) -> bytes:

@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from clipflow_ray import images, proxies
 from clipflow_ray.config import ImageLimits, ProxyConfig
-from clipflow_ray.data.reading import VIEW, described, read_images
+from clipflow_ray.data.reading import described, read_images
 from clipflow_ray.images import DecodedImage, Pixels, ViewKind
 from clipflow_ray.place import Place
 
@@ -34,9 +34,8 @@ def read_and_distort(
             made = distorted(outcome.image.rgb, identity, kind, config, plain)
         views.append(b"".join(view.tobytes() for _, view in made))
         families.append([family for family, _ in made])
-    table = described(table, outcomes)
-    table = table.append_column("families", pa.array(families, pa.list_(pa.string())))
-    return table.append_column(VIEW, pa.array(views, pa.large_binary()))
+    table = described(table, outcomes, views)
+    return table.append_column("families", pa.array(families, pa.list_(pa.string())))
 
 
 def distorted(

@@ -21,9 +21,9 @@ import pytest
 import ray
 import yaml
 
-from clipflow_ray.audit.ledger import SCHEMA
 from clipflow_ray.audit.run import audit
 from clipflow_ray.config import AuditConfig
+from clipflow_ray.data.columns import LEDGER_SCHEMA
 from clipflow_ray.data.resources import ScoringPlan, plan_scoring
 from clipflow_ray.data.scoring import Score
 from clipflow_ray.errors import CalibrationError, CheckpointError, InputError, ResourceError, RunConflictError
@@ -86,7 +86,7 @@ def test_every_object_gives_one_row_and_a_broken_one_gives_an_error_row(
 
 
 def test_the_ledger_has_the_columns_of_the_contract_with_their_types(record: dict, config: AuditConfig) -> None:
-    assert pq.read_table(f"{config.output}/ledger").schema.remove_metadata().equals(SCHEMA)
+    assert pq.read_table(f"{config.output}/ledger").schema.remove_metadata().equals(LEDGER_SCHEMA)
 
 
 def test_an_audit_gives_the_scores_of_the_detector_for_the_same_bytes(

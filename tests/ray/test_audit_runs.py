@@ -11,7 +11,6 @@ import threading
 import time
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from playwright.sync_api import sync_playwright
@@ -19,7 +18,8 @@ from playwright.sync_api import sync_playwright
 from clipflow_ray.audit import progress
 from clipflow_ray.audit.run import audit, error_rate, judge_again, plan
 from clipflow_ray.config import AuditConfig, ImageLimits, InventoryOptions
-from clipflow_ray.data.inventory import MANIFEST_SCHEMA, rows, sources
+from clipflow_ray.data.columns import manifest_table
+from clipflow_ray.data.inventory import rows, sources
 from clipflow_ray.data.reading import read_bytes
 from clipflow_ray.errors import InputError, RunConflictError
 from clipflow_ray.place import Place
@@ -188,7 +188,7 @@ def test_an_object_that_changed_after_it_was_listed_has_its_own_code(
     client.create_bucket(Bucket="changing")
     client.put_object(Bucket="changing", Key="in/a.jpg", Body=encoded(photo(1)))
     (source,) = sources([s3.with_uri("s3://changing/in/")], "images")
-    manifest = pa.Table.from_pylist(list(rows(source, InventoryOptions())), MANIFEST_SCHEMA)
+    manifest = manifest_table(list(rows(source, InventoryOptions())))
     client.put_object(Bucket="changing", Key="in/a.jpg", Body=encoded(photo(2)))
     (outcome,) = read_bytes(manifest, s3, ImageLimits())
     assert not isinstance(outcome, bytes) and outcome.item_code == "changed"
