@@ -1,4 +1,4 @@
-"""How an audit's scores and p-values are distributed, against the calibration's; in memory that does not grow."""
+"""Distribution of an audit's scores and p-values beside that of the calibration, counted in constant memory."""
 
 from typing import Any, Final, Literal
 
@@ -11,7 +11,7 @@ _P_BINS: Final = 20
 
 
 class Distribution:
-    """Counts of scores and p-values of scored images, over bins and between the calibration's scores (ascending)."""
+    """Counts of scores and p-values over bins, and of scores between the calibration scores, which are ascending."""
 
     def __init__(self, calibration: NDArray[np.float32]) -> None:
         self._calibration = calibration
@@ -21,11 +21,11 @@ class Distribution:
         self._scores = np.zeros(_BINS, np.int64)
         self._coarse = np.zeros(2**16, np.int64)
         self._p_values = np.zeros(_P_BINS, np.int64)
-        self._at_most = np.zeros(len(calibration) + 1, np.int64)  # by the calibration scores that are smaller
-        self._below = np.zeros(len(calibration) + 1, np.int64)  # by those that are smaller or equal
+        self._at_most = np.zeros(len(calibration) + 1, np.int64)  # by the number of smaller calibration scores
+        self._below = np.zeros(len(calibration) + 1, np.int64)  # by the number of smaller or equal ones
 
     def add(self, scores: NDArray[np.float32], p_values: NDArray[np.float32]) -> None:
-        """Count a batch."""
+        """Count a batch: scores and p-values, float32 [N] each, without NaN."""
         self._scores += self._binned(scores)
         self._coarse += np.bincount(_ordered(scores) >> 16, minlength=2**16)
         self._p_values += np.histogram(p_values, bins=_P_BINS, range=(0.0, 1.0))[0]
@@ -35,11 +35,11 @@ class Distribution:
         self._below += np.bincount(not_larger, minlength=len(self._below))
 
     def p_values(self) -> list[int]:
-        """Counts over 20 equal bins."""
+        """Counts of p-values over 20 equal bins from 0 to 1."""
         return [int(count) for count in self._p_values]
 
     def histogram(self) -> dict[str, Any]:
-        """Densities over shared bins around the bulk of the calibration; what lies beyond is in the end bins."""
+        """Shares of audit and calibration over the same bins; scores beyond the outer edges count in the end bins."""
         own, theirs = self._scores, self._binned(self._calibration)
         return {
             "edges": self._edges.tolist(),
@@ -48,7 +48,10 @@ class Distribution:
         }
 
     def median(self) -> float | None:
-        """The median score within half a percent, from counts by sign, exponent and seven bits; None of no scores."""
+        """The median score, accurate to half a percent; None if there are no scores.
+
+        It comes from counts of the upper 16 bits of the scores: sign, exponent and seven bits of the mantissa.
+        """
         count = int(self._coarse.sum())
         if count == 0:
             return None
@@ -61,8 +64,8 @@ class Distribution:
     def distance(self) -> tuple[float, float]:
         """Kolmogorov-Smirnov distance from the calibration and its asymptotic p-value.
 
-        The two distribution functions differ most at a calibration score or right below it, so counts between those
-        are all it takes.
+        The two distribution functions differ most at a calibration score or right below one, so counts between the
+        calibration scores are enough.
         """
         n, count = len(self._calibration), int(self._at_most.sum())
         largest = 0.0
@@ -77,11 +80,12 @@ class Distribution:
 
 
 def _ordered(scores: NDArray[np.float32]) -> NDArray[np.uint32]:
-    """Integers in the order of the floats."""
+    """Integers that sort as the floats do."""
     bits = np.ascontiguousarray(scores, np.float32).view(np.uint32)
     return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
 
 
 def _from_ordered(numbers: NDArray[np.uint32]) -> NDArray[np.float64]:
+    """The floats of such integers."""
     bits = np.where(numbers >> 31, numbers & np.uint32(0x7FFFFFFF), ~numbers)
     return bits.astype(np.uint32).view(np.float32).astype(np.float64)

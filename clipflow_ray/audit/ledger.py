@@ -1,6 +1,7 @@
-"""The ledger: one parquet row per listed object, with the columns that `contracts.md` promises.
+"""The ledger: parquet files with one row per listed object; their columns are listed in `data/columns.py`.
 
-Scores are stored once; verdicts, q-values and rates are recomputed from them at any alpha without an encoder.
+Scores are stored once, under `scored/`. Verdicts, q-values and rates at any alpha are computed from them without an
+encoder.
 """
 
 import logging
@@ -25,11 +26,12 @@ LEDGER: Final = "ledger"
 
 
 def finalize(run: Run, alpha: float, constants: dict[str, str], dedupe: bool = False) -> dict[str, Any]:
-    """Write `ledger/` from `scored/` at `alpha` and return the summary's counts.
+    """Write `ledger/` from `scored/` at `alpha` and return the counts for the run's record.
 
-    `constants` fills model_id, calibration_id and tool_version. `dup_of` names the first row, by id, with the
-    same bytes; with `dedupe` the others are skipped_duplicate, keep their scores and count nowhere else. One file of
-    the ledger belongs to one file of scores, so a repeated call replaces it.
+    `constants` holds model_id, calibration_id and tool_version. `dup_of` is the smallest id among the rows with the
+    same bytes. With `dedupe`, a row that has a `dup_of` gets the status skipped_duplicate: it keeps its scores and
+    counts in no verdict, q-value or rate. Each file of scores gives one ledger file of the same name, so a second call
+    replaces the files of the first.
     """
     counts: dict[str, Counter[str]] = {"status": Counter(), "error_code": Counter(), "verdict": Counter()}
     start = 0
@@ -49,7 +51,7 @@ def finalize(run: Run, alpha: float, constants: dict[str, str], dedupe: bool = F
 
 
 def calibration_card(calibration: Calibration, alpha: float) -> dict[str, Any]:
-    """What alpha means with this calibration set."""
+    """Size of the calibration set, and threshold and realised false-positive rate (95 % interval) at `alpha`."""
     return {
         "calibration_n": len(calibration.scores),
         "threshold": calibration.threshold(alpha),

@@ -1,4 +1,4 @@
-"""How far an audit is: `progress.json` beside the ledger, and a log line, every half minute."""
+"""Progress of a running audit, every 30 seconds: `progress.json` beside the ledger and a log line."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ SECONDS: Final = 30.0
 
 @contextmanager
 def reported(run: Run, total: int, seconds: float = SECONDS) -> Iterator[None]:
-    """Report on `run` every `seconds` while the block runs, and once when it ends."""
+    """Report on `run` every `seconds` while the block runs, and once when it ends. `total` is its number of objects."""
     progress, stop = _Progress(run, total), threading.Event()
 
     def repeat() -> None:
@@ -41,7 +41,7 @@ def reported(run: Run, total: int, seconds: float = SECONDS) -> Iterator[None]:
 
 
 class _Progress:
-    """Counts what finished files hold; each file is read once."""
+    """Counts the rows of finished files; each file is read once."""
 
     def __init__(self, run: Run, total: int) -> None:
         self._run, self._total = run, total
@@ -53,7 +53,7 @@ class _Progress:
     def report(self) -> None:
         """Write `progress.json` and log one line.
 
-        A store that fails for a moment, or a file that is still being written, costs one report, not the run.
+        If the store fails for a moment or a file is still being written, this report is skipped and the run goes on.
         """
         try:
             self._count()

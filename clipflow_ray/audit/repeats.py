@@ -1,4 +1,4 @@
-"""What needs all rows of an audit at once, equal files and q-values, in bounded memory: the rows wait on disk."""
+"""Duplicates and q-values of a whole audit in bounded memory: rows are spilled to a temporary SQLite file."""
 
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
@@ -21,24 +21,25 @@ INSERT INTO repeats SELECT number, first FROM (
 
 
 class Rows:
-    """Row numbers of scored rows with their ids, digests and p-values; see `numbered`."""
+    """The scored rows by number, with their ids, digests and p-values. Made by `numbered`."""
 
     def __init__(self, database: sqlite3.Connection) -> None:
         self._database = database
 
     def repeated(self, start: int, count: int) -> list[str | None]:
-        """For `count` rows from number `start`: the id of the first row with the same bytes, None for that one.
+        """For `count` rows from number `start`: the id of the first row with the same bytes; None for that row itself.
 
-        First by id: the order of rows differs between a run that was cut off and one that was not.
+        First means smallest id: a resumed run may write its rows in another order than an uninterrupted one.
         """
         where = "SELECT number, first FROM repeats WHERE number BETWEEN ? AND ?"
         found = dict(self._database.execute(where, (start, start + count - 1)).fetchall())
         return [found.get(number) for number in range(start, start + count)]
 
     def q_values(self, dedupe: bool) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-        """p-values [N] -> Benjamini-Hochberg q-values [N] among all rows, NaN where p is; `dedupe` leaves out repeats.
+        """A function from p-values [N] to their Benjamini-Hochberg q-values [N] among all rows; NaN gives NaN.
 
-        Exact: conformal p-values take as many values as there are calibration scores and one, so counting them does.
+        With `dedupe`, duplicates do not count. The result is exact: n calibration scores allow only n + 1 different
+        p-values, so it is computed from how often each of them occurs.
         """
         others = "AND number NOT IN (SELECT number FROM repeats)" if dedupe else ""
         counted = f"SELECT p, COUNT(*) FROM rows WHERE p IS NOT NULL {others} GROUP BY p ORDER BY p"
@@ -59,10 +60,9 @@ class Rows:
 def numbered(scored: Iterable[pads.Dataset]) -> Iterator[Rows]:
     """The rows of all parts of `scored`, numbered from 0 in their order.
 
-    They take about 250 bytes each in the temporary directory while the block runs. Raises ClipflowError where that is
-    full.
+    While the block runs, a row takes about 250 bytes in the temporary directory. Raises ClipflowError if that is full.
     """
-    database = sqlite3.connect("")  # a temporary file, gone with the connection
+    database = sqlite3.connect("")  # the empty name means a temporary file, deleted on close
     try:
         database.execute("PRAGMA journal_mode = OFF")
         database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")

@@ -1,4 +1,4 @@
-"""An audit: list the input, read and decode, score, write the ledger."""
+"""An audit: list the input, read and decode, score, write the ledger and the report."""
 
 import logging
 import os
@@ -40,9 +40,9 @@ _TRIED_FIRST: Final = 3
 def audit(config: AuditConfig) -> dict[str, Any]:
     """Score every object of the input and return the run's record, as `run.json` holds it.
 
-    A run that was cut off goes on where it stopped; a finished one is returned as it is, with its verdicts recomputed
-    when only alpha or dedupe differ. Raises ClipflowError before anything starts where checkpoint, weights, input or
-    cluster do not do, or another run holds the output.
+    A run that was cut off continues. A finished run is returned as it is; if alpha or dedupe differ, only its verdicts
+    are computed again. Raises ClipflowError before scoring starts if the checkpoint, the weights, the input or the
+    cluster is unusable, or if another run holds the output.
     """
     if not config.input:
         raise ConfigError("Name at least one --input to audit.")
@@ -50,7 +50,7 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     checkpoint = load_checkpoint(Place.at(config.checkpoint, config.s3))
     if checkpoint.calibration is None:
         raise CalibrationError("The checkpoint has no calibration; train it with a calibration split.")
-    calibration_card(checkpoint.calibration, config.alpha)  # an alpha that it does not support is refused before work
+    calibration_card(checkpoint.calibration, config.alpha)  # refuses an unsupported alpha before any work
     run = Run(Place.at(config.output, config.s3))
     with exclusive(run.place):
         return _audited(config, run, checkpoint, checkpoint.calibration)
@@ -71,7 +71,7 @@ def _audited(config: AuditConfig, run: Run, checkpoint: Checkpoint, calibration:
         **constants,
     }
     if not run.finished:
-        load_weights(checkpoint.encoder)  # missing weights are said here, once, and not by every actor
+        load_weights(checkpoint.encoder)  # so that missing weights raise here and not in every actor
 
     def list_inputs() -> int:
         resources.connect()
@@ -95,9 +95,9 @@ def _audited(config: AuditConfig, run: Run, checkpoint: Checkpoint, calibration:
 
 
 def plan(config: AuditConfig) -> dict[str, Any]:
-    """What an audit would do: objects and bytes by format, and hours at the speed of one batch tried here.
+    """What an audit would do: number of objects, bytes and suffixes, and hours, estimated from one encoder batch.
 
-    Lists the input and writes nothing. Raises ClipflowError as an audit does.
+    Lists the input and writes nothing. Raises ClipflowError if the checkpoint, the input or the cluster is unusable.
     """
     if not config.input:
         raise ConfigError("Name at least one --input to audit.")
@@ -132,10 +132,10 @@ def plan(config: AuditConfig) -> dict[str, Any]:
 
 
 def judge_again(changes: AuditConfig) -> dict[str, Any]:
-    """Verdicts, q-values and rates of a finished audit in `changes.output`, from its stored scores.
+    """Judge the finished audit in `changes.output` again, from its stored scores, and return its record.
 
-    The settings that `changes` names, such as `alpha` and `dedupe`, replace the audit's; it keeps the others. Needs the
-    checkpoint, for its calibration, and no encoder. Raises InputError where the output holds no finished audit.
+    The settings that `changes` names, such as `alpha` and `dedupe`, replace those of the audit; the others are kept.
+    Reads the checkpoint for its calibration; no encoder runs. Raises InputError if the output holds no finished audit.
     """
     run = Run(Place.at(changes.output, changes.s3))
     record = run.record()
@@ -147,20 +147,20 @@ def judge_again(changes: AuditConfig) -> dict[str, Any]:
 
 
 def error_rate(record: dict[str, Any]) -> float:
-    """Errors over all objects that were looked at."""
+    """Share of errors among the objects that were read."""
     counts = record["by_status"]
-    looked_at = counts.get("error", 0) + counts.get("ok", 0) + counts.get("skipped_duplicate", 0)
-    return counts.get("error", 0) / looked_at if looked_at else 0.0
+    read = counts.get("error", 0) + counts.get("ok", 0) + counts.get("skipped_duplicate", 0)
+    return counts.get("error", 0) / read if read else 0.0
 
 
 def _check_readable(config: AuditConfig, run: Run) -> None:
-    """Raise InputError where the first few objects may all not be read: the others would fail alike, one by one."""
+    """Raise InputError if access to the first few objects is denied: all the others would probably fail as well."""
     few = run.table(MANIFEST).head(_TRIED_FIRST)
     tried = read_bytes(few, run.place, config.limits, config.inventory.bytes_column)
     if all(isinstance(outcome, ReadError) and outcome.item_code == "access_denied" for outcome in tried):
         raise InputError(
-            f"The credentials at hand may list but not read {', '.join(config.input)}: "
-            "the first objects are all refused. Allow s3:GetObject there, or give --unsigned for a public bucket."
+            f"The credentials allow listing but not reading {', '.join(config.input)}: access to the first "
+            "objects is denied. Allow s3:GetObject there, or give --unsigned for a public bucket."
         )
 
 

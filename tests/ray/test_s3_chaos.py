@@ -172,6 +172,6 @@ def test_credentials_that_list_and_do_not_read_fail_the_audit_at_once(
     config = AuditConfig(
         input=(bucket,), output=str(tmp_path / "run"), checkpoint=trained, alpha=0.1, s3=through(chaos, s3).options
     )
-    with pytest.raises(InputError, match="may list but not read"):
+    with pytest.raises(InputError, match="allow listing but not reading"):
         audit(config)
     assert sum(chaos.gets.values()) < 20

@@ -1,4 +1,4 @@
-"""Distributions counted in batches, against what all values at once give."""
+"""Distributions counted in batches, compared with the same statistics of all values at once."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ SCORES = (RNG.normal(size=3000) * 1.2 + 0.3).astype(np.float32)
 
 
 @pytest.mark.parametrize("decimals", [6, 1])
-def test_distance_and_histograms_are_those_of_all_scores_at_once(decimals: int) -> None:
+def test_distance_and_histograms_equal_those_of_all_scores_at_once(decimals: int) -> None:
     calibration, scores = np.round(CALIBRATION, decimals), np.round(SCORES, decimals)
     p = RNG.uniform(size=len(scores)).astype(np.float32)
     counted = Distribution(calibration)
@@ -28,7 +28,7 @@ def test_distance_and_histograms_are_those_of_all_scores_at_once(decimals: int) 
 
 
 @pytest.mark.parametrize("shift", [-50.0, 0.0, 3.0])
-def test_the_median_is_within_half_a_percent(shift: float) -> None:
+def test_the_median_is_accurate_to_half_a_percent(shift: float) -> None:
     counted = Distribution(CALIBRATION)
     assert counted.median() is None
     for some in np.array_split(SCORES + np.float32(shift), 5):

@@ -1,4 +1,4 @@
-"""Equal files and q-values of many rows, against what computing them in memory gives."""
+"""Duplicates and q-values, compared with the same values computed in memory."""
 
 import hashlib
 import resource
@@ -21,7 +21,7 @@ CALIBRATION = 200
 
 @pytest.fixture(scope="module")
 def table() -> pa.Table:
-    """Digests of which many repeat, one row in ten without p-value and one in fifty without digest."""
+    """Many repeated digests; one row in ten has no p-value and one in fifty has no digest."""
     rng = np.random.default_rng(0)
     digests = [hashlib.sha256(str(n).encode()).hexdigest() for n in rng.integers(0, ROWS // 2, ROWS)]
     p = (rng.integers(0, CALIBRATION + 1, ROWS) + 1.0) / (CALIBRATION + 1.0)
@@ -42,7 +42,7 @@ def scored(table: pa.Table, tmp_path: Path) -> list[pads.Dataset]:
     return [pads.dataset(files[:3]), pads.dataset(files[3:])]
 
 
-def test_a_repeated_row_names_the_smallest_id_among_the_rows_with_its_bytes(
+def test_a_duplicate_names_the_smallest_id_among_the_rows_with_the_same_bytes(
     table: pa.Table, scored: list[pads.Dataset]
 ) -> None:
     first: dict[str, str] = {}
@@ -58,7 +58,9 @@ def test_a_repeated_row_names_the_smallest_id_among_the_rows_with_its_bytes(
 
 
 @pytest.mark.parametrize("dedupe", [False, True])
-def test_q_values_are_those_of_the_whole_table(table: pa.Table, scored: list[pads.Dataset], dedupe: bool) -> None:
+def test_q_values_equal_those_computed_from_the_whole_table(
+    table: pa.Table, scored: list[pads.Dataset], dedupe: bool
+) -> None:
     p = table["p_value"].to_numpy().astype(np.float32)
     with numbered(scored) as rows:
         again = np.array([name is not None for name in rows.repeated(0, ROWS)])
@@ -68,14 +70,16 @@ def test_q_values_are_those_of_the_whole_table(table: pa.Table, scored: list[pad
     assert np.isnan(found[~kept]).all()
 
 
-def test_an_audit_in_which_nothing_was_scored_has_no_q_values(tmp_path: Path) -> None:
+def test_an_audit_without_scores_has_no_q_values(tmp_path: Path) -> None:
     nothing = pa.table({"row_id": ["a"], "sha256": pa.nulls(1, pa.string()), "p_value": pa.nulls(1, pa.float32())})
     pq.write_table(nothing, tmp_path / "a.parquet")
     with numbered([pads.dataset(str(tmp_path / "a.parquet"))]) as rows:
         assert np.isnan(rows.q_values(False)(np.array([np.nan], np.float32))).all()
 
 
-def test_a_full_disk_is_said_in_a_sentence(scored: list[pads.Dataset], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_raises_an_error_that_says_what_to_do(
+    scored: list[pads.Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(repeats, "_CACHE_KIB", 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
