@@ -8,7 +8,7 @@ NATURAL ?= ../shared/data/natural
 WORK ?= runs/default
 SEEDS := 0 1 2
 
-.PHONY: setup demo serve test stress train-default autoencoders cluster lock
+.PHONY: setup demo serve test stress docs train-default autoencoders cluster lock
 
 setup: $(VENV)/.installed
 
@@ -34,6 +34,10 @@ test: setup
 # The long forms: chaos, listing, jobs on three nodes, two training workers, hostile input through the edge.
 stress: setup
 	$(BIN)/python -m pytest -m stress
+
+# The generated sections of docs/formats.md.
+docs: setup
+	$(BIN)/python -m clipflow_ray.lab.formats
 
 # The packaged checkpoint again, and its two siblings of other seeds; natural images only.
 train-default: setup

@@ -1,6 +1,6 @@
 """One exception tree. Every error has a stable snake_case code and a sentence that says what to do next."""
 
-from typing import Literal, get_args
+from typing import Final, Literal
 
 ItemCode = Literal[
     "bad_uri",
@@ -21,11 +21,30 @@ ItemCode = Literal[
     "non_finite",
     "internal",
 ]
-ITEM_CODES: tuple[str, ...] = get_args(ItemCode)
+# What each code means and what to do; docs/formats.md shows these sentences.
+ITEM_CODES: Final[dict[ItemCode, str]] = {
+    "bad_uri": "The URI is neither `s3://` nor a local path without `..`. Correct the input.",
+    "not_found": "The object is not there, or no longer. Correct the input, or list it again into a new output.",
+    "access_denied": "The credentials do not allow reading the object. Allow it, or audit what they may read.",
+    "read_timeout": "The object did not arrive in time. Check the store and repeat the audit on a new output.",
+    "read_failed": "The store or the file system gave an error on every attempt. Check it, then use a new output.",
+    "changed": "The object changed after it was listed. Repeat the audit on a new output.",
+    "empty": "The object has no bytes, or the row of the parquet file holds no image. Restore it or leave it out.",
+    "unsupported_format": "By its first bytes it is no JPEG, PNG, WebP or GIF. Convert it or leave it out.",
+    "decode_failed": "The image is damaged, or decoding needs more memory or JPEG scans than allowed. Replace it.",
+    "decode_timeout": "Decoding took longer than allowed. Raise `limits.max_seconds` if you trust the image.",
+    "decoder_crash": "The decoder process died on this image at each attempt. Treat the image as damaged or hostile.",
+    "truncated": "The file ends before its end marker. Fetch it again.",
+    "too_large_bytes": "The file is larger than allowed. Raise `limits.max_bytes` or shrink the file.",
+    "too_large_pixels": "The image has more pixels than allowed. Raise `limits.max_pixels` or `limits.max_side`.",
+    "too_small": "The shorter side is below `limits.min_side`. Use a larger image.",
+    "non_finite": "The encoder gave no finite embedding. Check the encoder's weights if this is frequent.",
+    "internal": "A fault of this program, such as a decoder process that does not start. See the log and report it.",
+}
 
 
 class ClipflowError(Exception):
-    """Base of all errors that this package raises on purpose."""
+    """Base of all errors that this package raises on purpose. By itself: a fault that no other code names."""
 
     code: str = "internal"
 
@@ -56,19 +75,19 @@ class ConfigError(ClipflowError):
 
 
 class InputError(ClipflowError):
-    """The input names nothing that can be audited or trained on."""
+    """The input holds nothing that can be read, or is not in the format that was named."""
 
     code = "invalid_input"
 
 
 class WeightsError(ClipflowError):
-    """Encoder weights are missing, unreachable or not what they should be."""
+    """Encoder weights are missing, cannot be fetched, or are altered."""
 
     code = "weights_unavailable"
 
 
 class EncoderMismatchError(ClipflowError):
-    """A checkpoint or cache was made with another encoder than the one at hand."""
+    """A checkpoint or a cache of embeddings was made with another encoder."""
 
     code = "encoder_mismatch"
 
@@ -80,25 +99,25 @@ class CheckpointError(ClipflowError):
 
 
 class CalibrationError(ClipflowError):
-    """The calibration cannot support what was asked of it."""
+    """The checkpoint has no calibration, or it has too few images for the alpha that was asked for."""
 
     code = "not_calibrated"
 
 
 class ResourceError(ClipflowError):
-    """The cluster cannot run the plan; it would hang."""
+    """The cluster is too small for the run, which would wait for ever."""
 
     code = "plan_does_not_fit"
 
 
 class RunConflictError(ClipflowError):
-    """The output already holds a run that is not this one."""
+    """The output holds a run of other inputs or settings, or another run writes to it now."""
 
     code = "run_conflict"
 
 
 class TrainingError(ClipflowError):
-    """Training gave no usable flow."""
+    """Training had no usable images or gave no usable flow."""
 
     code = "training_failed"
 

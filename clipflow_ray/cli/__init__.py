@@ -1,8 +1,7 @@
 """The command line, one file for each group of commands.
 
-stdout carries data, stderr carries progress. Exit codes: 0 done; 1 failure; 2 wrong usage; 3 more errors than
-`--max-error-rate`; 4 more flagged than `--fail-if-flag-rate-above`. A command imports its heavy modules itself, after
-it has checked its settings, so that `--help` and a wrong flag are answered at once.
+stdout carries data, stderr carries progress; exit codes are in `exits.py`. A command imports its heavy modules itself,
+after it has checked its settings, so that `--help` and a wrong flag are answered at once.
 """
 
 import logging
@@ -14,6 +13,7 @@ import typer
 
 from clipflow_ray import __version__
 from clipflow_ray.cli import audit, evaluate, machine, score, serve, train
+from clipflow_ray.cli.exits import FAILED, WRONG_USAGE
 from clipflow_ray.config import DISCLAIMER
 from clipflow_ray.errors import ClipflowError, ConfigError
 
@@ -64,10 +64,10 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments, standalone_mode=True)
     except ClipflowError as error:
         print(f"error [{error.code}]: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+        sys.exit(WRONG_USAGE if isinstance(error, ConfigError) else FAILED)
 
 
 def _terminated(*_: object) -> None:
     """Exit by SystemExit, so that every `finally` runs. Ray Data would print a ClipflowError with a traceback."""
     print("error [terminated]: Stopped by SIGTERM; what is finished is kept. Repeat to go on.", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(FAILED)

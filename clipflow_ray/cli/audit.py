@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from clipflow_ray.cli.exits import TOO_MANY_ERRORS, TOO_MANY_FLAGGED
 from clipflow_ray.cli.options import (
     Alpha,
     AsJson,
@@ -91,11 +92,11 @@ def audit(
     print(json.dumps(record, indent=1) if as_json else summary(record))
     if (rate := error_rate(record)) > settings.max_error_rate:
         print(f"{rate:.1%} of the objects are errors, above {settings.max_error_rate:.1%}.", file=sys.stderr)
-        sys.exit(3)
+        sys.exit(TOO_MANY_ERRORS)
     share = record["flagged"]["share"]
     if fail_above is not None and share is not None and share > fail_above:
         print(f"{share:.1%} of the scored images are flagged, above {fail_above:.1%}.", file=sys.stderr)
-        sys.exit(4)
+        sys.exit(TOO_MANY_FLAGGED)
 
 
 def finalize(

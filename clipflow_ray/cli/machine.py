@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from clipflow_ray.cli.audit import summary
+from clipflow_ray.cli.exits import FAILED
 from clipflow_ray.cli.options import Checkpoint
 from clipflow_ray.config import DEFAULT_CHECKPOINT, AuditConfig, EncoderConfig, load_yaml
 
@@ -56,7 +57,7 @@ def doctor(checkpoint: Checkpoint = None) -> None:
         failed |= not fine
         print(f"{'ok  ' if fine else 'FAIL'} {name}: {outcome}")
     if failed:
-        sys.exit(1)
+        sys.exit(FAILED)
 
 
 def _made(folder: str) -> str:

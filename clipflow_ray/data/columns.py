@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from clipflow_ray.errors import ClipflowError
 
+Status = Literal["ok", "error", "skipped_duplicate", "skipped_sample"]
 Stage = Literal["listing", "reading", "scoring", "finalizing"]
 
 
@@ -34,6 +35,13 @@ class Column:
     meaning: str
     dropped_by: Stage | None = None
 
+
+STATUSES: Final[dict[Status, str]] = {
+    "ok": "The object has a score and a verdict.",
+    "error": "The object has no score; `error_code` and `error_message` say why.",
+    "skipped_duplicate": "Another row has the same bytes and `--dedupe sha256` is given; a score, no verdict.",
+    "skipped_sample": "The object is outside the sample that `--sample` draws; it was not read.",
+}
 
 _LISTING: Final[tuple[Stage, ...]] = ("listing",)
 _READING: Final[tuple[Stage, ...]] = ("reading",)
@@ -61,13 +69,18 @@ COLUMNS: Final = (
     Column("format", pa.string(), _READING, "`JPEG`, `PNG`, `WEBP` or `GIF`, by the first bytes of the file."),
     Column("mode", pa.string(), _READING, "Pillow's pixel mode of the file, such as `RGB`, `L` or `P`."),
     Column("frames", pa.int32(), _READING, "Number of frames; the first one is scored."),
-    Column("jpeg_quality", pa.int32(), _READING, "Estimated JPEG quality, 1 to 100; null for other formats."),
+    Column(
+        "jpeg_quality",
+        pa.int32(),
+        _READING,
+        "Estimated JPEG quality, 1 to 100; null if the file has no quantization table.",
+    ),
     Column("has_exif", pa.bool_(), _READING, "Whether the file has EXIF metadata."),
     Column(
         "status",
         pa.string(),
         ("reading", "scoring", "finalizing"),
-        "`ok`, `error`, `skipped_duplicate` or `skipped_sample`.",
+        "Outcome for the object: `ok`, `error`, `skipped_duplicate` or `skipped_sample`.",
     ),
     Column("error_code", pa.string(), ("reading", "scoring"), "Error code if `status` is `error`; else null."),
     Column("error_message", pa.string(), ("reading", "scoring"), "The error in a sentence if `status` is `error`."),

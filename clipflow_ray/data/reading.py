@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from clipflow_ray import images, sandbox
 from clipflow_ray.config import ImageLimits
-from clipflow_ray.data.columns import add_columns
+from clipflow_ray.data.columns import Status, add_columns
 from clipflow_ray.data.containers import PARQUET, TAR, parquet_value
 from clipflow_ray.errors import ItemError
 from clipflow_ray.images import DecodedImage, ViewKind
@@ -116,7 +116,7 @@ def read_and_decode(
     return described(table, outcomes, views)
 
 
-def _status(image: DecodedImage | ItemError | None) -> str:
+def _status(image: DecodedImage | ItemError | None) -> Status:
     if image is None:
         return "skipped_sample"
     return "error" if isinstance(image, ItemError) else "ok"

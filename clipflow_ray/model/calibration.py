@@ -18,10 +18,15 @@ from clipflow_ray.errors import CalibrationError
 F32 = NDArray[np.float32]
 Verdict = Literal["likely_ai", "inconclusive", "no_ai_signal"]
 
-VERDICTS: Final[tuple[Verdict, ...]] = ("likely_ai", "inconclusive", "no_ai_signal")
 MIN_STRATUM: Final = 100
 # Between alpha and five times alpha an image is neither clear nor suspicious enough: `inconclusive`.
 INCONCLUSIVE_FACTOR: Final = 5.0
+# What each verdict means; docs/formats.md shows these sentences.
+VERDICTS: Final[dict[Verdict, str]] = {
+    "likely_ai": "The p-value is at most alpha. Of photographs like those of the calibration, a share alpha gets this.",
+    "inconclusive": f"The p-value is above alpha and at most {INCONCLUSIVE_FACTOR:g} times alpha.",
+    "no_ai_signal": f"The p-value is above {INCONCLUSIVE_FACTOR:g} times alpha. This does not prove a photograph.",
+}
 # A p-value is k / (n + 1) in float32: equal to alpha means equal up to that rounding.
 _ROUNDING: Final = 1e-6
 

@@ -4,20 +4,22 @@ from typing import Final
 
 from clipflow_ray.serve.schemas import ErrorBody, ErrorCode, ErrorDetail
 
-STATUS: Final[dict[ErrorCode, int]] = {
-    "invalid_request": 400,
-    "unauthorized": 401,
-    "not_found": 404,
-    "method_not_allowed": 405,
-    "file_too_large": 413,
-    "batch_too_large": 413,
-    "unsupported_media_type": 415,
-    "validation_error": 422,
-    "overloaded": 429,
-    "internal": 500,
-    "not_ready": 503,
-    "timeout": 504,
+# HTTP status of each code, and what it means; docs/formats.md shows these sentences.
+CODES: Final[dict[ErrorCode, tuple[int, str]]] = {
+    "invalid_request": (400, "The request or its body cannot be parsed. Send valid multipart or JSON."),
+    "unauthorized": (401, "The bearer token is missing or unknown. Send `Authorization: Bearer` with a valid token."),
+    "not_found": (404, "There is nothing at this path. See `/docs`."),
+    "method_not_allowed": (405, "The path does not take this method. See `/docs`."),
+    "file_too_large": (413, "The only file of the request is larger than `max_bytes`. Send a smaller file."),
+    "batch_too_large": (413, "The request holds more images or bytes than allowed. Send fewer images at once."),
+    "unsupported_media_type": (415, "The content type or encoding of the body is unknown. Send multipart or JSON."),
+    "validation_error": (422, "A field is missing, unknown or out of range. The message names it."),
+    "overloaded": (429, "The server is at its capacity. Send the request again after `Retry-After` seconds."),
+    "internal": (500, "An error in the service. Report it with its `request_id`."),
+    "not_ready": (503, "No detector answers yet. Send the request again after `Retry-After` seconds."),
+    "timeout": (504, "The answer took longer than allowed. Send fewer images at once."),
 }
+STATUS: Final[dict[ErrorCode, int]] = {code: status for code, (status, _) in CODES.items()}
 
 
 class RequestError(Exception):

@@ -33,111 +33,117 @@ class Schema(BaseModel):
 
 
 class JsonImage(Schema):
-    """One image of a JSON request: an id that its result repeats, and its bytes in standard base64."""
+    """One image of a JSON request."""
 
-    id: str = Field(max_length=255)
-    b64: str
+    id: str = Field(max_length=255, description="Name of the image; its result has the same one.")
+    b64: str = Field(description="The bytes of the file in standard base64.")
 
 
 class DetectRequest(Schema):
-    """JSON body of POST /v1/detect. Without `alpha` the server uses its own."""
+    """JSON body of POST /v1/detect."""
 
-    images: list[JsonImage] = Field(min_length=1)
-    alpha: float | None = Field(None, gt=0, lt=1)
+    images: list[JsonImage] = Field(min_length=1, description="The images, up to the server's `max_images`.")
+    alpha: float | None = Field(
+        None, gt=0, lt=1, description="False-positive rate to flag at; by default the server's own."
+    )
 
 
 class ItemFailure(Schema):
     """Why one image has no score."""
 
-    code: ItemCode
-    message: str
+    code: ItemCode = Field(description="Error code of the image.")
+    message: str = Field(description="The error in a sentence.")
 
 
 class ItemResult(Schema):
-    """The result of one image: the fields of a finding if `status` is ok, and `error` if `status` is error."""
+    """The result for one image. `error` is present if `status` is `error`; the fields of a score if it is `ok`."""
 
-    id: str
-    index: int
-    status: Literal["ok", "error"]
-    sha256: str | None = None
-    width: int | None = None
-    height: int | None = None
-    format: str | None = None
-    score: float | None = None
-    log_likelihood: float | None = None
-    p_value: float | None = None
-    stratum: str | None = None
-    verdict: Verdict | None = None
-    reasons: list[str] | None = None
-    warnings: list[str] | None = None
-    latency_ms: float | None = None
-    error: ItemFailure | None = None
+    id: str = Field(description="File name or `id` of the image in the request.")
+    index: int = Field(description="Position of the image in the request, from 0.")
+    status: Literal["ok", "error"] = Field(description="Whether the image has a score.")
+    sha256: str | None = Field(None, description="SHA-256 of the file in hex; absent if the file is too large.")
+    width: int | None = Field(None, description="Width in pixels, upright.")
+    height: int | None = Field(None, description="Height in pixels, upright.")
+    format: str | None = Field(None, description="`JPEG`, `PNG`, `WEBP` or `GIF`, by the first bytes of the file.")
+    score: float | None = Field(
+        None, description="Negative log-likelihood per dimension; higher is more suspicious. Specific to the model."
+    )
+    log_likelihood: float | None = Field(None, description="Log-likelihood of the embedding, in nats.")
+    p_value: float | None = Field(None, description="Conformal p-value among all calibration images.")
+    stratum: str | None = Field(None, description="Format and class of the longer side, such as `jpeg|512-1024`.")
+    verdict: Verdict | None = Field(None, description="Verdict at the request's alpha.")
+    reasons: list[str] | None = Field(None, description="Reasons for the verdict, as codes.")
+    warnings: list[str] | None = Field(None, description="Remarks on the image, as codes; they change no score.")
+    latency_ms: float | None = Field(None, description="Milliseconds from the start of the request to its results.")
+    error: ItemFailure | None = Field(None, description="Why there is no score.")
 
 
 class ModelInfo(Schema):
-    """The model, the calibration and the release that judged."""
+    """The model, the calibration and the release that judge."""
 
-    model_id: str
-    calibration_id: str
-    tool_version: str
+    model_id: str = Field(description="Id of the flow and its encoder: 16 hex digits.")
+    calibration_id: str = Field(description="Id of the calibration set: 16 hex digits.")
+    tool_version: str = Field(description="Version of clipflow_ray.")
 
 
 class DetectResponse(Schema):
-    """Answer of POST /v1/detect, with results in request order.
+    """Answer of POST /v1/detect."""
 
-    `alpha_realised_95` is the 95 % interval of the false-positive rate at `alpha` on photographs like those of the
-    calibration.
-    """
-
-    request_id: str
-    model: ModelInfo
-    alpha: float
-    alpha_realised_95: tuple[float, float]
-    results: list[ItemResult]
-    disclaimer: str
+    request_id: str = Field(description="Id of the request; the server's log has it as well.")
+    model: ModelInfo = Field(description="What judged.")
+    alpha: float = Field(description="False-positive rate that was used.")
+    alpha_realised_95: tuple[float, float] = Field(
+        description="95 % interval of the rate that `alpha` realises on photographs like those of the calibration."
+    )
+    results: list[ItemResult] = Field(description="One result an image, in the order of the request.")
+    disclaimer: str = Field(description="What a verdict is and is not, in a sentence.")
 
 
 class Threshold(Schema):
-    """At `alpha`, images that score above `score` are flagged. The interval is as in `alpha_realised_95`."""
+    """The score threshold of one alpha."""
 
-    alpha: float
-    score: float
-    false_positive_rate_95: tuple[float, float]
+    alpha: float = Field(description="False-positive rate.")
+    score: float = Field(description="Images with a higher score are flagged.")
+    false_positive_rate_95: tuple[float, float] = Field(
+        description="95 % interval of the rate that it realises on photographs like those of the calibration."
+    )
 
 
 class ServiceLimits(Schema):
     """Limits of one request."""
 
-    max_images: int
-    max_bytes: int
-    max_body_bytes: int
-    max_pixels: int
-    formats: list[str]
+    max_images: int = Field(description="Images in one request.")
+    max_bytes: int = Field(description="Bytes of one file.")
+    max_body_bytes: int = Field(description="Bytes of one multipart body.")
+    max_pixels: int = Field(description="Pixels of one image.")
+    formats: list[str] = Field(description="Accepted formats.")
 
 
 class ModelCard(Schema):
-    """Answer of GET /v1/model. `thresholds` are for common alphas that the calibration supports."""
+    """Answer of GET /v1/model."""
 
-    model: ModelInfo
-    alpha: float
-    alpha_realised_95: tuple[float, float]
-    calibration_n: int
-    thresholds: list[Threshold]
-    limits: ServiceLimits
-    auth_required: bool
-    card: str = Field(description="Markdown")
-    disclaimer: str
+    model: ModelInfo = Field(description="What judges.")
+    alpha: float = Field(description="False-positive rate that is used if a request names none.")
+    alpha_realised_95: tuple[float, float] = Field(
+        description="95 % interval of the rate that `alpha` realises on photographs like those of the calibration."
+    )
+    calibration_n: int = Field(description="Number of calibration images.")
+    thresholds: list[Threshold] = Field(description="Thresholds of common alphas that the calibration supports.")
+    limits: ServiceLimits = Field(description="What one request may hold.")
+    auth_required: bool = Field(description="Whether a request needs a bearer token.")
+    card: str = Field(description="The model card in Markdown.")
+    disclaimer: str = Field(description="What a verdict is and is not, in a sentence.")
 
 
 class ErrorDetail(Schema):
-    """`code` is stable. `message` says what to do next."""
+    """Why a request as a whole is refused."""
 
-    code: ErrorCode
-    message: str
-    request_id: str
+    code: ErrorCode = Field(description="Stable code.")
+    message: str = Field(description="What to do next, in a sentence.")
+    request_id: str = Field(description="Id of the request; the server's log has it as well.")
 
 
 class ErrorBody(Schema):
     """Body of every answer that is not 2xx."""
 
-    error: ErrorDetail
+    error: ErrorDetail = Field(description="The error.")
