@@ -7,18 +7,19 @@ Nothing here imports torch: a task's process would spend seconds on it before it
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 
-from clipflow_ray import images, sandbox
+from clipflow_ray import sandbox
 from clipflow_ray.config import ImageLimits
 from clipflow_ray.data.columns import Status, add_columns
 from clipflow_ray.data.containers import PARQUET, TAR, parquet_value
 from clipflow_ray.errors import ItemError
 from clipflow_ray.images import DecodedImage, ViewKind
+from clipflow_ray.model.finding import FileFacts
 from clipflow_ray.place import Place
 
 VIEW: Final = "view"
@@ -72,19 +73,13 @@ def read_bytes(table: pa.Table, near: Place, limits: ImageLimits, column: str | 
 
 def described(table: pa.Table, outcomes: Sequence[ReadImage], views: Sequence[bytes | None]) -> pa.Table:
     """Manifest rows -> the same rows with the columns of the reading stage, from one outcome and `view` a row."""
-    decoded = [o.image if isinstance(o.image, DecodedImage) else None for o in outcomes]
+    facts = [FileFacts.of(o.image) if isinstance(o.image, DecodedImage) else None for o in outcomes]
     errors = [o.image if isinstance(o.image, ItemError) else None for o in outcomes]
     values: dict[str, Sequence[Any]] = {
         "sha256": [o.sha256 for o in outcomes],
         "bytes": [o.bytes for o in outcomes],
-        "width": [i and i.width for i in decoded],
-        "height": [i and i.height for i in decoded],
-        "format": [i and i.format for i in decoded],
-        "mode": [i and i.mode for i in decoded],
-        "frames": [i and i.frames for i in decoded],
-        "jpeg_quality": [i and i.jpeg_quality for i in decoded],
-        "has_exif": [i and i.has_exif for i in decoded],
-        "stratum": [i and images.stratum(i.format, i.width, i.height) for i in decoded],
+        **{field.name: [f and getattr(f, field.name) for f in facts] for field in fields(FileFacts)},
+        "stratum": [f and f.stratum for f in facts],
         "status": [_status(o.image) for o in outcomes],
         "error_code": [e and e.item_code for e in errors],
         "error_message": [e and str(e) for e in errors],

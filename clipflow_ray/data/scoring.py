@@ -22,6 +22,7 @@ from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint
 from clipflow_ray.model.detector import Detector, Scores
 from clipflow_ray.model.encoder import Encoder
+from clipflow_ray.model.finding import non_finite
 
 _VIEW_SHAPE: Final = (VIEW_SIZE, VIEW_SIZE, 3)
 _SECONDS: Final = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
@@ -69,18 +70,15 @@ def scored(table: pa.Table, scores: Scores | None, calibration: Calibration) -> 
             values[present] = getattr(scores, name)
     strata = [name or "" for name in table["stratum"].to_pylist()]
     broken = present & np.isnan(numbers["score"])
-    errors = {
-        "status": "error",
-        "error_code": "non_finite",
-        "error_message": "The encoder gave no finite embedding for this image.",
-    }
+    error = non_finite()
+    errors = {"status": "error", "error_code": error.item_code, "error_message": str(error)}
     columns: dict[str, Any] = {
         **numbers,
         "p_stratum": calibration.p_stratum(numbers["score"], strata),
         "scored_at": [datetime.now(UTC).isoformat(timespec="seconds")] * len(table),
         **{
-            name: [error if bad else old for bad, old in zip(broken, table[name].to_pylist(), strict=True)]
-            for name, error in errors.items()
+            name: [new if bad else old for bad, old in zip(broken, table[name].to_pylist(), strict=True)]
+            for name, new in errors.items()
         },
     }
     return add_columns(table, "scoring", columns)

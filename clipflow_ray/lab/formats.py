@@ -16,7 +16,8 @@ from clipflow_ray import config, errors
 from clipflow_ray.cli.exits import EXIT_CODES
 from clipflow_ray.data.columns import COLUMNS, STATUSES
 from clipflow_ray.errors import ITEM_CODES, ClipflowError
-from clipflow_ray.model.calibration import VERDICTS
+from clipflow_ray.model.calibration import REASONS, VERDICTS
+from clipflow_ray.model.finding import WARNINGS
 from clipflow_ray.serve import schemas
 from clipflow_ray.serve.failures import CODES
 
@@ -125,6 +126,8 @@ SECTIONS: Final[dict[str, Callable[[], str]]] = {
     "ledger": _ledger,
     "statuses": lambda: _meanings(STATUSES, "status"),
     "verdicts": lambda: _meanings(VERDICTS, "verdict"),
+    "reasons": lambda: _meanings(REASONS, "reason"),
+    "warnings": lambda: _meanings(WARNINGS, "warning"),
     "item-errors": lambda: _meanings(ITEM_CODES, "error_code"),
     "errors": _errors,
     "exit-codes": lambda: _meanings(EXIT_CODES, "exit code"),

@@ -17,15 +17,21 @@ from clipflow_ray.errors import CalibrationError
 
 F32 = NDArray[np.float32]
 Verdict = Literal["likely_ai", "inconclusive", "no_ai_signal"]
+Reason = Literal["below_alpha", "near_alpha", "above_alpha"]
 
 MIN_STRATUM: Final = 100
 # Between alpha and five times alpha an image is neither clear nor suspicious enough: `inconclusive`.
 INCONCLUSIVE_FACTOR: Final = 5.0
-# What each verdict means; docs/formats.md shows these sentences.
+# What each verdict and each reason means; docs/formats.md shows these sentences.
 VERDICTS: Final[dict[Verdict, str]] = {
     "likely_ai": "The p-value is at most alpha. Of photographs like those of the calibration, a share alpha gets this.",
     "inconclusive": f"The p-value is above alpha and at most {INCONCLUSIVE_FACTOR:g} times alpha.",
     "no_ai_signal": f"The p-value is above {INCONCLUSIVE_FACTOR:g} times alpha. This does not prove a photograph.",
+}
+REASONS: Final[dict[Reason, str]] = {
+    "below_alpha": "The p-value is at most alpha.",
+    "near_alpha": f"The p-value is at most {INCONCLUSIVE_FACTOR:g} times alpha.",
+    "above_alpha": "The p-value is larger.",
 }
 # A p-value is k / (n + 1) in float32: equal to alpha means equal up to that rounding.
 _ROUNDING: Final = 1e-6
@@ -105,7 +111,7 @@ class Calibration:
         return min(len(self.scores), int(expected))  # an alpha next to 1 rounds up to n + 1
 
 
-def verdict(p_value: float, alpha: float) -> tuple[Verdict, list[str]]:
+def verdict(p_value: float, alpha: float) -> tuple[Verdict, list[Reason]]:
     """The verdict at `alpha` and its reasons."""
     if p_value <= alpha * (1.0 + _ROUNDING):
         return "likely_ai", ["below_alpha"]

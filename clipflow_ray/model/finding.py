@@ -7,14 +7,19 @@ ledger's columns of the same names hold FileFacts and Numbers, and its verdicts 
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import Final, Literal, TypedDict
 
 from clipflow_ray import images
 from clipflow_ray.errors import ItemCode, ItemError
 from clipflow_ray.images import DecodedImage
-from clipflow_ray.model.calibration import Verdict, verdict
+from clipflow_ray.model.calibration import Reason, Verdict, verdict
 
 WarningCode = Literal["no_exif", "enlarged_to_view"]
+# What each warning means; docs/formats.md shows these sentences.
+WARNINGS: Final[dict[WarningCode, str]] = {
+    "no_exif": "The file has no EXIF metadata. Editing, sharing and screenshots remove it too.",
+    "enlarged_to_view": "The shorter side is below that of the encoder's view, so the image was enlarged.",
+}
 
 
 class Failure(TypedDict):
@@ -89,7 +94,7 @@ class Finding:
     p_value: float | None = None
     stratum: str | None = None
     verdict: Verdict | None = None
-    reasons: list[str] = field(default_factory=list)
+    reasons: list[Reason] = field(default_factory=list)
     warnings: list[WarningCode] = field(default_factory=list)
     error: Failure | None = None
 

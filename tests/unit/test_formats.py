@@ -9,7 +9,8 @@ from pydantic import BaseModel, Field
 from clipflow_ray.data.columns import STATUSES, Status
 from clipflow_ray.errors import ITEM_CODES, ItemCode
 from clipflow_ray.lab.formats import DOCUMENT, SECTIONS, model_tables, rendered
-from clipflow_ray.model.calibration import VERDICTS, Verdict
+from clipflow_ray.model.calibration import REASONS, VERDICTS, Reason, Verdict
+from clipflow_ray.model.finding import WARNINGS, WarningCode
 from clipflow_ray.serve.failures import CODES
 from clipflow_ray.serve.schemas import ErrorCode
 
@@ -33,7 +34,14 @@ def test_an_outdated_section_is_replaced_and_the_rest_is_kept() -> None:
 
 @pytest.mark.parametrize(
     ("meanings", "codes"),
-    [(ITEM_CODES, ItemCode), (STATUSES, Status), (VERDICTS, Verdict), (CODES, ErrorCode)],
+    [
+        (ITEM_CODES, ItemCode),
+        (STATUSES, Status),
+        (VERDICTS, Verdict),
+        (REASONS, Reason),
+        (WARNINGS, WarningCode),
+        (CODES, ErrorCode),
+    ],
 )
 def test_every_code_has_a_sentence(meanings: dict[str, object], codes: object) -> None:
     assert set(meanings) == set(get_args(codes))
