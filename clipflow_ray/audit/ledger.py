@@ -1,4 +1,4 @@
-"""The ledger: parquet files with one row per listed object; their columns are listed in `data/columns.py`.
+"""The ledger: parquet files with one row per listed object; their columns are listed in `columns.py`.
 
 Scores are stored once, under `scored/`. Verdicts, q-values and rates at any alpha are computed from them without an
 encoder.
@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from clipflow_ray.audit.repeats import numbered
-from clipflow_ray.data.columns import add_columns, ledger_table
+from clipflow_ray.columns import add_columns, ledger_table
 from clipflow_ray.model.calibration import Calibration, verdict
 from clipflow_ray.runs.folder import Run
 from clipflow_ray.statistics import flagged_rate

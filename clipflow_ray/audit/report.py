@@ -17,8 +17,8 @@ from scipy import stats
 
 from clipflow_ray.audit.distribution import Distribution
 from clipflow_ray.audit.ledger import LEDGER
+from clipflow_ray.columns import LEDGER_SCHEMA
 from clipflow_ray.config import DISCLAIMER, AuditConfig, ImageLimits
-from clipflow_ray.data.columns import LEDGER_SCHEMA
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.reports import pages
 from clipflow_ray.runs.folder import Run

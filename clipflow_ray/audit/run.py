@@ -14,9 +14,9 @@ from clipflow_ray import __version__
 from clipflow_ray.audit.ledger import LEDGER, SCORED, calibration_card, finalize, judged
 from clipflow_ray.audit.progress import reported
 from clipflow_ray.audit.report import write_report
+from clipflow_ray.columns import MANIFEST_SCHEMA
 from clipflow_ray.config import AuditConfig, validated
 from clipflow_ray.data import resources
-from clipflow_ray.data.columns import MANIFEST_SCHEMA
 from clipflow_ray.data.inventory import rows, sources
 from clipflow_ray.data.listing import write_manifest
 from clipflow_ray.data.pipeline import read_then_encode

@@ -17,8 +17,8 @@ from typing import Any, Final, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipflow_ray.columns import manifest_table
 from clipflow_ray.config import InputFormat, InventoryOptions
-from clipflow_ray.data.columns import manifest_table
 from clipflow_ray.data.containers import PARQUET, TAR, image_column
 from clipflow_ray.errors import InputError
 from clipflow_ray.place import Place, StoredObject

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from clipflow_ray import sandbox
+from clipflow_ray.columns import Status, add_columns
 from clipflow_ray.config import ImageLimits
-from clipflow_ray.data.columns import Status, add_columns
 from clipflow_ray.data.containers import PARQUET, TAR, parquet_value
 from clipflow_ray.errors import ItemError
 from clipflow_ray.images import DecodedImage, ViewKind

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from ray.util.metrics import Counter, Histogram
 
+from clipflow_ray.columns import add_columns
 from clipflow_ray.config import EncoderConfig
-from clipflow_ray.data.columns import add_columns
 from clipflow_ray.data.reading import VIEW
 from clipflow_ray.errors import EncoderMismatchError
 from clipflow_ray.images import VIEW_SIZE, Pixels

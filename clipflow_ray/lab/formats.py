@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from clipflow_ray import config, errors
 from clipflow_ray.cli.exits import EXIT_CODES
-from clipflow_ray.data.columns import COLUMNS, STATUSES
+from clipflow_ray.columns import COLUMNS, STATUSES
 from clipflow_ray.errors import ITEM_CODES, ClipflowError
 from clipflow_ray.model.calibration import REASONS, VERDICTS
 from clipflow_ray.model.finding import WARNINGS

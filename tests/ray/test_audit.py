@@ -22,8 +22,8 @@ import ray
 import yaml
 
 from clipflow_ray.audit.run import audit
+from clipflow_ray.columns import LEDGER_SCHEMA
 from clipflow_ray.config import AuditConfig
-from clipflow_ray.data.columns import LEDGER_SCHEMA
 from clipflow_ray.data.resources import ScoringPlan, plan_scoring
 from clipflow_ray.data.scoring import Score
 from clipflow_ray.errors import CalibrationError, CheckpointError, InputError, ResourceError, RunConflictError

@@ -17,8 +17,8 @@ from playwright.sync_api import sync_playwright
 
 from clipflow_ray.audit import progress
 from clipflow_ray.audit.run import audit, error_rate, judge_again, plan
+from clipflow_ray.columns import manifest_table
 from clipflow_ray.config import AuditConfig, ImageLimits, InventoryOptions
-from clipflow_ray.data.columns import manifest_table
 from clipflow_ray.data.inventory import rows, sources
 from clipflow_ray.data.reading import read_bytes
 from clipflow_ray.errors import InputError, RunConflictError

@@ -8,8 +8,7 @@ import pytest
 
 from clipflow_ray.audit.ledger import judged
 from clipflow_ray.audit.run import check_columns
-from clipflow_ray.config import ImageLimits
-from clipflow_ray.data.columns import (
+from clipflow_ray.columns import (
     COLUMNS,
     LEDGER_SCHEMA,
     MANIFEST_SCHEMA,
@@ -18,6 +17,7 @@ from clipflow_ray.data.columns import (
     ledger_table,
     manifest_table,
 )
+from clipflow_ray.config import ImageLimits
 from clipflow_ray.data.reading import ReadImage, described
 from clipflow_ray.data.scoring import scored
 from clipflow_ray.errors import ClipflowError, ReadError

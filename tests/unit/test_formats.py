@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel, Field
 
-from clipflow_ray.data.columns import STATUSES, Status
+from clipflow_ray.columns import STATUSES, Status
 from clipflow_ray.errors import ITEM_CODES, ItemCode
 from clipflow_ray.lab.formats import DOCUMENT, SECTIONS, model_tables, rendered
 from clipflow_ray.model.calibration import REASONS, VERDICTS, Reason, Verdict

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipflow_ray.columns import MANIFEST_SCHEMA
 from clipflow_ray.config import InventoryOptions
 from clipflow_ray.data import containers, inventory
-from clipflow_ray.data.columns import MANIFEST_SCHEMA
 from clipflow_ray.data.inventory import check_apart, listing_hash, row_id, sources, write_source
 from clipflow_ray.errors import InputError, ReadError
 from clipflow_ray.place import Place

@@ -151,6 +151,4 @@ def _check(producer: str, found: Collection[str], listed: Collection[str]) -> No
     if extra or missing:
         problems = [f"has the unlisted {', '.join(sorted(extra))}"] * bool(extra)
         problems += [f"lacks {', '.join(sorted(missing))}"] * bool(missing)
-        raise ClipflowError(
-            f"{producer} {' and '.join(problems)}. Its columns are listed in data/columns.py; report it."
-        )
+        raise ClipflowError(f"{producer} {' and '.join(problems)}. Its columns are listed in columns.py; report it.")
