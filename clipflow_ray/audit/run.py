@@ -17,13 +17,14 @@ from clipflow_ray.audit.report import write_report
 from clipflow_ray.columns import MANIFEST_SCHEMA
 from clipflow_ray.config import AuditConfig, validated
 from clipflow_ray.data import resources
-from clipflow_ray.data.inventory import rows, sources
-from clipflow_ray.data.listing import write_manifest
 from clipflow_ray.data.pipeline import read_then_encode
-from clipflow_ray.data.reading import read_and_decode, read_bytes
+from clipflow_ray.data.reading import read_and_decode
 from clipflow_ray.data.scoring import Score, scored
 from clipflow_ray.errors import CalibrationError, ConfigError, InputError, ReadError
 from clipflow_ray.images import VIEW_SIZE
+from clipflow_ray.inputs.listing import rows
+from clipflow_ray.inputs.manifest import write_manifest
+from clipflow_ray.inputs.reading import read_bytes
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint
 from clipflow_ray.model.encoder import Encoder
@@ -89,7 +90,7 @@ def _audited(config: AuditConfig, run: Run, checkpoint: Checkpoint, calibration:
     record |= {"alpha": config.alpha, "dedupe": config.dedupe, "ledger": (run.place / LEDGER).uri}
     record["calibration"] = calibration_card(calibration, config.alpha)
     record |= finalize(run, config.alpha, constants, config.dedupe == "sha256")
-    record["report"] = write_report(run, record, calibration, config.gallery, config.inventory.bytes_column)
+    record["report"] = write_report(run, record, calibration, config.gallery, config.inventory)
     run.succeed(record)
     return record
 
@@ -103,11 +104,10 @@ def plan(config: AuditConfig) -> dict[str, Any]:
         raise ConfigError("Name at least one --input to audit.")
     checkpoint = load_checkpoint(Place.at(config.checkpoint, config.s3))
     objects, size, names = 0, 0, Counter[str]()
-    for source in sources(places(config.input, config.s3), config.inventory.input_format):
-        for row in rows(source, config.inventory):
-            objects += 1
-            size += row["bytes"] or 0
-            names[os.path.splitext(row["member"] or row["uri"])[1].lower() or "none"] += 1
+    for row in rows(places(config.input, config.s3), config.inventory):
+        objects += 1
+        size += row["bytes"] or 0
+        names[os.path.splitext(row["member"] or row["uri"])[1].lower() or "none"] += 1
     resources.connect()
     scored = round(objects * config.sample)
     share = resources.plan_scoring(scored, config.batch_size)
@@ -156,7 +156,7 @@ def error_rate(record: dict[str, Any]) -> float:
 def _check_readable(config: AuditConfig, run: Run) -> None:
     """Raise InputError if access to the first few objects is denied: all the others would probably fail as well."""
     few = run.table(MANIFEST).head(_TRIED_FIRST)
-    tried = read_bytes(few, run.place, config.limits, config.inventory.bytes_column)
+    tried = read_bytes(few, run.place, config.limits, config.inventory)
     if all(isinstance(outcome, ReadError) and outcome.item_code == "access_denied" for outcome in tried):
         raise InputError(
             f"The credentials allow listing but not reading {', '.join(config.input)}: access to the first "
@@ -186,7 +186,7 @@ def _score(
         "near": run.place,
         "limits": config.limits,
         "kind": checkpoint.encoder.view,
-        "column": config.inventory.bytes_column,
+        "options": config.inventory,
         "sample": config.sample,
     }
     check_columns(reading, calibration, constants)

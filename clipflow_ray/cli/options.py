@@ -4,6 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
+from clipflow_ray.inputs.registry import FORMATS
+
 Inputs = Annotated[
     list[str] | None, typer.Option("--input", help="Folder, s3:// prefix, parquet, tar or list; repeatable.")
 ]
@@ -15,9 +17,7 @@ Region = Annotated[str | None, typer.Option("--region", help="S3 region.")]
 Unsigned = Annotated[bool, typer.Option("--unsigned", help="Read public buckets without credentials.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print json.")]
 Alpha = Annotated[float | None, typer.Option("--alpha", help="False-positive rate to flag at; default 0.01.")]
-Format = Annotated[
-    str | None, typer.Option("--input-format", help="auto, images, manifest, parquet, webdataset or hf; default auto.")
-]
+Format = Annotated[str | None, typer.Option("--input-format", help=f"One of auto, {', '.join(FORMATS)}; default auto.")]
 GroupBy = Annotated[str | None, typer.Option("--group-by", help="prefix:N, the first N folders; default prefix:1.")]
 UriColumn = Annotated[str | None, typer.Option("--uri-column", help="Column with URIs; default uri.")]
 BytesColumn = Annotated[str | None, typer.Option("--bytes-column", help="Column with image bytes; default: the first.")]

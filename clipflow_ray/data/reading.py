@@ -6,7 +6,6 @@ Nothing here imports torch: a task's process would spend seconds on it before it
 
 import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
@@ -15,15 +14,14 @@ import pyarrow as pa
 
 from clipflow_ray import sandbox
 from clipflow_ray.columns import Status, add_columns
-from clipflow_ray.config import ImageLimits
-from clipflow_ray.data.containers import PARQUET, TAR, parquet_value
+from clipflow_ray.config import ImageLimits, InventoryOptions
 from clipflow_ray.errors import ItemError
 from clipflow_ray.images import DecodedImage, ViewKind
+from clipflow_ray.inputs.reading import read_bytes
 from clipflow_ray.model.finding import FileFacts
 from clipflow_ray.place import Place
 
 VIEW: Final = "view"
-_READ_THREADS: Final = 8
 
 
 @dataclass(frozen=True)
@@ -36,14 +34,18 @@ class ReadImage:
 
 
 def read_images(
-    table: pa.Table, near: Place, limits: ImageLimits, kind: ViewKind | None = None, column: str | None = None
+    table: pa.Table,
+    near: Place,
+    limits: ImageLimits,
+    kind: ViewKind | None = None,
+    options: InventoryOptions | None = None,
 ) -> list[ReadImage]:
     """Read and decode the objects of manifest rows, in their order; reads overlap, decoding uses one core.
 
     `near` is any place that is reached with the same options as the rows' URIs. With `kind`, an image's `rgb` is its
-    view of that kind. `column` names the image bytes of parquet files, where it is not the first column with bytes.
+    view of that kind. `options` are those that the rows were listed with.
     """
-    contents = read_bytes(table, near, limits, column)
+    contents = read_bytes(table, near, limits, options)
     decoded = iter(sandbox.decode_all([c for c in contents if isinstance(c, bytes)], limits, kind))
     return [
         ReadImage(hashlib.sha256(content).hexdigest(), len(content), next(decoded))
@@ -51,24 +53,6 @@ def read_images(
         else ReadImage(None, None, content)
         for content in contents
     ]
-
-
-def read_bytes(table: pa.Table, near: Place, limits: ImageLimits, column: str | None = None) -> list[bytes | ItemError]:
-    """The encoded images of manifest rows, or why one cannot be read."""
-
-    def read(row: dict[str, Any]) -> bytes | ItemError:
-        place = near.with_uri(row["uri"])
-        try:
-            if row["container"] == PARQUET:
-                return parquet_value(place, row["offset"], limits.max_bytes, column)
-            span = (row["offset"], row["bytes"]) if row["container"] == TAR else None
-            return place.read(limits.max_bytes, row["etag"], span)
-        except ItemError as error:
-            return error
-
-    wanted = table.select(["uri", "container", "offset", "bytes", "etag"]).to_pylist()
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        return list(pool.map(read, wanted))
 
 
 def described(table: pa.Table, outcomes: Sequence[ReadImage], views: Sequence[bytes | None]) -> pa.Table:
@@ -93,7 +77,7 @@ def read_and_decode(
     near: Place,
     limits: ImageLimits,
     kind: ViewKind,
-    column: str | None = None,
+    options: InventoryOptions | None = None,
     sample: float = 1.0,
 ) -> pa.Table:
     """Manifest rows -> described rows with the encoder's view as bytes (uint8 224 x 224 x 3), null on error.
@@ -104,7 +88,7 @@ def read_and_decode(
     chosen = np.array([int(identity[:8], 16) < sample * 2**32 for identity in table["row_id"].to_pylist()], bool)
     outcomes = [ReadImage(None, None, None)] * len(table)
     for at, outcome in zip(
-        np.flatnonzero(chosen), read_images(table.filter(chosen), near, limits, kind, column), strict=True
+        np.flatnonzero(chosen), read_images(table.filter(chosen), near, limits, kind, options), strict=True
     ):
         outcomes[at] = outcome
     views = [o.image.rgb.tobytes() if isinstance(o.image, DecodedImage) else None for o in outcomes]

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from clipflow_ray.config import EvaluateConfig
 from clipflow_ray.data import resources
-from clipflow_ray.data.inventory import listing_hash
-from clipflow_ray.data.listing import write_manifest
 from clipflow_ray.data.pipeline import read_then_encode
 from clipflow_ray.data.scoring import Embed
 from clipflow_ray.evaluate.views import CASES, DRAW, VARIANTS, read_both, read_distorted
+from clipflow_ray.inputs.listing import listing_hash
+from clipflow_ray.inputs.manifest import write_manifest
 from clipflow_ray.model.detector import Detector
 from clipflow_ray.place import Place
 from clipflow_ray.runs.folder import MANIFEST, Run

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import l1_loss
 
 from clipflow_ray import sandbox
-from clipflow_ray.config import TrainConfig
-from clipflow_ray.data.inventory import group_of
+from clipflow_ray.config import InventoryOptions, TrainConfig
 from clipflow_ray.errors import InputError, ItemError
+from clipflow_ray.inputs.listing import rows
+from clipflow_ray.inputs.reading import read_row
 from clipflow_ray.place import places
 from clipflow_ray.proxies.autoencoder import DECODERS, Autoencoder, Decoder, save
 
@@ -62,16 +63,15 @@ def fit(views: NDArray[np.uint8], decoder: Decoder, steps: int, seed: int = 0) -
 def _training_views(config: TrainConfig) -> NDArray[np.uint8]:
     """uint8 [N, 224, 224, 3] of the images whose source neither validates nor calibrates."""
     kept_out = {*config.split.validation, *config.split.calibration}
-    views = []
-    for base in places(config.input, config.s3):
-        for item in base.objects():
-            if group_of(base.uri, item.uri, 1) in kept_out:
-                continue
-            try:
-                data = item.place.read(config.limits.max_bytes)
-                views.append(sandbox.decode(data, config.limits, config.encoder.view).rgb)
-            except ItemError as error:
-                log.warning("%s is left out: %s", item.uri, error)
+    inputs, options, views = places(config.input, config.s3), InventoryOptions(), []
+    for row in rows(inputs, options):
+        if row["group"] in kept_out:
+            continue
+        try:
+            data = read_row(row, inputs[0], options, config.limits)
+            views.append(sandbox.decode(data, config.limits, config.encoder.view).rgb)
+        except ItemError as error:
+            log.warning("%s is left out: %s", " ".join((row["uri"], row["member"])).strip(), error)
     if not views:
         raise InputError(f"No readable image to train on under {', '.join(config.input)}.")
     return np.stack(views)

@@ -33,9 +33,9 @@ from clipflow_ray.config import (
     ServeConfig,
 )
 from clipflow_ray.data import resources
-from clipflow_ray.data.listing import write_manifest
 from clipflow_ray.demo import photographs, s3_server
 from clipflow_ray.images import VIEW_SIZE
+from clipflow_ray.inputs.manifest import write_manifest
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from clipflow_ray.model.detector import Detector

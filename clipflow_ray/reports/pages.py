@@ -17,9 +17,9 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from clipflow_ray import sandbox
-from clipflow_ray.config import ImageLimits
-from clipflow_ray.data.reading import read_bytes
+from clipflow_ray.config import ImageLimits, InventoryOptions
 from clipflow_ray.errors import ItemError
+from clipflow_ray.inputs.reading import read_bytes
 from clipflow_ray.runs.folder import MANIFEST, Run
 
 NATURAL_COLOUR, SUSPICIOUS_COLOUR, GREY = "#8aa4c8", "#d1495b", "#808080"
@@ -79,11 +79,11 @@ def p_value_chart(counts: Sequence[int]) -> str:
 
 
 def pictured(
-    run: Run, rows: Iterable[dict[str, Any]], limits: ImageLimits, column: str | None = None
+    run: Run, rows: Iterable[dict[str, Any]], limits: ImageLimits, options: InventoryOptions | None = None
 ) -> list[dict[str, Any]]:
     """The `rows`, each with `image`: a thumbnail of its `row_id` as a data URI, or None where there is none.
 
-    The inputs are read again. `column` names the image bytes of parquet files.
+    The inputs are read again, with the `options` that they were listed with.
     """
     wanted = list(rows)
     ids = [row["row_id"] for row in wanted]
@@ -91,7 +91,7 @@ def pictured(
     # one after another: files of a manifest are large
     listed = [part.to_table(filter=found, batch_readahead=1, fragment_readahead=1) for part in run.parts(MANIFEST)]
     manifest = pa.concat_tables(listed)
-    contents = dict(zip(manifest["row_id"].to_pylist(), read_bytes(manifest, run.place, limits, column), strict=True))
+    contents = dict(zip(manifest["row_id"].to_pylist(), read_bytes(manifest, run.place, limits, options), strict=True))
     return [row | {"image": _thumbnail(contents.get(row["row_id"]), limits)} for row in wanted]
 
 

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from clipflow_ray import __version__, proxies
 from clipflow_ray.config import ProxyConfig, TrainConfig, stable_hash
 from clipflow_ray.data import resources
-from clipflow_ray.data.inventory import listing_hash
-from clipflow_ray.data.listing import write_manifest
 from clipflow_ray.data.pipeline import read_then_encode
 from clipflow_ray.data.scoring import Embed
 from clipflow_ray.errors import TrainingError
+from clipflow_ray.inputs.listing import listing_hash
+from clipflow_ray.inputs.manifest import write_manifest
 from clipflow_ray.model.encoder import Encoder
 from clipflow_ray.place import Place, places
 from clipflow_ray.runs.folder import MANIFEST, Run

@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipflow_ray import proxies, sandbox
-from clipflow_ray.config import ImageLimits, ProxyConfig
+from clipflow_ray.config import ImageLimits, InventoryOptions, ProxyConfig
 from clipflow_ray.errors import InputError, ItemError
 from clipflow_ray.images import Pixels
+from clipflow_ray.inputs.listing import rows
+from clipflow_ray.inputs.reading import read_row
 from clipflow_ray.place import Place
 
 _EXAMPLES = 4
@@ -79,15 +81,15 @@ def _made(view: Pixels, name: str, at: int, config: ProxyConfig) -> Pixels:
 
 
 def _views(inputs: Sequence[str], count: int) -> list[Pixels]:
-    limits = ImageLimits()
+    limits, options = ImageLimits(), InventoryOptions()
+    found = [Place.at(uri) for uri in inputs]
 
     def readable() -> Any:
-        for place in map(Place.at, inputs):
-            for item in place.objects():
-                try:
-                    yield sandbox.decode(item.place.read(limits.max_bytes), limits, "resize").rgb
-                except ItemError:
-                    continue  # a picture of proxies needs some images, not each of them
+        for row in rows(found, options):
+            try:
+                yield sandbox.decode(read_row(row, found[0], options, limits), limits, "resize").rgb
+            except ItemError:
+                continue  # a picture of proxies needs some images, not all of them
 
     views = list(islice(readable(), count))
     if not views:

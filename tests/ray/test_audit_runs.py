@@ -19,9 +19,9 @@ from clipflow_ray.audit import progress
 from clipflow_ray.audit.run import audit, error_rate, judge_again, plan
 from clipflow_ray.columns import manifest_table
 from clipflow_ray.config import AuditConfig, ImageLimits, InventoryOptions
-from clipflow_ray.data.inventory import rows, sources
-from clipflow_ray.data.reading import read_bytes
 from clipflow_ray.errors import InputError, RunConflictError
+from clipflow_ray.inputs.listing import rows
+from clipflow_ray.inputs.reading import read_bytes
 from clipflow_ray.place import Place
 from clipflow_ray.runs import lease
 from tests.conftest import encoded, photo, s3_client
@@ -187,8 +187,8 @@ def test_an_object_that_changed_after_it_was_listed_has_its_own_code(
     client = s3_client(s3)
     client.create_bucket(Bucket="changing")
     client.put_object(Bucket="changing", Key="in/a.jpg", Body=encoded(photo(1)))
-    (source,) = sources([s3.with_uri("s3://changing/in/")], "images")
-    manifest = manifest_table(list(rows(source, InventoryOptions())))
+    listed = rows([s3.with_uri("s3://changing/in/")], InventoryOptions(input_format="images"))
+    manifest = manifest_table(list(listed))
     client.put_object(Bucket="changing", Key="in/a.jpg", Body=encoded(photo(2)))
     (outcome,) = read_bytes(manifest, s3, ImageLimits())
     assert not isinstance(outcome, bytes) and outcome.item_code == "changed"

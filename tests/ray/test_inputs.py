@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -17,9 +18,9 @@ import pytest
 
 from clipflow_ray.audit.run import audit
 from clipflow_ray.config import AuditConfig, InventoryOptions
-from clipflow_ray.data import inventory
-from clipflow_ray.data.listing import write_manifest
 from clipflow_ray.errors import InputError
+from clipflow_ray.inputs.listing import sources
+from clipflow_ray.inputs.manifest import write_manifest
 from clipflow_ray.place import Place
 from tests.conftest import encoded, photo, s3_client
 
@@ -113,6 +114,26 @@ def test_an_imagefolder_passes_its_labels_through(reference: dict, trained: str,
     assert {row["sha256"]: row["score"] for row in rows} == pytest.approx(reference, rel=1e-5)
 
 
+def test_one_line_in_the_registry_adds_a_format_to_audits(reference: dict, trained: str, tmp_path: Path) -> None:
+    """In a cluster of its own, whose workers register the format as the driver does."""
+    for at, data in enumerate(IMAGES.values()):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{at}.hex").write_text(data.hex())
+    code = (
+        "import sys, ray\nfrom clipflow_ray.cli import main\nfrom tests import hex_format\nhex_format.register()\n"
+        "ray.init(num_cpus=4, runtime_env={'worker_process_setup_hook': 'tests.hex_format.register'})\n"
+        "main(['audit', '--input', sys.argv[1], '--output', sys.argv[2], '--checkpoint', sys.argv[3],"
+        " '--alpha', '0.1', '--json'])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "in"), str(tmp_path / "run"), trained]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = ledger(json.loads(done.stdout))
+    assert {row["sha256"]: row["score"] for row in rows} == pytest.approx(reference, rel=1e-5)
+    assert {row["label"] for row in rows} == {"toy"}
+
+
 def test_a_list_with_repeats_missing_files_and_bad_uris_gives_a_row_for_each_line(
     reference: dict, trained: str, folder: Path, tmp_path: Path
 ) -> None:
@@ -142,7 +163,7 @@ def test_prefixes_on_s3_are_listed_apart_and_nothing_is_lost(cluster: None, s3: 
     ]
     for key in [*keys, "in/.hidden/x.jpg", "other/y.jpg"]:
         client.put_object(Bucket="prefixes", Key=key, Body=b"x")
-    assert len(inventory.sources([s3.with_uri("s3://prefixes/in/")], "images")) == 3
+    assert len(sources([s3.with_uri("s3://prefixes/in/")], InventoryOptions(input_format="images"))) == 3
     count = write_manifest([s3.with_uri("s3://prefixes/in/")], Place.at(tmp_path / "m"))
     rows = pq.read_table(tmp_path / "m").to_pylist()
     assert count == len(rows) and sorted(row["uri"] for row in rows) == sorted(f"s3://prefixes/{key}" for key in keys)
@@ -207,7 +228,7 @@ def test_a_million_keys_become_a_manifest_in_bounded_driver_memory(tmp_path: Pat
     code = (
         "import sys, resource\nfrom clipflow_ray.config import AuditConfig\nfrom clipflow_ray.data import resources\n"
         "from clipflow_ray.place import places\n"
-        "from clipflow_ray.data.listing import write_manifest\nresources.connect()\n"
+        "from clipflow_ray.inputs.manifest import write_manifest\nresources.connect()\n"
         "s3 = {'endpoint_url': sys.argv[3], 'region': 'us-east-1', 'unsigned': True}\n"
         "source, manifest = places(sys.argv[1:3], AuditConfig(output='', s3=s3).s3)\n"
         "print(write_manifest([source], manifest), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"

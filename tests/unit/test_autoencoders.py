@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -55,3 +57,10 @@ def test_broken_files_are_left_out_and_so_are_sources_that_validate_or_calibrate
     nothing = config(sources, tmp_path / "out", validation=("alpine", "harbour"), calibration=("studio",))
     with pytest.raises(InputError, match="No readable image"):
         autoencoders.make(nothing, steps=1)
+
+
+def test_photographs_may_lie_in_parquet_files_with_a_column_of_sources(tmp_path: Path) -> None:
+    table = {"image": [encoded(photo(at, (224, 224))) for at in range(3)], "group": ["alpine", "harbour", "harbour"]}
+    pq.write_table(pa.table(table), tmp_path / "photos.parquet")
+    split = config(tmp_path / "photos.parquet", tmp_path / "out", validation=("alpine",))
+    assert autoencoders.make(split, steps=1) == 2

@@ -1,4 +1,4 @@
-"""What a manifest lists, how its rows are named and grouped, and when the hash of a listing changes."""
+"""What a manifest lists, how its rows are named and grouped, and what each input format lists and reads."""
 
 import io
 import os
@@ -13,11 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipflow_ray.columns import MANIFEST_SCHEMA
-from clipflow_ray.config import InventoryOptions
-from clipflow_ray.data import containers, inventory
-from clipflow_ray.data.inventory import check_apart, listing_hash, row_id, sources, write_source
-from clipflow_ray.errors import InputError, ReadError
+from clipflow_ray.config import ImageLimits, InventoryOptions, validated
+from clipflow_ray.errors import ConfigError, InputError, ItemError
+from clipflow_ray.inputs import manifest as manifests
+from clipflow_ray.inputs.format import InputFormat, format_named, row_id
+from clipflow_ray.inputs.listing import check_apart, listing_hash, sources
+from clipflow_ray.inputs.manifest import write_source
+from clipflow_ray.inputs.reading import read_bytes
+from clipflow_ray.inputs.registry import FORMATS
 from clipflow_ray.place import Place
+from tests import hex_format
 
 FILES = ("loose.jpg", "cats/a.jpg", "cats/b.jpg", "cats/deep/c.jpg", "dogs/a.jpg")
 
@@ -36,7 +41,7 @@ def manifest(tmp_path: Path, *inputs: Path | str, **options: str) -> list[dict]:
     folder = tmp_path / f"manifest-{len(os.listdir(tmp_path))}"
     folder.mkdir()
     settings, rows = InventoryOptions(**options), []
-    for number, source in enumerate(sources([Place.at(uri) for uri in inputs], settings.input_format)):
+    for number, source in enumerate(sources([Place.at(uri) for uri in inputs], settings)):
         names, count = write_source(source, number, Place.at(folder), settings)
         tables = [pq.read_table(folder / name) for name in names]
         assert all(table.schema == MANIFEST_SCHEMA for table in tables) and sum(map(len, tables)) == count
@@ -45,16 +50,24 @@ def manifest(tmp_path: Path, *inputs: Path | str, **options: str) -> list[dict]:
     return rows
 
 
+def read(rows: list[dict], max_bytes: int = 99) -> list[bytes | str]:
+    """The bytes of manifest rows, or the error code of a row that cannot be read."""
+    table = pa.Table.from_pylist(rows, MANIFEST_SCHEMA)
+    outcomes = read_bytes(table, Place.at("."), ImageLimits(max_bytes=max_bytes))
+    return [outcome.item_code if isinstance(outcome, ItemError) else outcome for outcome in outcomes]
+
+
 def test_a_manifest_has_one_row_per_file(tmp_path: Path, photos: Path) -> None:
     rows = manifest(tmp_path, photos)
     assert {row["uri"]: row["bytes"] for row in rows} == {f"{photos}/{n}": i for i, n in enumerate(FILES, 1)}
     assert len(rows) == len(FILES)
-    assert {(row["member"], row["etag"]) for row in rows} == {("", None)}
+    assert {(row["member"], row["etag"], row["input_format"]) for row in rows} == {("", None, "images")}
+    assert read(rows) == [bytes(i) for i, _ in enumerate(FILES, 1)]
 
 
 def test_the_schema_is_the_one_that_the_ledger_builds_on() -> None:
     kinds = {field.name: str(field.type) for field in MANIFEST_SCHEMA}
-    names = ("row_id", "uri", "member", "container", "group", "etag", "label", "generator")
+    names = ("row_id", "uri", "member", "input_format", "group", "etag", "label", "generator")
     assert kinds == dict.fromkeys(names, "string") | {"offset": "int64", "bytes": "int64"}
 
 
@@ -93,7 +106,7 @@ def test_a_file_that_two_inputs_name_is_listed_once(tmp_path: Path, photos: Path
 
 
 def test_a_long_listing_fills_several_files_in_order(tmp_path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inventory, "_ROWS_PER_FILE", 2)
+    monkeypatch.setattr(manifests, "_ROWS_PER_FILE", 2)
     listed = [row["uri"].removeprefix(f"{photos}/") for row in manifest(tmp_path, photos)]
     assert listed == list(FILES)
     parts = sorted(path.name for path in tmp_path.glob("manifest-*/*"))
@@ -205,16 +218,16 @@ def test_parquet_rows_are_found_by_number_whatever_the_column_is(tmp_path: Path)
         (f, n) for f in ("a.parquet", "b.parquet") for n in "012"
     ]
     assert [row["label"] for row in rows] == ["1", "2", "3", None, None, None]
-    read = [containers.parquet_value(Place(row["uri"]), row["offset"], 99, None) for row in rows if row["offset"] < 2]
-    assert read == [b"one", b"two"] * 2
-    with pytest.raises(ReadError) as caught:
-        containers.parquet_value(Place(rows[2]["uri"]), 2, 99, None)
-    assert caught.value.item_code == "empty"
+    assert read(rows) == [b"one", b"two", "empty"] * 2
+    assert read(rows, max_bytes=2) == ["too_large_bytes", "too_large_bytes", "empty"] * 2
 
 
 def test_a_parquet_file_of_uris_is_a_list(tmp_path: Path) -> None:
     pq.write_table(pa.table({"uri": ["s3://b/1.jpg", "s3://b/1.jpg"]}), tmp_path / "list.parquet")
     assert [row["uri"] for row in manifest(tmp_path, tmp_path / "list.parquet")] == ["s3://b/1.jpg"] * 2
+    (tmp_path / "1.jpg").write_bytes(b"one")
+    pq.write_table(pa.table({"uri": [f"{tmp_path}/1.jpg", "/absent.jpg"]}), tmp_path / "list.parquet")
+    assert read(manifest(tmp_path, tmp_path / "list.parquet")) == [b"one", "not_found"]
     pq.write_table(pa.table({"other": [1]}), tmp_path / "none.parquet")
     with pytest.raises(InputError, match="--bytes-column or --uri-column"):
         manifest(tmp_path, tmp_path / "none.parquet")
@@ -228,8 +241,8 @@ def test_tar_members_are_found_by_offset_and_only_images_are(tmp_path: Path) -> 
             archive.addfile(member, io.BytesIO(data))
     rows = manifest(tmp_path, tmp_path / "shard-0.tar")
     assert [row["member"] for row in rows] == ["a/1.jpg", "a/2.png", "a/1.jpg"]
-    read = [Place(row["uri"]).read(99, None, (row["offset"], row["bytes"])) for row in rows]
-    assert read == [b"first", b"second!", b"again"]
+    assert read(rows) == [b"first", b"second!", b"again"]
+    assert read(rows, max_bytes=5) == [b"first", "too_large_bytes", b"again"]
 
 
 def test_an_image_folder_takes_labels_from_its_metadata_or_its_folders(tmp_path: Path) -> None:
@@ -257,3 +270,58 @@ def test_a_list_without_its_uri_column_is_refused_even_if_an_imagefolder_would_d
     with pytest.raises(InputError, match="--uri-column"):
         manifest(tmp_path, tmp_path / "list.csv")
     assert len(manifest(tmp_path, tmp_path / "list.csv", uri_column="file_name")) == 1
+
+
+def test_every_format_of_the_registry_loads_under_its_name() -> None:
+    for name in FORMATS:
+        found = format_named(name)
+        assert isinstance(found, InputFormat) and found.name == name
+        assert validated(InventoryOptions, {"input_format": name}).input_format == name
+
+
+def test_a_format_that_is_not_registered_is_refused_and_the_error_names_those_that_are() -> None:
+    with pytest.raises(ConfigError, match=r"input_format: .*'hex' is not one of auto, images, manifest, parquet"):
+        validated(InventoryOptions, {"input_format": "hex"})
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (("a.txt", "b/1.JPG", "b/2.tar"), "images"),
+        (("list.jsonl",), "images"),
+        (("a/metadata.csv", "b/1.jpg"), "hf"),
+        (("1.jpg", "metadata.csv"), "images"),
+        (("LICENSE", "x.parquet", "y.tar"), "parquet"),
+        (("LICENSE", "a.tar", "x.parquet"), "webdataset"),
+        (("LICENSE",), "images"),
+    ],
+)
+def test_a_folder_has_the_format_of_the_first_file_that_shows_one(
+    tmp_path: Path, files: tuple[str, ...], expected: str
+) -> None:
+    for name in files:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text("x")
+    found = sources([Place.at(tmp_path / "in")], InventoryOptions())
+    assert {source.input_format for source in found} == {expected}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("metadata.csv", "manifest"), ("A.TXT", "manifest"), ("x.tar", "webdataset")]
+)
+def test_an_input_that_is_one_file_has_the_format_of_its_name(tmp_path: Path, name: str, expected: str) -> None:
+    (tmp_path / name).write_text("x")
+    (source,) = sources([Place.at(tmp_path / name)], InventoryOptions())
+    assert source.input_format == expected
+
+
+def test_one_line_in_the_registry_adds_a_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/1.hex").write_text(b"one".hex())
+    assert [row["input_format"] for row in manifest(tmp_path, tmp_path / "in")] == ["images"]
+    for name, line in hex_format.LINE.items():
+        monkeypatch.setitem(FORMATS, name, line)
+    rows = manifest(tmp_path, tmp_path / "in")
+    assert [(row["input_format"], row["label"]) for row in rows] == [("hex", "toy")]
+    assert read(rows) == [b"one"]
+    assert rows == manifest(tmp_path, tmp_path / "in", input_format="hex")
