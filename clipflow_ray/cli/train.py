@@ -39,7 +39,10 @@ def train(
 
 
 def proxies(
-    inputs: Annotated[list[str], typer.Option("--input", help="Folder with natural images; repeatable.")],
+    inputs: Annotated[
+        list[str],
+        typer.Option("--input", help="Natural images: folder, s3:// prefix, parquet, tar or list; repeatable."),
+    ],
     output: Annotated[str, typer.Option("--output", help="PNG file to write.")],
 ) -> None:
     """Draw an example of each proxy family and the families' mean radial spectra."""

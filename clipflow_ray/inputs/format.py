@@ -82,9 +82,19 @@ def manifest_row(
     By default the row's id is that of the object `uri` and its `member`. `identity` replaces it if a source may name
     the same object twice.
     """
-    row: Row = dict.fromkeys(MANIFEST_SCHEMA.names)
-    row |= {"row_id": identity or row_id(uri, member), "uri": uri, "member": member, "group": group}
-    return row | {"input_format": source.input_format} | values
+    row: Row = {
+        "row_id": identity or row_id(uri, member),
+        "uri": uri,
+        "member": member,
+        "input_format": source.input_format,
+        "offset": None,
+        "group": group,
+        "bytes": None,
+        "etag": None,
+        "label": None,
+        "generator": None,
+    }
+    return row | values
 
 
 def file_row(source: Source, item: StoredObject, options: InventoryOptions) -> Row:
