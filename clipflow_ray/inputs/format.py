@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final, cast
 
-from clipflow_ray.columns import MANIFEST_SCHEMA
 from clipflow_ray.config import InventoryOptions
 from clipflow_ray.errors import InputError
 from clipflow_ray.inputs.registry import FORMATS

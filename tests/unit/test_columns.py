@@ -33,7 +33,12 @@ STAGES = get_args(Stage)[1:]
 
 
 def row(name: str) -> dict[str, Any]:
-    return dict.fromkeys(MANIFEST_SCHEMA.names) | {"row_id": name, "uri": f"/in/{name}", "member": "", "input_format": "images"}
+    return dict.fromkeys(MANIFEST_SCHEMA.names) | {
+        "row_id": name,
+        "uri": f"/in/{name}",
+        "member": "",
+        "input_format": "images",
+    }
 
 
 def values(stage: Stage) -> dict[str, Any]:
