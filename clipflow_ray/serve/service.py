@@ -186,24 +186,8 @@ def _findings(decoded: list[Decoded], scored: Scored) -> Iterator[Finding]:
 
 
 def _item(upload: Upload, finding: Finding, latency_ms: float) -> ItemResult:
-    """The item of an HTTP answer. An image without a score has an error and no latency."""
+    """The item of an HTTP answer: every field of the finding. An image without a score has an error and no latency."""
     if finding.error is not None:
         error = ItemFailure(code=finding.error["code"], message=finding.error["message"])
         return ItemResult(id=upload.id, index=finding.index, status="error", sha256=finding.sha256, error=error)
-    return ItemResult(
-        id=upload.id,
-        index=finding.index,
-        status="ok",
-        sha256=finding.sha256,
-        width=finding.width,
-        height=finding.height,
-        format=finding.format,
-        score=finding.score,
-        log_likelihood=finding.log_likelihood,
-        p_value=finding.p_value,
-        stratum=finding.stratum,
-        verdict=finding.verdict,
-        reasons=finding.reasons,
-        warnings=list(finding.warnings),
-        latency_ms=latency_ms,
-    )
+    return ItemResult(id=upload.id, latency_ms=latency_ms, **vars(finding))

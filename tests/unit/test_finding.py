@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import pytest
 
@@ -10,6 +10,7 @@ from clipflow_ray.config import ImageLimits
 from clipflow_ray.errors import ItemError
 from clipflow_ray.images import decode
 from clipflow_ray.model.finding import FileFacts, Finding, Numbers, judged, refused
+from clipflow_ray.serve.schemas import ItemResult
 from tests.conftest import encoded, photo
 
 FACTS = FileFacts(width=300, height=200, format="JPEG", mode="RGB", frames=1, jpeg_quality=90, has_exif=True)
@@ -44,6 +45,10 @@ def test_the_finding_of_a_decoded_image(p_value: float, verdict: str, reason: st
         "warnings": ["enlarged_to_view"],
         "error": None,
     }
+
+
+def test_an_item_of_an_http_answer_has_every_field_of_a_finding_and_two_of_its_own() -> None:
+    assert set(ItemResult.model_fields) == {field.name for field in fields(Finding)} | {"id", "latency_ms"}
 
 
 def test_the_view_of_a_small_encoder_enlarges_less() -> None:
