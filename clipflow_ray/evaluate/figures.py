@@ -154,7 +154,7 @@ def _at_threshold(calibration: Calibration, rows: Columns, alpha: float) -> dict
     for name, mask in _groups(rows, ~generated):
         row = rate(alpha, mask)
         low, high = calibration.flagged_interval(alpha, row["of"])
-        excess = flagged_rate(row["flagged"], row["of"], alpha)["excess_lower_bound"]
+        excess = flagged_rate(row["flagged"], row["of"], alpha).excess_lower_bound
         inside = bool(low <= row["rate"] <= high)
         sources[name] = row | {"expected_95": (low, high), "inside": inside, "excess_lower_bound": excess}
     true, false = rate(alpha, generated), rate(alpha, ~generated)
@@ -164,7 +164,7 @@ def _at_threshold(calibration: Calibration, rows: Columns, alpha: float) -> dict
         "fpr": false,
         "balanced_accuracy": 0.5 * (true["rate"] + 1.0 - false["rate"]),
         "false_positive_rate_95": calibration.false_positive_interval(alpha),
-        "audited_together": flagged_rate(true["flagged"] + false["flagged"], len(generated), alpha)
+        "audited_together": flagged_rate(true["flagged"] + false["flagged"], len(generated), alpha).model_dump()
         | {"generated_share": float(generated.mean())},
         "per_generator": {name: rate(alpha, mask) for name, mask in _groups(rows, generated)},
         "per_source": sources,

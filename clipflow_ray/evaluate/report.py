@@ -15,6 +15,7 @@ from clipflow_ray.evaluate.figures import METADATA_ONLY, ORIGINAL, Columns, colu
 from clipflow_ray.evaluate.views import DISTORTIONS, VARIANTS
 from clipflow_ray.place import Place
 from clipflow_ray.reports import pages
+from clipflow_ray.reports.pages import Picture
 from clipflow_ray.runs.folder import Run
 
 _BINS: Final = 30
@@ -147,9 +148,7 @@ def level_of(point: dict[str, Any]) -> str:
     return ORIGINAL if point["distortion"] == ORIGINAL else f"{point['level']:g}"
 
 
-def _gallery(
-    size: int, run: Run, rows: Columns, threshold: float, limits: ImageLimits
-) -> dict[str, list[dict[str, Any]]]:
+def _gallery(size: int, run: Run, rows: Columns, threshold: float, limits: ImageLimits) -> dict[str, list[Picture]]:
     """Up to `size` errors of each kind at `threshold`, worst first."""
     flagged = rows["score"] > threshold
     order = np.argsort(rows["score"], kind="stable")
@@ -159,8 +158,17 @@ def _gallery(
         ],
         "Generated images that were missed, lowest score first": order[(~flagged & rows["generated"])[order]],
     }
-    names = ("row_id", "uri", "member", "group", "score", "p_value")
+    names = {
+        "row_id": "row_id",
+        "uri": "uri",
+        "member": "member",
+        "score": "score",
+        "p_value": "p_value",
+        "note": "group",
+    }
     return {
-        title: pages.pictured(run, [{name: rows[name][at] for name in names} for at in chosen[:size]], limits)
+        title: pages.pictured(
+            run, [Picture(**{name: rows[column][at] for name, column in names.items()}) for at in chosen[:size]], limits
+        )
         for title, chosen in kinds.items()
     }

@@ -119,10 +119,10 @@ def pipeline_against_plain_loops(objects: int, rounds: int) -> dict[str, Any]:
             source.write_text("\n".join(files[at % len(files)] for at in range(count)))
             changes = {"input": (str(source),), "output": tempfile.mkdtemp(dir=folder)}
             record = audit(config.model_copy(update=changes))
-            table = pq.read_table(record["ledger"], columns=["uri", "score"])
+            table = pq.read_table(record.ledger, columns=["uri", "score"])
             by_uri = dict(zip(table["uri"].to_pylist(), table["score"].to_pylist(), strict=True))
             scores["ours"] = np.array([by_uri[path] for path in files], np.float32)
-            return float(record["timing"]["seconds"])
+            return record.timing.seconds
 
         def ours(_: int) -> float:
             few, many = seconds(objects // 4), seconds(objects)

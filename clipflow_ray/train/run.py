@@ -19,6 +19,7 @@ from clipflow_ray.model.flow import Flow
 from clipflow_ray.place import Place, places, settled
 from clipflow_ray.train import features, fit
 from clipflow_ray.train.probes import fit_probes
+from clipflow_ray.train.record import FeaturesRecord
 from clipflow_ray.train.split import Split, split
 
 log = logging.getLogger(__name__)
@@ -56,10 +57,11 @@ def train(config: TrainConfig) -> Trained:
     flow.load_state_dict(state)  # as it will be loaded: everything below is calibrated to the rounded flow
     with torch.inference_mode():
         scores = -flow.eval()(torch.from_numpy(data.calibration.embedding)).per_dim.numpy()
-    record = run.record() or {}
+    record = run.completed(FeaturesRecord)
+    assert record is not None  # `extract` finished it
     checkpoint = Checkpoint(
         encoder=config.encoder,
-        encoder_fingerprint=record["identity"]["encoder_fingerprint"],
+        encoder_fingerprint=record.identity.encoder_fingerprint,
         segments=segments,
         flow_config=config.flow,
         flow_state=state,
@@ -75,13 +77,13 @@ def train(config: TrainConfig) -> Trained:
     return Trained(place.uri, checkpoint.model_id, fitted.metrics)
 
 
-def _summary(config: TrainConfig, data: Split, fitted: fit.Fitted, record: dict[str, Any]) -> dict[str, Any]:
+def _summary(config: TrainConfig, data: Split, fitted: fit.Fitted, record: FeaturesRecord) -> dict[str, Any]:
     """How the checkpoint was made, without this machine's paths: inputs are named by their last component."""
     return {
         "input": [place.name for place in places(config.input, config.s3)],
-        "listing": record["identity"]["listing"],
-        "objects": record["manifest_rows"],
-        "unreadable": record["errors"],
+        "listing": record.identity.listing,
+        "objects": record.manifest_rows,
+        "unreadable": record.errors,
         "config_hash": stable_hash(config.fit, config.flow, config.objective, config.proxies, config.split),
         "fit": config.fit.model_dump(mode="json"),
         "split": config.split.model_dump(mode="json"),
