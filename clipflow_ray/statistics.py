@@ -50,5 +50,10 @@ def flagged_rate(count: int, scored: int, alpha: float) -> FlaggedRate:
         of=scored,
         share=count / scored,
         wilson_95=(low, high),
-        excess_lower_bound=max(0.0, (low - alpha) / (1.0 - alpha)),
+        excess_lower_bound=excess_lower_bound(low, alpha),
     )
+
+
+def excess_lower_bound(low: float, alpha: float) -> float:
+    """Lower bound of the excess over `alpha` of a share whose interval begins at `low`; at least 0."""
+    return max(0.0, (low - alpha) / (1.0 - alpha))

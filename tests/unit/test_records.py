@@ -1,6 +1,7 @@
 """The json files of a run: what is written comes back, what is unknown is refused, what is older is read."""
 
 import json
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -28,8 +29,19 @@ from clipflow_ray.audit.record import (
 )
 from clipflow_ray.config import AuditConfig, Closed, Config, ImageLimits, InventoryOptions, ProxyConfig, Record
 from clipflow_ray.evaluate.record import (
+    ClassCounts,
+    DetectorFigures,
     DistortionsIdentity,
     DistortionsRecord,
+    EvaluationFigures,
+    Rate,
+    RateTogether,
+    RobustnessPoint,
+    SourceRate,
+    Spread,
+    ThresholdFigures,
+    Uniformity,
+    VariantFigures,
     VariantsIdentity,
     VariantsRecord,
 )
@@ -134,7 +146,68 @@ def distortions_record() -> DistortionsRecord:
     return DistortionsRecord(identity=identity, manifest_rows=2)
 
 
-RECORDS = [audit_record(), audit_report(), features_record(), variants_record(), distortions_record()]
+def evaluation_figures() -> EvaluationFigures:
+    n, rate = ClassCounts(natural=30, generated=20), Rate(flagged=1, of=20, rate=0.05, wilson_95=(0.01, 0.2))
+    headline = DetectorFigures(
+        auroc=0.75,
+        auroc_95=(0.5, 0.9),
+        average_precision=0.7,
+        oracle_tpr={"0.01": 0.25},
+        macro_auroc=0.75,
+        worst_quartile_auroc=0.7,
+        per_generator_auroc={"low_pass": 0.75},
+    )
+    threshold = ThresholdFigures(
+        threshold=1.25,
+        tpr=rate,
+        fpr=rate,
+        balanced_accuracy=0.5,
+        false_positive_rate_95=(0.0, 0.1),
+        audited_together=RateTogether(**dict(RATE), generated_share=0.4),
+        per_generator={"low_pass": rate},
+        per_source={"lake": SourceRate(**dict(rate), expected_95=(0.0, 0.2), inside=True, excess_lower_bound=0.0)},
+    )
+    variant = VariantFigures(
+        n=n,
+        detectors={"flow": headline},
+        metadata_only=headline,
+        not_beaten=("knn",),
+        auroc_by_seed=(0.75, 0.5),
+        by_seed=({"auroc": 0.75}, {"auroc": 0.5}),
+        over_seeds={"auroc": Spread(mean=0.625, std=0.1, min=0.5, max=0.75)},
+        thresholds={"0.05": threshold},
+        p_uniformity_on_naturals=Uniformity(ks_distance=0.1, p=0.5),
+        p_values_of_naturals=(10, 20),
+    )
+    return EvaluationFigures(
+        disclaimer="not proof",
+        model_id="m" * 16,
+        calibration_id="c" * 16,
+        seed_model_ids=("n" * 16,),
+        natural=("/natural",),
+        generated=("/generated",),
+        auroc=0.75,
+        n=n,
+        calibration_n=99,
+        variants={"as_found": variant},
+        metadata_only_auroc=0.75,
+        format_gap_auroc={"flow": 0.0},
+        unreadable=1,
+        unreadable_by_code={"truncated": 1},
+        robustness=(
+            RobustnessPoint(distortion="jpeg", level=95.0, n=n, auroc=0.5, tpr={"0.05": rate}, fpr={"0.05": rate}),
+        ),
+    )
+
+
+RECORDS = [
+    audit_record(),
+    audit_report(),
+    features_record(),
+    variants_record(),
+    distortions_record(),
+    evaluation_figures(),
+]
 each_record = pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
 
 
@@ -146,29 +219,28 @@ def test_what_is_written_comes_back(record: Record) -> None:
 
 @each_record
 def test_an_unknown_key_is_refused_wherever_it_is(record: Record) -> None:
-    for at in places(record.model_dump(mode="json")):
+    for path in objects(record):
         plain = record.model_dump(mode="json")
         inner: Any = plain
-        for key in at:
+        for key in path:
             inner = inner[key]
         inner["something"] = 1
         with pytest.raises(ValidationError, match="something"):
             type(record).model_validate_json(json.dumps(plain))
 
 
-def places(plain: dict[str, Any], at: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """Where objects with fixed keys lie in a record: `[()]` and the paths of those below."""
-    inner = [
-        found
-        for key, value in plain.items()
-        if isinstance(value, dict) and key not in OPEN
-        for found in places(value, (*at, key))
-    ]
-    return [at, *inner]
-
-
-# Their keys are names of what was found, not names of fields.
-OPEN = {"by_status", "by_error_code", "by_verdict", "status", "verdict", "error_code", "errors", "draws", "families"}
+def objects(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """The paths of the models in a record, its own first."""
+    inner: Iterable[tuple[str | int, object]] = ()
+    if isinstance(value, BaseModel):
+        yield path
+        inner = value
+    elif isinstance(value, dict):
+        inner = value.items()
+    elif isinstance(value, tuple):
+        inner = enumerate(value)
+    for key, each in inner:
+        yield from objects(each, (*path, key))
 
 
 @each_record
