@@ -10,6 +10,14 @@ from pydantic import BaseModel, ValidationError
 
 import clipflow_ray.audit.record
 import clipflow_ray.evaluate.record
+import clipflow_ray.lab.benchmark.audit
+import clipflow_ray.lab.benchmark.common
+import clipflow_ray.lab.benchmark.listing
+import clipflow_ray.lab.benchmark.pipeline
+import clipflow_ray.lab.benchmark.proxies
+import clipflow_ray.lab.benchmark.sandbox
+import clipflow_ray.lab.benchmark.serve
+import clipflow_ray.lab.record
 import clipflow_ray.runs.record
 import clipflow_ray.statistics
 import clipflow_ray.train.record
@@ -51,6 +59,14 @@ from clipflow_ray.train.record import FeaturesIdentity, FeaturesRecord
 MODULES = (
     clipflow_ray.audit.record,
     clipflow_ray.evaluate.record,
+    clipflow_ray.lab.benchmark.audit,
+    clipflow_ray.lab.benchmark.common,
+    clipflow_ray.lab.benchmark.listing,
+    clipflow_ray.lab.benchmark.pipeline,
+    clipflow_ray.lab.benchmark.proxies,
+    clipflow_ray.lab.benchmark.sandbox,
+    clipflow_ray.lab.benchmark.serve,
+    clipflow_ray.lab.record,
     clipflow_ray.runs.record,
     clipflow_ray.statistics,
     clipflow_ray.train.record,
