@@ -18,6 +18,7 @@ import clipflow_ray.lab.benchmark.proxies
 import clipflow_ray.lab.benchmark.sandbox
 import clipflow_ray.lab.benchmark.serve
 import clipflow_ray.lab.record
+import clipflow_ray.model.record
 import clipflow_ray.runs.record
 import clipflow_ray.statistics
 import clipflow_ray.train.record
@@ -35,7 +36,18 @@ from clipflow_ray.audit.record import (
     ScoreHistogram,
     Timing,
 )
-from clipflow_ray.config import AuditConfig, Closed, Config, ImageLimits, InventoryOptions, ProxyConfig, Record
+from clipflow_ray.config import (
+    AuditConfig,
+    Closed,
+    Config,
+    EncoderConfig,
+    FlowConfig,
+    ImageLimits,
+    InventoryOptions,
+    ObjectiveConfig,
+    ProxyConfig,
+    Record,
+)
 from clipflow_ray.evaluate.record import (
     ClassCounts,
     DetectorFigures,
@@ -53,8 +65,10 @@ from clipflow_ray.evaluate.record import (
     VariantsIdentity,
     VariantsRecord,
 )
+from clipflow_ray.model.record import CheckpointRecord
 from clipflow_ray.statistics import flagged_rate
 from clipflow_ray.train.record import FeaturesIdentity, FeaturesRecord
+from tests.unit.test_checkpoint import TRAINING
 
 MODULES = (
     clipflow_ray.audit.record,
@@ -67,6 +81,7 @@ MODULES = (
     clipflow_ray.lab.benchmark.sandbox,
     clipflow_ray.lab.benchmark.serve,
     clipflow_ray.lab.record,
+    clipflow_ray.model.record,
     clipflow_ray.runs.record,
     clipflow_ray.statistics,
     clipflow_ray.train.record,
@@ -216,6 +231,23 @@ def evaluation_figures() -> EvaluationFigures:
     )
 
 
+def checkpoint_record() -> CheckpointRecord:
+    return CheckpointRecord(
+        model_id="m" * 16,
+        encoder=EncoderConfig(feature=("block1.cls", "block2.mean")),
+        encoder_fingerprint="e" * 16,
+        segments=(6, 4),
+        flow=FlowConfig(blocks=2),
+        limits=ImageLimits(min_side=16),
+        objective=ObjectiveConfig(kind="both"),
+        proxies=ProxyConfig(pairs=0.25),
+        calibration_strata=("jpeg|0-256", "ünï|x"),
+        training=TRAINING,
+        sha256={"flow.safetensors": "0" * 64},
+        record_sha256="1" * 64,
+    )
+
+
 RECORDS = [
     audit_record(),
     audit_report(),
@@ -223,6 +255,7 @@ RECORDS = [
     variants_record(),
     distortions_record(),
     evaluation_figures(),
+    checkpoint_record(),
 ]
 each_record = pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
 
