@@ -26,7 +26,7 @@ def wilson(count: int, of: int) -> tuple[float, float]:
 
 
 class FlaggedRate(Closed):
-    """How many of some scored images are flagged at one alpha. Without scored images the last three are None.
+    """How many of some scored images are flagged at one alpha. Without scored images, the last three are null.
 
     AI-generated images raise the excess over alpha, and so does a shift of domain.
     """

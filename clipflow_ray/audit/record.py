@@ -15,7 +15,7 @@ class AuditIdentity(Closed):
     input: tuple[str, ...] = Field(description="URIs of the inputs.")
     encoder_fingerprint: str = Field(description="Fingerprint of the encoder.")
     inventory: InventoryOptions = Field(description="How the inputs are read.")
-    limits: ImageLimits = Field(description="What an image may be to be decoded.")
+    limits: ImageLimits = Field(description="Limits of size and time for the decoding of an image.")
     sample: float = Field(description="Share of the objects that are scored.")
     model_id: str = Field(description="Id of the checkpoint.")
     calibration_id: str = Field(description="Id of the calibration.")
@@ -23,10 +23,10 @@ class AuditIdentity(Closed):
 
 
 class Timing(Closed):
-    """How long the scoring took in the last session of a run; an earlier one that was cut off is not in it."""
+    """Duration of the scoring since the last start of the run."""
 
-    seconds: float = Field(description="Wall-clock seconds, start-up of the workers included.")
-    objects: int = Field(description="Objects that were done in this time.")
+    seconds: float = Field(description="Wall-clock seconds, including the start of the workers.")
+    objects: int = Field(description="Objects that were processed in this time.")
     objects_per_second: float = Field(description="`objects / seconds`.")
 
 
@@ -50,7 +50,7 @@ class Judged(Closed):
     flagged: FlaggedRate = Field(description="How many of the scored images are flagged.")
 
 
-class AuditRecord(FinishedRecord[AuditIdentity], Judged):
+class AuditRecord(Judged, FinishedRecord[AuditIdentity]):
     """`run.json` of a finished audit, and what `audit --json` prints."""
 
     config: AuditConfig = Field(description="Settings of the command that scored; `finalize` leaves them as they are.")
@@ -150,9 +150,9 @@ class AuditReport(Record):
     """`report.json`: the facts that the report's page shows."""
 
     disclaimer: str = Field(description="What a score is and is not.")
-    card: ReportCard = Field(description="What was audited, and with what.")
+    card: ReportCard = Field(description="Inputs, checkpoint and settings.")
     command: str = Field(description="Command line that repeats the audit.")
-    counts: Counts = Field(description="Rows of the ledger by what became of them.")
+    counts: Counts = Field(description="Rows of the ledger by status, verdict and error code.")
     timing: Timing = Field(description="How long the scoring took.")
     flagged: FlaggedRate = Field(description="How many of the scored images are flagged.")
     groups: tuple[NamedRate, ...] = Field(description="Rates of the groups, most flagged first.")

@@ -70,7 +70,7 @@ class ThresholdFigures(Closed):
     false_positive_rate_95: tuple[float, float] = Field(
         description="95 % interval of the false-positive rate on photographs like those of the calibration."
     )
-    audited_together: RateTogether = Field(description="What an audit of both classes together would report.")
+    audited_together: RateTogether = Field(description="The flagged share of both classes together.")
     per_generator: dict[str, Rate] = Field(description="Recall of each generator.")
     per_source: dict[str, SourceRate] = Field(description="False positives of each natural source.")
 

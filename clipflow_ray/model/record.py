@@ -45,7 +45,7 @@ class CheckpointRecord(Record):
     encoder_fingerprint: str = Field(description="Fingerprint of the encoder that the flow was fitted on.")
     segments: tuple[int, ...] = Field(description="Widths of the encoder's named features.")
     flow: FlowConfig = Field(description="Settings of the flow.")
-    limits: ImageLimits = Field(description="What an image may be to be decoded.")
+    limits: ImageLimits = Field(description="Limits of size and time for the decoding of an image.")
     objective: ObjectiveConfig = Field(description="Settings of the objective.")
     proxies: ProxyConfig = Field(description="Settings of views and proxies.")
     calibration_strata: tuple[str, ...] = Field(description="Stratum of each calibration score, in the scores' order.")

@@ -14,7 +14,7 @@ class FeaturesIdentity(Closed):
     encoder_fingerprint: str = Field(description="Fingerprint of the encoder.")
     proxies: ProxyConfig = Field(description="Settings of views and proxies.")
     calibration: tuple[str, ...] = Field(description="Sources that get a plain view only, in alphabetical order.")
-    limits: ImageLimits = Field(description="What an image may be to be decoded.")
+    limits: ImageLimits = Field(description="Limits of size and time for the decoding of an image.")
     tool_version: str = Field(description="Version of this package.")
     features: tuple[str, ...] = Field(description="Encoder features that are stored.")
 
