@@ -148,7 +148,7 @@ def test_a_run_whose_lease_was_taken_over_stops_and_leaves_the_output_to_the_oth
         """As a run does that found the lease unrenewed; when the first rows are there."""
         while not client.list_objects_v2(Bucket="taken", Prefix="out/scored/").get("KeyCount"):
             time.sleep(0.05)
-        while not other._put(other._holder()["etag"]):  # renewed between the two
+        while not other._put(other._holder().etag):  # renewed between the two
             pass
 
     taking = threading.Thread(target=take_over)
