@@ -1,4 +1,7 @@
-"""One pydantic model per component, one YAML loader, a stable hash. Defaults live here and nowhere else."""
+"""One pydantic model per component, one YAML loader, a stable hash. Defaults live here and nowhere else.
+
+The base of the models that this package writes as json is here too.
+"""
 
 import hashlib
 import json
@@ -20,10 +23,20 @@ DISCLAIMER = "A statistical signal, not proof: it says how unlike the calibratio
 Range = tuple[float, float]
 
 
-class Config(BaseModel):
+class Closed(BaseModel):
     """Frozen and closed: an unknown key is an error, not a typo that does nothing."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Config(Closed):
+    """The settings of one component."""
+
+
+class Record(Closed):
+    """What one json file holds. A file without `format_version` is older than that field and counts as version 1."""
+
+    format_version: Literal[1] = Field(1, description="Version of the file's format; a reader refuses any other.")
 
 
 class ImageLimits(Config):

@@ -4,8 +4,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from scipy import stats
 from sklearn.metrics import roc_auc_score
+
+from clipflow_ray.config import Closed
 
 Floats = NDArray[np.floating[Any]]
 
@@ -22,19 +25,35 @@ def wilson(count: int, of: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def flagged_rate(count: int, scored: int, alpha: float) -> dict[str, Any]:
-    """Share of scored images with verdict likely_ai, its 95 % Wilson interval, and the excess over alpha.
+class FlaggedRate(Closed):
+    """How many of some scored images are flagged at one alpha. Without scored images, the last three are null.
 
-    `excess_lower_bound` is (low - alpha) / (1 - alpha), at least 0. AI-generated images raise it, and so does a shift
-    of domain. Without scored images the last three are None.
+    AI-generated images raise the excess over alpha, and so does a shift of domain.
     """
+
+    count: int = Field(description="Images with verdict `likely_ai`.")
+    of: int = Field(description="Scored images.")
+    share: float | None = Field(description="`count / of`.")
+    wilson_95: tuple[float, float] | None = Field(description="95 % Wilson interval of `share`.")
+    excess_lower_bound: float | None = Field(
+        description="`(low - alpha) / (1 - alpha)`, at least 0, where low is the lower end of `wilson_95`."
+    )
+
+
+def flagged_rate(count: int, scored: int, alpha: float) -> FlaggedRate:
+    """The rate of `count` flagged images among `scored` ones at `alpha`."""
     if scored == 0:
-        return {"count": 0, "of": 0, "share": None, "wilson_95": None, "excess_lower_bound": None}
+        return FlaggedRate(count=0, of=0, share=None, wilson_95=None, excess_lower_bound=None)
     low, high = wilson(count, scored)
-    return {
-        "count": count,
-        "of": scored,
-        "share": count / scored,
-        "wilson_95": [low, high],
-        "excess_lower_bound": max(0.0, (low - alpha) / (1.0 - alpha)),
-    }
+    return FlaggedRate(
+        count=count,
+        of=scored,
+        share=count / scored,
+        wilson_95=(low, high),
+        excess_lower_bound=excess_lower_bound(low, alpha),
+    )
+
+
+def excess_lower_bound(low: float, alpha: float) -> float:
+    """Lower bound of the excess over `alpha` of a share whose interval begins at `low`; at least 0."""
+    return max(0.0, (low - alpha) / (1.0 - alpha))

@@ -1,8 +1,6 @@
 """`python jobs/experiment.py --config candidates.yaml`: held-out figures of many candidates; see `ExperimentConfig`."""
 
-import json
 import logging
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -19,11 +17,11 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     result = experiment(load_yaml(ExperimentConfig, config, {}))
     if as_json:
-        print(json.dumps(asdict(result)))
+        print(result.model_dump_json(exclude_unset=True))
         return
     for line in result.summary:
-        told = line["failed"] or f"AUROC {line['auroc']:.3f}, worst {line['worst']} {line['worst_auroc']:.3f}"
-        print(f"{line['candidate']}: {told}")
+        told = line.failed or f"AUROC {line.auroc:.3f}, worst {line.worst} {line.worst_auroc:.3f}"
+        print(f"{line.candidate}: {told}")
     print(f"{result.results}\n{result.page}")
 
 

@@ -1,10 +1,12 @@
 """Distribution of an audit's scores and p-values beside that of the calibration, counted in constant memory."""
 
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
+
+from clipflow_ray.audit.record import ScoreHistogram
 
 _BINS: Final = 30
 _P_BINS: Final = 20
@@ -34,18 +36,18 @@ class Distribution:
         not_larger = np.searchsorted(self._calibration, scores, side="right")
         self._below += np.bincount(not_larger, minlength=len(self._below))
 
-    def p_values(self) -> list[int]:
+    def p_values(self) -> tuple[int, ...]:
         """Counts of p-values over 20 equal bins from 0 to 1."""
-        return [int(count) for count in self._p_values]
+        return tuple(int(count) for count in self._p_values)
 
-    def histogram(self) -> dict[str, Any]:
+    def histogram(self) -> ScoreHistogram:
         """Shares of audit and calibration over the same bins; scores beyond the outer edges count in the end bins."""
         own, theirs = self._scores, self._binned(self._calibration)
-        return {
-            "edges": self._edges.tolist(),
-            "audit": (own / max(1, own.sum())).tolist(),
-            "calibration": (theirs / theirs.sum()).tolist(),
-        }
+        return ScoreHistogram(
+            edges=tuple(self._edges.tolist()),
+            audit=tuple((own / max(1, own.sum())).tolist()),
+            calibration=tuple((theirs / theirs.sum()).tolist()),
+        )
 
     def median(self) -> float | None:
         """The median score, accurate to half a percent; None if there are no scores.

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from clipflow_ray.audit.record import CalibrationCard, Judged
 from clipflow_ray.audit.repeats import numbered
 from clipflow_ray.columns import add_columns, ledger_table
 from clipflow_ray.model.calibration import Calibration, verdict
@@ -25,8 +26,8 @@ SCORED: Final = "scored"
 LEDGER: Final = "ledger"
 
 
-def finalize(run: Run, alpha: float, constants: dict[str, str], dedupe: bool = False) -> dict[str, Any]:
-    """Write `ledger/` from `scored/` at `alpha` and return the counts for the run's record.
+def finalize(run: Run, alpha: float, constants: dict[str, str], dedupe: bool = False) -> Judged:
+    """Write `ledger/` from `scored/` at `alpha` and return what its rows add up to.
 
     `constants` holds model_id, calibration_id and tool_version. `dup_of` is the smallest id among the rows with the
     same bytes. With `dedupe`, a row that has a `dup_of` gets the status skipped_duplicate: it keeps its scores and
@@ -43,20 +44,22 @@ def finalize(run: Run, alpha: float, constants: dict[str, str], dedupe: bool = F
             (run.place / LEDGER / name).write_parquet(table)
             for column, counter in counts.items():
                 counter.update(value for value in table[column].to_pylist() if value is not None)
-    return {
-        "rows": start,
-        **{f"by_{name}": dict(sorted(counter.items())) for name, counter in counts.items()},
-        "flagged": flagged_rate(counts["verdict"]["likely_ai"], counts["status"]["ok"], alpha),
-    }
+    return Judged(
+        rows=start,
+        by_status=dict(sorted(counts["status"].items())),
+        by_error_code=dict(sorted(counts["error_code"].items())),
+        by_verdict=dict(sorted(counts["verdict"].items())),
+        flagged=flagged_rate(counts["verdict"]["likely_ai"], counts["status"]["ok"], alpha),
+    )
 
 
-def calibration_card(calibration: Calibration, alpha: float) -> dict[str, Any]:
+def calibration_card(calibration: Calibration, alpha: float) -> CalibrationCard:
     """Size of the calibration set, and threshold and realised false-positive rate (95 % interval) at `alpha`."""
-    return {
-        "calibration_n": len(calibration.scores),
-        "threshold": calibration.threshold(alpha),
-        "false_positive_rate_95": list(calibration.false_positive_interval(alpha)),
-    }
+    return CalibrationCard(
+        calibration_n=len(calibration.scores),
+        threshold=calibration.threshold(alpha),
+        false_positive_rate_95=calibration.false_positive_interval(alpha),
+    )
 
 
 def _tables(run: Run) -> Iterator[tuple[str, pa.Table]]:

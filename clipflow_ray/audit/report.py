@@ -4,7 +4,6 @@ Everything in it is derived from the ledger, `run.json` and the checkpoint's cal
 input again, small and few.
 """
 
-import json
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -17,13 +16,25 @@ from scipy import stats
 
 from clipflow_ray.audit.distribution import Distribution
 from clipflow_ray.audit.ledger import LEDGER
+from clipflow_ray.audit.record import (
+    AuditRecord,
+    AuditReport,
+    Counts,
+    Drift,
+    ErrorExample,
+    ErrorGroup,
+    NamedRate,
+    ReportCard,
+)
 from clipflow_ray.columns import LEDGER_SCHEMA
-from clipflow_ray.config import DISCLAIMER, AuditConfig, ImageLimits, InventoryOptions
+from clipflow_ray.config import DISCLAIMER, AuditConfig, InventoryOptions
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.reports import pages
+from clipflow_ray.reports.pages import Picture
 from clipflow_ray.runs.folder import Run
 from clipflow_ray.statistics import flagged_rate
 
+PAGE: Final = "report.html"
 _EXAMPLES: Final = 3
 _MAX_GROUPS: Final = 200
 _FDR: Final = 0.05
@@ -35,25 +46,22 @@ _FLAGS: Final = (
 
 
 def write_report(
-    run: Run, record: dict[str, Any], calibration: Calibration, gallery: int, options: InventoryOptions
-) -> str:
-    """Write `report.html`, `report.md` and `report.json` into the run's folder; returns the page's URI."""
-    facts = facts_of(run, record, calibration)
-    pictures = _gallery(run, gallery, options) if gallery else {}
+    run: Run, record: AuditRecord, calibration: Calibration, gallery: int, options: InventoryOptions
+) -> None:
+    """Write `report.html`, `report.md` and `report.json` into the run's folder."""
+    report = report_of(run, record, calibration)
+    pictures = _gallery(run, record, gallery, options) if gallery else {}
     templates = pages.environment("clipflow_ray.audit")
-    (run.place / "report.json").write(json.dumps(facts, indent=1) + "\n")
-    for name in ("report.md", "report.html"):
-        charts = _charts(facts) if name.endswith("html") else {}
-        text = templates.get_template(f"{name}.j2").render(**facts, charts=charts, gallery=pictures)
+    (run.place / "report.json").write(report.model_dump_json(indent=1) + "\n")
+    for name, charts in (("report.md", {}), (PAGE, _charts(report))):
+        text = templates.get_template(f"{name}.j2").render(report=report, charts=charts, gallery=pictures)
         (run.place / name).write(text)
-    return (run.place / "report.html").uri
 
 
-def facts_of(run: Run, record: dict[str, Any], calibration: Calibration) -> dict[str, Any]:
-    """All that the report says, as plain json values."""
-    alpha = float(record["alpha"])
+def report_of(run: Run, record: AuditRecord, calibration: Calibration) -> AuditReport:
+    """All that the report says."""
     counts: Counter[tuple[str, str, str, str]] = Counter()
-    examples: dict[str, list[dict[str, str]]] = defaultdict(list)
+    examples: dict[str, list[ErrorExample]] = defaultdict(list)
     columns = ["group", "stratum", "status", "verdict", "error_code", "error_message", "uri", "member"]
     for batch in _batches(run, columns):
         rows = batch.to_pydict()
@@ -62,39 +70,40 @@ def facts_of(run: Run, record: dict[str, Any], calibration: Calibration) -> dict
         for at, code in enumerate(rows["error_code"]):
             if code and len(examples[code]) < _EXAMPLES:
                 place = rows["uri"][at] + (f" : {rows['member'][at]}" if rows["member"][at] else "")
-                examples[code].append({"place": place, "message": rows["error_message"][at]})
+                examples[code].append(ErrorExample(place=place, message=rows["error_message"][at]))
     scores = Distribution(calibration.scores)
     for batch in _batches(run, ["score", "p_value"], _OK):
         scores.add(batch["score"].to_numpy(), batch["p_value"].to_numpy())
-    config = record["config"]
-    return {
-        "disclaimer": DISCLAIMER,
-        "card": {
-            "input": record["identity"]["input"],
-            "checkpoint": record["identity"]["model_id"],
-            "calibration": record["identity"]["calibration_id"],
-            "calibration_n": record["calibration"]["calibration_n"],
-            "alpha": alpha,
-            "false_positive_rate_95": record["calibration"]["false_positive_rate_95"],
-            "tool_version": record["identity"]["tool_version"],
-            "encoder": record["identity"]["encoder_fingerprint"],
-            "sample": config["sample"],
-            "dedupe": record["dedupe"],
+    return AuditReport(
+        disclaimer=DISCLAIMER,
+        card=ReportCard(
+            input=record.identity.input,
+            checkpoint=record.identity.model_id,
+            calibration=record.identity.calibration_id,
+            calibration_n=record.calibration.calibration_n,
+            alpha=record.alpha,
+            false_positive_rate_95=record.calibration.false_positive_rate_95,
+            tool_version=record.identity.tool_version,
+            encoder=record.identity.encoder_fingerprint,
+            sample=record.config.sample,
+            dedupe=record.dedupe,
+        ),
+        command=_command(record.config, record.alpha),
+        counts=Counts(
+            status=record.by_status, verdict=record.by_verdict, error_code=record.by_error_code, rows=record.rows
+        ),
+        timing=record.timing,
+        flagged=record.flagged,
+        groups=_rates(counts, 0, record.alpha),
+        strata=_rates(counts, 1, record.alpha),
+        errors={
+            code: ErrorGroup(count=record.by_error_code[code], examples=tuple(examples[code]))
+            for code in sorted(examples)
         },
-        "command": _command(config, alpha),
-        "counts": {name: record[f"by_{name}"] for name in ("status", "verdict", "error_code")}
-        | {"rows": record["rows"]},
-        "timing": record.get("timing"),
-        "flagged": record["flagged"],
-        "groups": _rates(counts, 0, alpha),
-        "strata": _rates(counts, 1, alpha),
-        "errors": {
-            code: {"count": record["by_error_code"][code], "examples": examples[code]} for code in sorted(examples)
-        },
-        "scores": scores.histogram(),
-        "p_values": scores.p_values(),
-        "drift": _drift(scores, calibration),
-    }
+        scores=scores.histogram(),
+        p_values=scores.p_values(),
+        drift=_drift(scores, calibration),
+    )
 
 
 def _batches(run: Run, columns: list[str], only: pc.Expression | None = None) -> Iterator[pa.RecordBatch]:
@@ -102,7 +111,7 @@ def _batches(run: Run, columns: list[str], only: pc.Expression | None = None) ->
         yield from part.to_batches(columns=columns, filter=only)
 
 
-def _rates(counts: Counter[tuple[str, str, str, str]], place: int, alpha: float) -> list[dict[str, Any]]:
+def _rates(counts: Counter[tuple[str, str, str, str]], place: int, alpha: float) -> tuple[NamedRate, ...]:
     """Flagged share of each group or stratum, most flagged first; `marked` ones exceed alpha at an FDR of 5 %."""
     of: Counter[str] = Counter()
     hits: Counter[str] = Counter()
@@ -112,74 +121,76 @@ def _rates(counts: Counter[tuple[str, str, str, str]], place: int, alpha: float)
             hits[key[place]] += count if key[3] == "likely_ai" else 0
     names = [name for name, _ in of.most_common(_MAX_GROUPS)]
     if not names:
-        return []
+        return ()
     tests = [stats.binomtest(hits[name], of[name], alpha, "greater").pvalue for name in names]
     adjusted = stats.false_discovery_control(tests)
     table = [
-        {"name": name, **flagged_rate(hits[name], of[name], alpha), "q": float(q), "marked": bool(q <= _FDR)}
+        NamedRate(name=name, q=float(q), marked=bool(q <= _FDR), **dict(flagged_rate(hits[name], of[name], alpha)))
         for name, q in zip(names, adjusted, strict=True)
     ]
-    return sorted(table, key=lambda row: (-row["share"], row["name"]))
+    return tuple(sorted(table, key=lambda row: (-row.count / row.of, row.name)))
 
 
-def _drift(scores: Distribution, calibration: Calibration) -> dict[str, Any] | None:
+def _drift(scores: Distribution, calibration: Calibration) -> Drift | None:
     """Kolmogorov-Smirnov distance of the audit's scores from the calibration's, and both medians."""
     middle = scores.median()
     if middle is None:
         return None
     distance, p_value = scores.distance()
-    return {
-        "ks_distance": distance,
-        "p_value": p_value,
-        "median": middle,
-        "calibration_median": float(np.median(calibration.scores)),
-    }
+    return Drift(
+        ks_distance=distance,
+        p_value=p_value,
+        median=middle,
+        calibration_median=float(np.median(calibration.scores)),
+    )
 
 
-def _gallery(run: Run, size: int, options: InventoryOptions) -> dict[str, list[dict[str, Any]]]:
+def _gallery(run: Run, record: AuditRecord, size: int, options: InventoryOptions) -> dict[str, list[Picture]]:
     """Thumbnails as data URIs: the `size` most suspicious images, and as many unflagged ones by row id."""
     suspicious = _first(run, _OK, "score", "descending", size)
     # ids are hashes: their order is random and stable
     random = _first(run, _OK & (pc.field("verdict") != "likely_ai"), "row_id", "ascending", size)
-    limits = ImageLimits(**(run.record() or {})["identity"]["limits"])
+    limits = record.identity.limits
     return {
         "Most suspicious": pages.pictured(run, suspicious, limits, options),
         "Not flagged, at random": pages.pictured(run, random, limits, options),
     }
 
 
-def _first(run: Run, only: pc.Expression, column: str, order: str, size: int) -> list[dict[str, Any]]:
+def _first(run: Run, only: pc.Expression, column: str, order: str, size: int) -> list[Picture]:
     """The first `size` rows in that order; a batch at a time, for a ledger may be long."""
     columns = ["row_id", "uri", "member", "p_value", "score", "verdict"]
     best = pa.schema([LEDGER_SCHEMA.field(name) for name in columns]).empty_table()
     for batch in _batches(run, columns, only):
         best = pa.concat_tables([best, pa.Table.from_batches([batch])]).sort_by([(column, order)]).slice(0, size)
-    result: list[dict[str, Any]] = best.to_pylist()
-    return result
+    return [Picture(note=row.pop("verdict"), **row) for row in best.to_pylist()]
 
 
-def _charts(facts: dict[str, Any]) -> dict[str, str]:
+def _charts(report: AuditReport) -> dict[str, str]:
     """Inline SVG of the two histograms."""
 
     def scores(axes: Any) -> None:
-        edges, calibration = np.array(facts["scores"]["edges"]), facts["scores"]["calibration"]
-        axes.stairs(calibration, edges, fill=True, color=pages.NATURAL_COLOUR, alpha=0.6, label="calibration")
-        axes.stairs(facts["scores"]["audit"], edges, color=pages.SUSPICIOUS_COLOUR, linewidth=2, label="this audit")
+        found = report.scores
+        axes.stairs(
+            found.calibration, found.edges, fill=True, color=pages.NATURAL_COLOUR, alpha=0.6, label="calibration"
+        )
+        axes.stairs(found.audit, found.edges, color=pages.SUSPICIOUS_COLOUR, linewidth=2, label="this audit")
         axes.set_xlabel("score: negative log-likelihood per dimension (the ends hold what lies beyond)")
         axes.set_ylabel("share of images")
         axes.legend(frameon=False)
 
-    return {"scores": pages.chart(scores), "p_values": pages.p_value_chart(facts["p_values"])}
+    return {"scores": pages.chart(scores), "p_values": pages.p_value_chart(report.p_values)}
 
 
-def _command(config: dict[str, Any], alpha: float) -> str:
+def _command(config: AuditConfig, alpha: float) -> str:
     """The command line that repeats the audit, with every setting that has a flag and is not the default."""
     parts = ["clipflow-ray", "audit"]
-    for uri in config["input"]:
+    for uri in config.input:
         parts += ["--input", uri]
-    parts += ["--output", config["output"], "--checkpoint", config["checkpoint"], "--alpha", f"{alpha:g}"]
-    default = AuditConfig(output="").model_dump(mode="json")
-    for here, there in ((config["inventory"], default["inventory"]), (config, default), (config["s3"], default["s3"])):
+    parts += ["--output", config.output, "--checkpoint", config.checkpoint, "--alpha", f"{alpha:g}"]
+    default = AuditConfig(output="")
+    for part, usual in ((config.inventory, default.inventory), (config, default), (config.s3, default.s3)):
+        here, there = dict(part), dict(usual)
         for name in _FLAGS:
             if name in here and here[name] != there[name]:
                 parts += [f"--{name.replace('_', '-')}", *([] if here[name] is True else [str(here[name])])]

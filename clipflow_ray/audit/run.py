@@ -13,7 +13,8 @@ from ray.data import Dataset
 from clipflow_ray import __version__
 from clipflow_ray.audit.ledger import LEDGER, SCORED, calibration_card, finalize, judged
 from clipflow_ray.audit.progress import reported
-from clipflow_ray.audit.report import write_report
+from clipflow_ray.audit.record import AuditIdentity, AuditPlan, AuditRecord, Timing
+from clipflow_ray.audit.report import PAGE, write_report
 from clipflow_ray.columns import MANIFEST_SCHEMA
 from clipflow_ray.config import AuditConfig, validated
 from clipflow_ray.data import resources
@@ -32,13 +33,14 @@ from clipflow_ray.model.weights import load_weights
 from clipflow_ray.place import Place, places, settled
 from clipflow_ray.runs.folder import MANIFEST, Run
 from clipflow_ray.runs.lease import exclusive
+from clipflow_ray.runs.record import RunRecord
 
 log = logging.getLogger(__name__)
 
 _TRIED_FIRST: Final = 3
 
 
-def audit(config: AuditConfig) -> dict[str, Any]:
+def audit(config: AuditConfig) -> AuditRecord:
     """Score every object of the input and return the run's record, as `run.json` holds it.
 
     A run that was cut off continues. A finished run is returned as it is; if alpha or dedupe differ, only its verdicts
@@ -57,22 +59,20 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         return _audited(config, run, checkpoint, checkpoint.calibration)
 
 
-def _audited(config: AuditConfig, run: Run, checkpoint: Checkpoint, calibration: Calibration) -> dict[str, Any]:
+def _audited(config: AuditConfig, run: Run, checkpoint: Checkpoint, calibration: Calibration) -> AuditRecord:
     constants = {
         "model_id": checkpoint.model_id,
         "calibration_id": calibration.calibration_id,
         "tool_version": __version__,
     }
-    identity = {
-        "input": list(config.input),
-        "encoder_fingerprint": checkpoint.encoder_fingerprint,
-        "inventory": config.inventory.model_dump(mode="json"),
-        "limits": config.limits.model_dump(mode="json"),
-        "sample": config.sample,
+    identity = AuditIdentity(
+        input=config.input,
+        encoder_fingerprint=checkpoint.encoder_fingerprint,
+        inventory=config.inventory,
+        limits=config.limits,
+        sample=config.sample,
         **constants,
-    }
-    if not run.finished:
-        load_weights(checkpoint.encoder)  # so that missing weights raise here and not in every actor
+    )
 
     def list_inputs() -> int:
         resources.connect()
@@ -80,22 +80,35 @@ def _audited(config: AuditConfig, run: Run, checkpoint: Checkpoint, calibration:
         _check_readable(config, run)
         return count
 
-    record = run.begin(identity, list_inputs)
-    if run.finished and (record["alpha"], record["dedupe"]) == (config.alpha, config.dedupe):
+    record = run.completed(AuditRecord, identity)
+    if record is None:
+        load_weights(checkpoint.encoder)  # so that missing weights raise here and not in every actor
+        listed = run.begin(RunRecord[AuditIdentity], identity, list_inputs).manifest_rows
+        scored_by, timing = config, _score(config, run, checkpoint, calibration, constants, listed)
+    elif (record.alpha, record.dedupe) == (config.alpha, config.dedupe):
         log.info("this audit is already finished")
         return record
-    if not run.finished:
-        record["config"] = config.model_dump(mode="json")
-        _score(config, run, checkpoint, calibration, constants, record)
-    record |= {"alpha": config.alpha, "dedupe": config.dedupe, "ledger": (run.place / LEDGER).uri}
-    record["calibration"] = calibration_card(calibration, config.alpha)
-    record |= finalize(run, config.alpha, constants, config.dedupe == "sha256")
-    record["report"] = write_report(run, record, calibration, config.gallery, config.inventory)
+    else:
+        listed, scored_by, timing = record.manifest_rows, record.config, record.timing
+    found = finalize(run, config.alpha, constants, config.dedupe == "sha256")
+    record = AuditRecord(
+        identity=identity,
+        manifest_rows=listed,
+        config=scored_by,
+        timing=timing,
+        alpha=config.alpha,
+        dedupe=config.dedupe,
+        calibration=calibration_card(calibration, config.alpha),
+        ledger=(run.place / LEDGER).uri,
+        report=(run.place / PAGE).uri,
+        **dict(found),
+    )
+    write_report(run, record, calibration, config.gallery, config.inventory)
     run.succeed(record)
     return record
 
 
-def plan(config: AuditConfig) -> dict[str, Any]:
+def plan(config: AuditConfig) -> AuditPlan:
     """What an audit would do: number of objects, bytes and suffixes, and hours, estimated from one encoder batch.
 
     Lists the input and writes nothing. Raises ClipflowError if the checkpoint, the input or the cluster is unusable.
@@ -120,37 +133,30 @@ def plan(config: AuditConfig) -> dict[str, Any]:
     encoder.embed(views)
     rate = share.encoders * len(views) / (time.perf_counter() - start)
     torch.set_num_threads(threads)
-    return {
-        "objects": objects,
-        "to_score": scored,
-        "bytes": size,
-        "by_suffix": dict(names.most_common()),
-        "encoders": share.encoders,
-        "images_per_second": rate,
-        "hours": scored / rate / 3600.0,
-    }
+    return AuditPlan(
+        objects=objects,
+        to_score=scored,
+        bytes=size,
+        by_suffix=dict(names.most_common()),
+        encoders=share.encoders,
+        images_per_second=rate,
+        hours=scored / rate / 3600.0,
+    )
 
 
-def judge_again(changes: AuditConfig) -> dict[str, Any]:
+def judge_again(changes: AuditConfig) -> AuditRecord:
     """Judge the finished audit in `changes.output` again, from its stored scores, and return its record.
 
     The settings that `changes` names, such as `alpha` and `dedupe`, replace those of the audit; the others are kept.
     Reads the checkpoint for its calibration; no encoder runs. Raises InputError if the output holds no finished audit.
     """
     run = Run(Place.at(changes.output, changes.s3))
-    record = run.record()
-    if record is None or not run.finished or "config" not in record:
+    record = run.completed(AuditRecord)
+    if record is None:
         raise InputError(f"{changes.output} holds no finished audit; run or repeat `clipflow-ray audit` first.")
-    named = changes.model_dump(mode="json", exclude_unset=True)
-    s3 = record["config"]["s3"] | named.get("s3", {})  # the gallery reads the input again
-    return audit(validated(AuditConfig, record["config"] | named | {"s3": s3}))
-
-
-def error_rate(record: dict[str, Any]) -> float:
-    """Share of errors among the objects that were read."""
-    counts = record["by_status"]
-    read = counts.get("error", 0) + counts.get("ok", 0) + counts.get("skipped_duplicate", 0)
-    return counts.get("error", 0) / read if read else 0.0
+    named = changes.model_dump(exclude_unset=True)
+    s3 = record.config.s3.model_dump() | named.get("s3", {})  # the gallery reads the input again
+    return audit(validated(AuditConfig, record.config.model_dump() | named | {"s3": s3}))
 
 
 def _check_readable(config: AuditConfig, run: Run) -> None:
@@ -176,12 +182,13 @@ def _score(
     checkpoint: Checkpoint,
     calibration: Calibration,
     constants: dict[str, str],
-    record: dict[str, Any],
-) -> None:
+    listed: int,
+) -> Timing:
+    """Write `scored/`, one row for each of the `listed` objects; rows of a run that was cut off are kept."""
     resources.connect()
-    before = run.committed(SCORED)
-    share = resources.plan_scoring(record["manifest_rows"] - before, config.batch_size)
-    log.info("scoring %d of %d objects", record["manifest_rows"] - before, record["manifest_rows"])
+    left = listed - run.committed(SCORED)
+    share = resources.plan_scoring(left, config.batch_size)
+    log.info("scoring %d of %d objects", left, listed)
     reading = {
         "near": run.place,
         "limits": config.limits,
@@ -196,8 +203,7 @@ def _score(
         return read_then_encode(manifest, share, config.batch_size, read_and_decode, reading, Score, scoring)
 
     start = time.monotonic()
-    with reported(run, record["manifest_rows"]):
-        run.write(SCORED, stages, record["manifest_rows"], config.rows_per_task)
+    with reported(run, listed):
+        run.write(SCORED, stages, listed, config.rows_per_task)
     seconds = time.monotonic() - start
-    done = record["manifest_rows"] - before
-    record["timing"] = {"seconds": seconds, "objects": done, "objects_per_second": done / seconds}
+    return Timing(seconds=seconds, objects=left, objects_per_second=left / seconds)

@@ -1,8 +1,7 @@
 """`audit` and `finalize`."""
 
-import json
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,6 +26,9 @@ from clipflow_ray.cli.options import (
     s3_options,
 )
 from clipflow_ray.config import DISCLAIMER, AuditConfig, load_yaml
+
+if TYPE_CHECKING:
+    from clipflow_ray.audit.record import AuditRecord
 
 
 def audit(
@@ -83,17 +85,19 @@ def audit(
         },
     )
     from clipflow_ray.audit.run import audit as run
-    from clipflow_ray.audit.run import error_rate, plan
+    from clipflow_ray.audit.run import plan
 
     if dry_run:
-        print(json.dumps(plan(settings), indent=1))
+        print(plan(settings).model_dump_json(indent=1))
         return
     record = run(settings)
-    print(json.dumps(record, indent=1) if as_json else summary(record))
-    if (rate := error_rate(record)) > settings.max_error_rate:
-        print(f"{rate:.1%} of the objects are errors, above {settings.max_error_rate:.1%}.", file=sys.stderr)
+    print(record.model_dump_json(indent=1) if as_json else summary(record))
+    if record.error_rate > settings.max_error_rate:
+        print(
+            f"{record.error_rate:.1%} of the objects are errors, above {settings.max_error_rate:.1%}.", file=sys.stderr
+        )
         sys.exit(TOO_MANY_ERRORS)
-    share = record["flagged"]["share"]
+    share = record.flagged.share
     if fail_above is not None and share is not None and share > fail_above:
         print(f"{share:.1%} of the scored images are flagged, above {fail_above:.1%}.", file=sys.stderr)
         sys.exit(TOO_MANY_FLAGGED)
@@ -117,29 +121,28 @@ def finalize(
     from clipflow_ray.audit.run import judge_again
 
     record = judge_again(changes)
-    print(json.dumps(record, indent=1) if as_json else summary(record))
+    print(record.model_dump_json(indent=1) if as_json else summary(record))
 
 
-def summary(record: dict[str, Any]) -> str:
-    flagged, timing = record["flagged"], record.get("timing", {})
-    lines = [f"{record['rows']} objects: " + _counted(record["by_status"])]
-    if record["by_error_code"]:
-        lines.append("errors: " + _counted(record["by_error_code"]))
-    lines.append("verdicts: " + _counted(record["by_verdict"]))
-    if flagged["of"]:
-        low, high = flagged["wilson_95"]
-        low_fpr, high_fpr = record["calibration"]["false_positive_rate_95"]
+def summary(record: "AuditRecord") -> str:
+    flagged, timing, calibration = record.flagged, record.timing, record.calibration
+    lines = [f"{record.rows} objects: " + _counted(record.by_status)]
+    if record.by_error_code:
+        lines.append("errors: " + _counted(record.by_error_code))
+    lines.append("verdicts: " + _counted(record.by_verdict))
+    if flagged.share is not None and flagged.wilson_95 is not None:
+        low, high = flagged.wilson_95
+        low_fpr, high_fpr = calibration.false_positive_rate_95
         lines.append(
-            f"flagged at alpha {record['alpha']:g}: {flagged['count']} of {flagged['of']} scored, "
-            f"{flagged['share']:.1%} (95 % interval {low:.1%} to {high:.1%})"
+            f"flagged at alpha {record.alpha:g}: {flagged.count} of {flagged.of} scored, "
+            f"{flagged.share:.1%} (95 % interval {low:.1%} to {high:.1%})"
         )
         lines.append(
-            f"on photographs like the {record['calibration']['calibration_n']} of the calibration, "
+            f"on photographs like the {calibration.calibration_n} of the calibration, "
             f"{low_fpr:.1%} to {high_fpr:.1%} would be flagged"
         )
-    if timing:
-        lines.append(f"{timing['objects_per_second']:.1f} images/s over {timing['seconds']:.0f} s, start-up included")
-    lines += [f"ledger: {record['ledger']}", f"report: {record['report']}", DISCLAIMER]
+    lines.append(f"{timing.objects_per_second:.1f} images/s over {timing.seconds:.0f} s, start-up included")
+    lines += [f"ledger: {record.ledger}", f"report: {record.report}", DISCLAIMER]
     return "\n".join(lines)
 
 

@@ -1,6 +1,5 @@
 """`evaluate`."""
 
-import json
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -57,6 +56,6 @@ def evaluate(
         from clipflow_ray.evaluate.text import text
 
         result = run(settings)
-    print(json.dumps(result) if as_json else text(result))
+    print(result.model_dump_json() if as_json else text(result))
     if output:
         print(f"page: {output.rstrip('/')}/report.html", file=sys.stderr)

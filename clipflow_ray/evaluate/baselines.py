@@ -9,18 +9,18 @@ from numpy.typing import NDArray
 from sklearn.covariance import LedoitWolf
 from sklearn.neighbors import NearestNeighbors
 
-from clipflow_ray.config import ObjectiveConfig
+from clipflow_ray.config import FitConfig, ObjectiveConfig
 from clipflow_ray.errors import CheckpointError
 from clipflow_ray.model.checkpoint import Checkpoint
+from clipflow_ray.model.fitting import Fitting
 from clipflow_ray.model.flow import Flow
-from clipflow_ray.model.objective import Objective
 
 F32 = NDArray[np.float32]
 Scorer = Callable[[F32], NDArray[Any]]
 
 BASELINES: Final = ("mahalanobis", "knn", "natural_only_flow", "logistic_probe", "mlp_probe")
 _NEIGHBOURS: Final = 5
-_EPOCHS, _BATCH, _RATE = 10, 256, 2e-4
+_NATURAL_FIT: Final = FitConfig()
 
 
 def fit_baselines(checkpoint: Checkpoint) -> dict[str, Scorer]:
@@ -42,7 +42,7 @@ def fit_baselines(checkpoint: Checkpoint) -> dict[str, Scorer]:
     bank = flow.standardize(natural).numpy()
     covariance = LedoitWolf().fit(bank)
     neighbours = NearestNeighbors(n_neighbors=_NEIGHBOURS).fit(bank)
-    natural_flow = _natural_flow(checkpoint, natural)
+    natural_flow = _natural_flow(checkpoint, natural.numpy())
     scorers: dict[str, Scorer] = {
         "mahalanobis": lambda x: np.asarray(covariance.mahalanobis(standardized(x))),
         "knn": lambda x: np.asarray(neighbours.kneighbors(standardized(x))[0].mean(axis=1)),
@@ -66,19 +66,17 @@ def _layers(reference: dict[str, torch.Tensor]) -> torch.nn.Sequential | None:
     return torch.nn.Sequential(*layers[:-1]).requires_grad_(False) if layers else None
 
 
-def _natural_flow(checkpoint: Checkpoint, natural: torch.Tensor) -> Flow:
-    """The same architecture trained by maximum likelihood on naturals alone."""
+def _natural_flow(checkpoint: Checkpoint, natural: F32) -> Flow:
+    """The same architecture trained by maximum likelihood on naturals [N, D] alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        flow = Flow(checkpoint.segments, checkpoint.flow_config)
-        flow.fit_standardizer(natural)
-        objective = Objective(ObjectiveConfig(kind="natural"))
-        optimizer = torch.optim.Adam(flow.parameters(), lr=_RATE, weight_decay=1e-5)
-        for _ in range(_EPOCHS):
-            for rows in torch.randperm(len(natural)).split(_BATCH):
-                likely = flow(natural[rows]).per_dim
-                optimizer.zero_grad()
-                objective(likely, likely).backward()
-                torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
-                optimizer.step()
-    return flow.eval().requires_grad_(False)
+        fitting = Fitting(
+            checkpoint.flow_config,
+            ObjectiveConfig(kind="natural"),
+            _NATURAL_FIT,
+            checkpoint.segments,
+            natural,
+            proxy=natural[:0],
+        )
+        for epoch in range(_NATURAL_FIT.epochs):
+            fitting.train(epoch)
+    return fitting.flow.eval().requires_grad_(False)

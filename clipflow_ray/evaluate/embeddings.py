@@ -1,7 +1,7 @@
 """Labelled images -> embeddings of their variants and of distorted ones, encoded once and reused."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -13,12 +13,14 @@ from clipflow_ray.config import EvaluateConfig
 from clipflow_ray.data import resources
 from clipflow_ray.data.pipeline import read_then_encode
 from clipflow_ray.data.scoring import Embed
+from clipflow_ray.evaluate.record import DistortionsIdentity, DistortionsRecord, VariantsIdentity, VariantsRecord
 from clipflow_ray.evaluate.views import CASES, DRAW, VARIANTS, read_both, read_distorted
 from clipflow_ray.inputs.listing import listing_hash
 from clipflow_ray.inputs.manifest import write_manifest
 from clipflow_ray.model.detector import Detector
 from clipflow_ray.place import Place
 from clipflow_ray.runs.folder import MANIFEST, Run
+from clipflow_ray.runs.record import FinishedRecord, IdentityT
 
 F32 = NDArray[np.float32]
 
@@ -29,23 +31,33 @@ _DISTORT_ROWS: Final = 4  # a row holds a view for every case
 
 def both_variants(config: EvaluateConfig, inputs: Sequence[Place], detector: Detector) -> Run:
     """Every image through the encoder as found and format-aligned; returns the finished run."""
-    identity = _identity(detector) | {
-        "input": [place.uri for place in inputs],
-        "listing": listing_hash(inputs),
-        "variants": list(VARIANTS),
-    }
+    identity = VariantsIdentity(
+        encoder_fingerprint=detector.encoder.fingerprint,
+        features=detector.encoder.features,
+        input=tuple(place.uri for place in inputs),
+        listing=listing_hash(inputs),
+        variants=VARIANTS,
+    )
     run = Run(Place.at(config.output, config.s3) / "evaluation")
-    _encoded(run, identity, lambda: write_manifest(inputs, run.place / MANIFEST), read_both, _ENCODE_ROWS, detector)
+
+    def list_inputs() -> int:
+        return write_manifest(inputs, run.place / MANIFEST)
+
+    _encoded(run, VariantsRecord, identity, list_inputs, read_both, _ENCODE_ROWS, detector)
     return run
 
 
 def distortions(config: EvaluateConfig, source: Run, draws: dict[str, int], detector: Detector) -> Run:
     """The images of `draws` (row id -> draw) of the finished `source` through every distortion; a finished run."""
-    identity = _identity(detector) | {
-        "listing": (source.record() or {})["identity"]["listing"],
-        "cases": [f"{name} {level:g}" for name, level in CASES],
-        "draws": draws,
-    }
+    listed = source.completed(VariantsRecord)
+    assert listed is not None  # the caller finished it
+    identity = DistortionsIdentity(
+        encoder_fingerprint=detector.encoder.fingerprint,
+        features=detector.encoder.features,
+        listing=listed.identity.listing,
+        cases=tuple(f"{name} {level:g}" for name, level in CASES),
+        draws=draws,
+    )
     run = Run(Place.at(config.output, config.s3) / f"robustness-{config.robustness}")
 
     def sample() -> int:
@@ -54,7 +66,7 @@ def distortions(config: EvaluateConfig, source: Run, draws: dict[str, int], dete
         (run.place / MANIFEST / "part-0.parquet").write_parquet(rows)
         return len(rows)
 
-    _encoded(run, identity, sample, read_distorted, _DISTORT_ROWS, detector)
+    _encoded(run, DistortionsRecord, identity, sample, read_distorted, _DISTORT_ROWS, detector)
     return run
 
 
@@ -70,22 +82,19 @@ def embeddings_of(rows: pa.Table, features: Sequence[str], views: int) -> F32:
     return np.ascontiguousarray(np.concatenate(parts, axis=2).swapaxes(0, 1))
 
 
-def _identity(detector: Detector) -> dict[str, Any]:
-    return {"encoder_fingerprint": detector.encoder.fingerprint, "features": list(detector.encoder.features)}
-
-
 def _encoded(
     run: Run,
-    identity: dict[str, Any],
+    kind: type[FinishedRecord[IdentityT]],
+    identity: IdentityT,
     make_manifest: Callable[[], int],
     read: Callable[..., pa.Table],
     batch_size: int,
     detector: Detector,
 ) -> None:
-    record = run.begin(identity, make_manifest)
-    if run.finished:
+    if run.completed(kind, identity) is not None:
         return
-    plan, encoder = resources.plan_scoring(record["manifest_rows"], batch_size), detector.encoder
+    rows = run.begin(kind, identity, make_manifest).manifest_rows
+    plan, encoder = resources.plan_scoring(rows, batch_size), detector.encoder
     run.write(
         EMBEDDINGS,
         lambda manifest: read_then_encode(
@@ -97,6 +106,6 @@ def _encoded(
             Embed,
             {"encoder": encoder.config, "features": encoder.features, "fingerprint": encoder.fingerprint},
         ),
-        record["manifest_rows"],
+        rows,
     )
-    run.succeed(record)
+    run.succeed(kind(identity=identity, manifest_rows=rows))

@@ -14,11 +14,25 @@ from numpy.typing import NDArray
 
 from clipflow_ray.evaluate import metrics
 from clipflow_ray.evaluate.baselines import BASELINES
+from clipflow_ray.evaluate.record import (
+    ClassCounts,
+    DerivedFigures,
+    DetectorFigures,
+    Ranking,
+    Rate,
+    RateTogether,
+    RobustnessPoint,
+    SourceRate,
+    Spread,
+    ThresholdFigures,
+    VariantFigures,
+)
 from clipflow_ray.evaluate.views import CASES, VARIANTS
 from clipflow_ray.model.calibration import Calibration
-from clipflow_ray.statistics import auroc, flagged_rate, wilson
+from clipflow_ray.statistics import auroc, excess_lower_bound, flagged_rate, wilson
 
 ALPHAS: Final = (0.01, 0.05)
+FLOW: Final = "flow"
 METADATA_ONLY: Final = "metadata_only"
 ORIGINAL: Final = "original"
 _P_BINS: Final = 20
@@ -34,40 +48,37 @@ def columns_of(table: pa.Table, **equal: Any) -> Columns:
     return {name: values[kept] for name, values in columns.items()} if equal else columns
 
 
-def figures(scores: pa.Table, calibrations: Sequence[Calibration]) -> dict[str, Any]:
-    """All figures but the robustness curves, json-ready; `calibrations` of the checkpoint and its siblings."""
+def figures(scores: pa.Table, calibrations: Sequence[Calibration]) -> DerivedFigures:
+    """All figures but the robustness curves; `calibrations` of the checkpoint and its siblings."""
     variants = {name: _variant(columns_of(scores, variant=name), calibrations) for name in VARIANTS}
     found, aligned = (variants[name] for name in VARIANTS)
-    headline = found["detectors"]["flow"]
-    return {
-        "auroc": headline["auroc"],
-        "n": found["n"],
-        "calibration_n": len(calibrations[0].scores),
-        "variants": variants,
-        "metadata_only_auroc": found[METADATA_ONLY]["auroc"],
-        "format_gap_auroc": {
-            name: row["auroc"] - aligned["detectors"][name]["auroc"] for name, row in found["detectors"].items()
-        },
-    }
+    return DerivedFigures(
+        auroc=found.detectors[FLOW].auroc,
+        n=found.n,
+        calibration_n=len(calibrations[0].scores),
+        variants=variants,
+        metadata_only_auroc=found.metadata_only.auroc,
+        format_gap_auroc={name: row.auroc - aligned.detectors[name].auroc for name, row in found.detectors.items()},
+    )
 
 
-def curves(robustness: pa.Table, calibration: Calibration) -> list[dict[str, Any]]:
+def curves(robustness: pa.Table, calibration: Calibration) -> tuple[RobustnessPoint, ...]:
     """AUROC, recall and false-positive rate at the fixed thresholds for each distortion, the originals first."""
-    result = []
+    points = []
     for name, level in ((ORIGINAL, 0.0), *CASES):
         rows = columns_of(robustness, distortion=name, level=level)
-        rate = _rates(rows["score"], calibration)
-        result.append(
-            {
-                "distortion": name,
-                "level": level,
-                "n": _counts(rows["generated"]),
-                "auroc": auroc(rows["score"][~rows["generated"]], rows["score"][rows["generated"]]),
-                "tpr": {f"{alpha:g}": rate(alpha, rows["generated"]) for alpha in supported(calibration)},
-                "fpr": {f"{alpha:g}": rate(alpha, ~rows["generated"]) for alpha in supported(calibration)},
-            }
+        generated, rate = rows["generated"], _rates(rows["score"], calibration)
+        points.append(
+            RobustnessPoint(
+                distortion=name,
+                level=level,
+                n=_counts(generated),
+                auroc=auroc(rows["score"][~generated], rows["score"][generated]),
+                tpr={f"{alpha:g}": rate(alpha, generated) for alpha in supported(calibration)},
+                fpr={f"{alpha:g}": rate(alpha, ~generated) for alpha in supported(calibration)},
+            )
         )
-    return result
+    return tuple(points)
 
 
 def supported(calibration: Calibration) -> list[float]:
@@ -75,26 +86,26 @@ def supported(calibration: Calibration) -> list[float]:
     return [alpha for alpha in ALPHAS if calibration.supports(alpha)] or [max(ALPHAS)]
 
 
-def _variant(rows: Columns, calibrations: Sequence[Calibration]) -> dict[str, Any]:
+def _variant(rows: Columns, calibrations: Sequence[Calibration]) -> VariantFigures:
     """One variant: flow and baselines, per generator and per source, and the spread over seeds."""
     generated, calibration = rows["generated"], calibrations[0]
-    columns: dict[str, str] = {"flow": "score", **{name: name for name in BASELINES if name in rows}}
+    columns: dict[str, str] = {FLOW: "score", **{name: name for name in BASELINES if name in rows}}
     table = {name: _headline(rows[column], rows) for name, column in columns.items()}
     p_values = rows["p_value"][~generated]
     alphas = supported(calibration)
     seeds = [_of_seed(rows[seed_column("score", at)], own, rows, alphas) for at, own in enumerate(calibrations)]
-    return {
-        "n": _counts(generated),
-        "detectors": table,
-        METADATA_ONLY: _headline(rows[METADATA_ONLY], rows),
-        "not_beaten": [n for n, row in table.items() if n != "flow" and row["auroc"] >= table["flow"]["auroc"]],
-        "auroc_by_seed": [seed["auroc"] for seed in seeds],
-        "by_seed": seeds,
-        "over_seeds": {name: _spread([seed[name] for seed in seeds]) for name in seeds[0]} if len(seeds) > 1 else {},
-        "thresholds": {f"{alpha:g}": _at_threshold(calibration, rows, alpha) for alpha in alphas},
-        "p_uniformity_on_naturals": metrics.uniformity(p_values),
-        "p_values_of_naturals": np.histogram(p_values, bins=_P_BINS, range=(0.0, 1.0))[0].tolist(),
-    }
+    return VariantFigures(
+        n=_counts(generated),
+        detectors=table,
+        metadata_only=_headline(rows[METADATA_ONLY], rows),
+        not_beaten=tuple(name for name, row in table.items() if name != FLOW and row.auroc >= table[FLOW].auroc),
+        auroc_by_seed=tuple(seed["auroc"] for seed in seeds),
+        by_seed=tuple(seeds),
+        over_seeds={name: _spread([seed[name] for seed in seeds]) for name in seeds[0]} if len(seeds) > 1 else {},
+        thresholds={f"{alpha:g}": _at_threshold(calibration, rows, alpha) for alpha in alphas},
+        p_uniformity_on_naturals=metrics.uniformity(p_values),
+        p_values_of_naturals=tuple(np.histogram(p_values, bins=_P_BINS, range=(0.0, 1.0))[0].tolist()),
+    )
 
 
 def seed_column(name: str, seed: int) -> str:
@@ -102,28 +113,33 @@ def seed_column(name: str, seed: int) -> str:
     return f"{name}_{seed}" if seed else name
 
 
-def _headline(values: NDArray[Any], rows: Columns) -> dict[str, Any]:
+def _headline(values: NDArray[Any], rows: Columns) -> DetectorFigures:
     generated = rows["generated"]
     negative, positive = values[~generated], values[generated]
-    return {
-        "auroc": auroc(negative, positive),
-        "auroc_95": metrics.bootstrap_auroc(negative, positive),
-        "average_precision": metrics.average_precision(negative, positive),
-        "oracle_tpr": {f"{rate:g}": metrics.oracle_tpr(negative, positive, rate) for rate in ALPHAS},
-        **_per_generator(values, rows),
-    }
+    each = _per_generator(values, rows)
+    return DetectorFigures(
+        **dict(_ranking(values, rows, each)),
+        auroc_95=metrics.bootstrap_auroc(negative, positive),
+        average_precision=metrics.average_precision(negative, positive),
+        oracle_tpr={f"{rate:g}": metrics.oracle_tpr(negative, positive, rate) for rate in ALPHAS},
+        per_generator_auroc=each,
+    )
 
 
-def _per_generator(values: NDArray[Any], rows: Columns) -> dict[str, Any]:
-    """AUROC of each generator against all naturals, worst first; their mean and that of the worst quarter."""
+def _per_generator(values: NDArray[Any], rows: Columns) -> dict[str, float]:
+    """AUROC of each generator against all naturals, worst first."""
     negative = values[~rows["generated"]]
     each = {name: auroc(negative, values[mask]) for name, mask in _groups(rows, rows["generated"])}
-    ordered = sorted(each.values())
-    return {
-        "macro_auroc": float(np.mean(ordered)),
-        "worst_quartile_auroc": float(np.mean(ordered[: max(1, len(ordered) // 4)])),
-        "per_generator_auroc": dict(sorted(each.items(), key=lambda item: item[1])),
-    }
+    return dict(sorted(each.items(), key=lambda item: item[1]))
+
+
+def _ranking(values: NDArray[Any], rows: Columns, per_generator: dict[str, float]) -> Ranking:
+    generated, ordered = rows["generated"], list(per_generator.values())
+    return Ranking(
+        auroc=auroc(values[~generated], values[generated]),
+        macro_auroc=float(np.mean(ordered)),
+        worst_quartile_auroc=float(np.mean(ordered[: max(1, len(ordered) // 4)])),
+    )
 
 
 def _of_seed(
@@ -131,52 +147,51 @@ def _of_seed(
 ) -> dict[str, float]:
     """The figures whose spread over seeds is told."""
     generated, rate = rows["generated"], _rates(scores, calibration)
-    result = {"auroc": auroc(scores[~generated], scores[generated]), **_per_generator(scores, rows)}
-    del result["per_generator_auroc"]
+    result = _ranking(scores, rows, _per_generator(scores, rows)).model_dump()
     for alpha in alphas:
-        result |= {f"tpr_{alpha:g}": rate(alpha, generated)["rate"], f"fpr_{alpha:g}": rate(alpha, ~generated)["rate"]}
+        result |= {f"tpr_{alpha:g}": rate(alpha, generated).rate, f"fpr_{alpha:g}": rate(alpha, ~generated).rate}
     return result
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {
-        "mean": float(np.mean(values)),
-        "std": float(np.std(values, ddof=1)),
-        "min": min(values),
-        "max": max(values),
-    }
+def _spread(values: list[float]) -> Spread:
+    return Spread(mean=float(np.mean(values)), std=float(np.std(values, ddof=1)), min=min(values), max=max(values))
 
 
-def _at_threshold(calibration: Calibration, rows: Columns, alpha: float) -> dict[str, Any]:
+def _at_threshold(calibration: Calibration, rows: Columns, alpha: float) -> ThresholdFigures:
     """What the calibrated threshold realises: recall per generator, false positives per natural source."""
     generated, rate = rows["generated"], _rates(rows["score"], calibration)
-    sources: dict[str, Any] = {}
-    for name, mask in _groups(rows, ~generated):
-        row = rate(alpha, mask)
-        low, high = calibration.flagged_interval(alpha, row["of"])
-        excess = flagged_rate(row["flagged"], row["of"], alpha)["excess_lower_bound"]
-        inside = bool(low <= row["rate"] <= high)
-        sources[name] = row | {"expected_95": (low, high), "inside": inside, "excess_lower_bound": excess}
     true, false = rate(alpha, generated), rate(alpha, ~generated)
-    return {
-        "threshold": calibration.threshold(alpha),
-        "tpr": true,
-        "fpr": false,
-        "balanced_accuracy": 0.5 * (true["rate"] + 1.0 - false["rate"]),
-        "false_positive_rate_95": calibration.false_positive_interval(alpha),
-        "audited_together": flagged_rate(true["flagged"] + false["flagged"], len(generated), alpha)
-        | {"generated_share": float(generated.mean())},
-        "per_generator": {name: rate(alpha, mask) for name, mask in _groups(rows, generated)},
-        "per_source": sources,
-    }
+    together = flagged_rate(true.flagged + false.flagged, len(generated), alpha)
+    return ThresholdFigures(
+        threshold=calibration.threshold(alpha),
+        tpr=true,
+        fpr=false,
+        balanced_accuracy=0.5 * (true.rate + 1.0 - false.rate),
+        false_positive_rate_95=calibration.false_positive_interval(alpha),
+        audited_together=RateTogether(**dict(together), generated_share=float(generated.mean())),
+        per_generator={name: rate(alpha, mask) for name, mask in _groups(rows, generated)},
+        per_source={
+            name: _of_source(rate(alpha, mask), calibration, alpha) for name, mask in _groups(rows, ~generated)
+        },
+    )
 
 
-def _rates(scores: NDArray[Any], calibration: Calibration) -> Callable[[float, Mask], dict[str, Any]]:
+def _of_source(rate: Rate, calibration: Calibration, alpha: float) -> SourceRate:
+    low, high = calibration.flagged_interval(alpha, rate.of)
+    return SourceRate(
+        **dict(rate),
+        expected_95=(low, high),
+        inside=low <= rate.rate <= high,
+        excess_lower_bound=excess_lower_bound(rate.wilson_95[0], alpha),
+    )
+
+
+def _rates(scores: NDArray[Any], calibration: Calibration) -> Callable[[float, Mask], Rate]:
     """(alpha, mask) -> how many of the masked images are flagged at alpha, with the share's Wilson interval."""
 
-    def rate(alpha: float, mask: Mask) -> dict[str, Any]:
+    def rate(alpha: float, mask: Mask) -> Rate:
         count, of = int((scores[mask] > calibration.threshold(alpha)).sum()), int(mask.sum())
-        return {"flagged": count, "of": of, "rate": count / of, "wilson_95": wilson(count, of)}
+        return Rate(flagged=count, of=of, rate=count / of, wilson_95=wilson(count, of))
 
     return rate
 
@@ -185,5 +200,5 @@ def _groups(rows: Columns, mask: Mask) -> list[tuple[str, Mask]]:
     return [(str(name), mask & (rows["group"] == name)) for name in np.unique(rows["group"][mask])]
 
 
-def _counts(generated: Mask) -> dict[str, int]:
-    return {"natural": int((~generated).sum()), "generated": int(generated.sum())}
+def _counts(generated: Mask) -> ClassCounts:
+    return ClassCounts(natural=int((~generated).sum()), generated=int(generated.sum()))

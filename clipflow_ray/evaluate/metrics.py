@@ -11,6 +11,8 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
+from clipflow_ray.evaluate.record import Uniformity
+
 Floats = NDArray[np.floating[Any]]
 Names = NDArray[np.str_]
 
@@ -28,10 +30,10 @@ def oracle_tpr(negative: Floats, positive: Floats, rate: float) -> float:
     return float(true[np.searchsorted(false, rate, side="right") - 1])
 
 
-def uniformity(p_values: Floats) -> dict[str, float]:
+def uniformity(p_values: Floats) -> Uniformity:
     """Kolmogorov-Smirnov distance of p-values from uniform, and its p-value."""
     result = stats.kstest(p_values, "uniform")
-    return {"ks_distance": float(result.statistic), "p": float(result.pvalue)}
+    return Uniformity(ks_distance=float(result.statistic), p=float(result.pvalue))
 
 
 def bootstrap_auroc(negative: Floats, positive: Floats, draws: int = 1000) -> tuple[float, float]:

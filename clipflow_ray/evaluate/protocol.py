@@ -9,7 +9,6 @@ figures.json         the figures; report.html shows them
 evaluation/, robustness-N/   embeddings, reused when nothing changed
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final
@@ -26,6 +25,7 @@ from clipflow_ray.evaluate import metrics
 from clipflow_ray.evaluate.baselines import fit_baselines
 from clipflow_ray.evaluate.embeddings import EMBEDDINGS, both_variants, distortions, embeddings_of, readable
 from clipflow_ray.evaluate.figures import METADATA_ONLY, ORIGINAL, curves, figures, seed_column
+from clipflow_ray.evaluate.record import EvaluationFigures
 from clipflow_ray.evaluate.report import write_page
 from clipflow_ray.evaluate.views import ALIGNED_BYTES, ALIGNED_SIDE, CASES, VARIANTS
 from clipflow_ray.model.checkpoint import load_checkpoint
@@ -36,8 +36,8 @@ from clipflow_ray.runs.folder import Run
 _FILE_COLUMNS: Final = ("row_id", "uri", "member", "group", "width", "height", "format", "bytes")
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Figures of `config.checkpoint` on labelled images, as a json-ready dict with `auroc` at the top.
+def evaluate(config: EvaluateConfig) -> EvaluationFigures:
+    """Figures of `config.checkpoint` on labelled images.
 
     Writes per-image scores, the figures and a page under `config.output`; embeddings there are reused when nothing
     changed. Each of `config.seeds` is a checkpoint that differs in its seed alone, for the spread. Raises
@@ -55,24 +55,25 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     rows = readable(run)
     labels = _labels(rows, config.generated)
     tables = {"scores": _scores(rows, labels, detectors), "calibration": _calibration(detectors)}
-    result: dict[str, Any] = {
-        "disclaimer": DISCLAIMER,
-        "model_id": first.checkpoint.model_id,
-        "calibration_id": first.calibration.calibration_id,
-        "seed_model_ids": [detector.checkpoint.model_id for detector in detectors[1:]],
-        "natural": list(config.natural),
-        "generated": list(config.generated),
-        **figures(tables["scores"], [detector.calibration for detector in detectors]),
-        **_unreadable(run),
-        "robustness": [],
-    }
     if config.robustness:
         tables["robustness"] = _robustness(config, run, tables["scores"], first)
-        result["robustness"] = curves(tables["robustness"], first.calibration)
+    unreadable = _unreadable(run)
+    result = EvaluationFigures(
+        disclaimer=DISCLAIMER,
+        model_id=first.checkpoint.model_id,
+        calibration_id=first.calibration.calibration_id,
+        seed_model_ids=tuple(detector.checkpoint.model_id for detector in detectors[1:]),
+        natural=config.natural,
+        generated=config.generated,
+        **dict(figures(tables["scores"], [detector.calibration for detector in detectors])),
+        unreadable=unreadable.total(),
+        unreadable_by_code=dict(sorted(unreadable.items())),
+        robustness=curves(tables["robustness"], first.calibration) if config.robustness else (),
+    )
     output = Place.at(config.output, config.s3)
     for name, table in tables.items():
         (output / f"{name}.parquet").write_parquet(table)
-    (output / "figures.json").write(json.dumps(result, indent=1) + "\n")
+    (output / "figures.json").write(result.model_dump_json(indent=1) + "\n")
     write_page(config, run, tables["scores"], result, first.checkpoint.limits)
     return result
 
@@ -157,6 +158,6 @@ def _calibration(detectors: Sequence[Detector]) -> pa.Table:
     )
 
 
-def _unreadable(run: Run) -> dict[str, Any]:
-    codes = Counter(run.table(EMBEDDINGS).to_table(columns=["error_code"])["error_code"].drop_null().to_pylist())
-    return {"unreadable": codes.total(), "unreadable_by_code": dict(sorted(codes.items()))}
+def _unreadable(run: Run) -> Counter[str]:
+    """Images that could not be read, by error code."""
+    return Counter(run.table(EMBEDDINGS).to_table(columns=["error_code"])["error_code"].drop_null().to_pylist())

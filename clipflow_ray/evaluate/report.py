@@ -4,6 +4,7 @@ All of it is derived from the per-image scores and the figures; thumbnails are r
 few.
 """
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -11,15 +12,17 @@ import pyarrow as pa
 from sklearn.metrics import roc_curve
 
 from clipflow_ray.config import EvaluateConfig, ImageLimits
-from clipflow_ray.evaluate.figures import METADATA_ONLY, ORIGINAL, Columns, columns_of
+from clipflow_ray.evaluate.figures import FLOW, METADATA_ONLY, ORIGINAL, Columns, columns_of
+from clipflow_ray.evaluate.record import EvaluationFigures, RobustnessPoint, ThresholdFigures, VariantFigures
 from clipflow_ray.evaluate.views import DISTORTIONS, VARIANTS
 from clipflow_ray.place import Place
 from clipflow_ray.reports import pages
+from clipflow_ray.reports.pages import Picture
 from clipflow_ray.runs.folder import Run
 
 _BINS: Final = 30
 _LINES: Final[dict[str, tuple[str, Any]]] = {
-    "flow": (pages.SUSPICIOUS_COLOUR, "-"),
+    FLOW: (pages.SUSPICIOUS_COLOUR, "-"),
     "mahalanobis": ("#4c8fd6", "--"),
     "knn": ("#2fa36b", "-."),
     "natural_only_flow": ("#c08a1e", ":"),
@@ -37,39 +40,40 @@ _AXES: Final = {
 }
 
 
-def write_page(config: EvaluateConfig, run: Run, scores: pa.Table, result: dict[str, Any], limits: ImageLimits) -> str:
-    """Write `report.html` below the output; returns its URI. `run` lists the images, `result` are the figures."""
+def write_page(
+    config: EvaluateConfig, run: Run, scores: pa.Table, result: EvaluationFigures, limits: ImageLimits
+) -> None:
+    """Write `report.html` below the output. `run` lists the images, `result` are the figures."""
     variants = {name: columns_of(scores, variant=name) for name in VARIANTS}
-    alpha = max(result["variants"][VARIANTS[0]]["thresholds"], key=float)
-    threshold = result["variants"][VARIANTS[0]]["thresholds"][alpha]["threshold"]
+    found, aligned = (result.variants[name] for name in VARIANTS)
+    alpha = max(found.thresholds, key=float)
+    threshold = found.thresholds[alpha].threshold
     template = pages.environment("clipflow_ray.evaluate").get_template("report.html.j2")
     text = template.render(
         result=result,
-        found=result["variants"][VARIANTS[0]],
-        aligned=result["variants"][VARIANTS[1]],
+        found=found,
+        aligned=aligned,
         alpha=alpha,
-        charts=[_charts(name, rows, result["variants"][name]) for name, rows in variants.items()],
-        p_value_chart=pages.p_value_chart(result["variants"][VARIANTS[0]]["p_values_of_naturals"]),
-        curves=_curves(result["robustness"], alpha) if result["robustness"] else [],
+        charts=[_charts(name, rows, result.variants[name]) for name, rows in variants.items()],
+        p_value_chart=pages.p_value_chart(found.p_values_of_naturals),
+        curves=_curves(result.robustness, alpha) if result.robustness else [],
         axes=_AXES,
         gallery=_gallery(config.gallery, run, variants[VARIANTS[0]], threshold, limits) if config.gallery else {},
-        tables=["scores", "calibration", *(["robustness"] if result["robustness"] else [])],
+        tables=["scores", "calibration", *(["robustness"] if result.robustness else [])],
     )
-    place = Place.at(config.output, config.s3) / "report.html"
-    place.write(text)
-    return place.uri
+    (Place.at(config.output, config.s3) / "report.html").write(text)
 
 
-def _charts(variant: str, rows: Columns, figures: dict[str, Any]) -> list[dict[str, str]]:
+def _charts(variant: str, rows: Columns, figures: VariantFigures) -> list[dict[str, str]]:
     """ROC and score histograms of one variant, each `svg` with its `label` in words."""
     title = variant.replace("_", " ")
-    table = {**figures["detectors"], METADATA_ONLY: figures[METADATA_ONLY]}
-    told = ", ".join(f"{name.replace('_', ' ')} {row['auroc']:.3f}" for name, row in table.items())
+    table = {**figures.detectors, METADATA_ONLY: figures.metadata_only}
+    told = ", ".join(f"{name.replace('_', ' ')} {row.auroc:.3f}" for name, row in table.items())
     natural, generated = (np.median(rows["score"][mask]) for mask in (~rows["generated"], rows["generated"]))
     return [
         {"svg": _roc(title, rows, list(table)), "label": f"ROC curves, {title}. AUROC: {told}."},
         {
-            "svg": _histogram(title, rows, figures["thresholds"]),
+            "svg": _histogram(title, rows, figures.thresholds),
             "label": f"Histogram of scores, {title}: median {natural:.3f} of natural and {generated:.3f} of "
             "generated images; vertical lines are the fixed thresholds.",
         },
@@ -81,8 +85,8 @@ def _roc(title: str, rows: Columns, names: list[str]) -> str:
         axes.plot([0, 1], [0, 1], color=pages.GREY, linewidth=0.6)
         for name in names:
             colour, line = _LINES[name]
-            false, true, _ = roc_curve(rows["generated"], rows["score" if name == "flow" else name])
-            width = 2.2 if name == "flow" else 1.2
+            false, true, _ = roc_curve(rows["generated"], rows["score" if name == FLOW else name])
+            width = 2.2 if name == FLOW else 1.2
             axes.plot(false, true, color=colour, linestyle=line, linewidth=width, label=name.replace("_", " "))
         axes.set(title=title, xlabel="false-positive rate", ylabel="true-positive rate", xlim=(0, 1), ylim=(0, 1.01))
         axes.legend(frameon=False, loc="lower right", fontsize="small")
@@ -90,7 +94,7 @@ def _roc(title: str, rows: Columns, names: list[str]) -> str:
     return pages.chart(draw, (5.0, 4.2))
 
 
-def _histogram(title: str, rows: Columns, thresholds: dict[str, Any]) -> str:
+def _histogram(title: str, rows: Columns, thresholds: dict[str, ThresholdFigures]) -> str:
     def draw(axes: Any) -> None:
         low, high = np.quantile(rows["score"], [0.01, 0.97])
         edges = np.linspace(low, max(high, low + 1e-6), _BINS + 1)
@@ -102,9 +106,9 @@ def _histogram(title: str, rows: Columns, thresholds: dict[str, Any]) -> str:
                 style = {"color": pages.SUSPICIOUS_COLOUR, "linewidth": 2}
             axes.stairs(counts / mask.sum(), edges, label=name, **style)
         for alpha, at in thresholds.items():
-            if edges[0] <= at["threshold"] <= edges[-1]:
-                axes.axvline(at["threshold"], color=pages.GREY, linestyle="--", linewidth=1)
-                place = (at["threshold"], 0.98)
+            if edges[0] <= at.threshold <= edges[-1]:
+                axes.axvline(at.threshold, color=pages.GREY, linestyle="--", linewidth=1)
+                place = (at.threshold, 0.98)
                 axes.annotate(alpha, place, xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right")
         axes.set(title=title, xlabel="score (the ends hold what lies beyond)", ylabel="share of the class")
         axes.legend(frameon=False, loc="center right")
@@ -112,29 +116,28 @@ def _histogram(title: str, rows: Columns, thresholds: dict[str, Any]) -> str:
     return pages.chart(draw, (5.0, 4.2))
 
 
-def _curves(points: list[dict[str, Any]], alpha: str) -> list[dict[str, str]]:
+def _curves(points: Sequence[RobustnessPoint], alpha: str) -> list[dict[str, str]]:
     """One chart a kind of distortion, from the original on: AUROC above, false-positive rate at `alpha` below."""
     result = []
     for name in DISTORTIONS:
-        own = [point for point in points if point["distortion"] in (ORIGINAL, name)]
+        own = [point for point in points if point.distortion in (ORIGINAL, name)]
         told = "; ".join(
-            f"{level_of(point)}: AUROC {point['auroc']:.3f}, false positives {point['fpr'][alpha]['rate']:.3f}"
-            for point in own
+            f"{level_of(point)}: AUROC {point.auroc:.3f}, false positives {point.fpr[alpha].rate:.3f}" for point in own
         )
         result.append({"svg": _curve(own, name, alpha), "label": f"{_AXES[name]}. {told}."})
     return result
 
 
-def _curve(points: list[dict[str, Any]], name: str, alpha: str) -> str:
+def _curve(points: Sequence[RobustnessPoint], name: str, alpha: str) -> str:
     def draw(axes: Any) -> None:
         upper, lower = axes
         x = np.arange(len(points))
-        rates = [point["fpr"][alpha] for point in points]
-        upper.plot(x, [point["auroc"] for point in points], "o-", color=pages.SUSPICIOUS_COLOUR)
+        rates = [point.fpr[alpha] for point in points]
+        upper.plot(x, [point.auroc for point in points], "o-", color=pages.SUSPICIOUS_COLOUR)
         upper.axhline(0.5, color=pages.GREY, linewidth=0.6)
         upper.set(ylabel="AUROC", ylim=(0.35, 1.02))
-        lower.plot(x, [row["rate"] for row in rates], "o-", color="#4c8fd6")
-        lower.vlines(x, *zip(*(row["wilson_95"] for row in rates), strict=True), color="#4c8fd6", linewidth=1)
+        lower.plot(x, [row.rate for row in rates], "o-", color="#4c8fd6")
+        lower.vlines(x, *zip(*(row.wilson_95 for row in rates), strict=True), color="#4c8fd6", linewidth=1)
         lower.axhline(float(alpha), color=pages.GREY, linestyle="--", linewidth=1)
         lower.set(ylabel="false positives", xlabel=_AXES[name], ylim=(0, None), xticks=x)
         lower.set_xticklabels([level_of(point) for point in points])
@@ -142,14 +145,12 @@ def _curve(points: list[dict[str, Any]], name: str, alpha: str) -> str:
     return pages.chart(draw, (4.2, 4.0), rows=2)
 
 
-def level_of(point: dict[str, Any]) -> str:
+def level_of(point: RobustnessPoint) -> str:
     """The level of a robustness point in words."""
-    return ORIGINAL if point["distortion"] == ORIGINAL else f"{point['level']:g}"
+    return ORIGINAL if point.distortion == ORIGINAL else f"{point.level:g}"
 
 
-def _gallery(
-    size: int, run: Run, rows: Columns, threshold: float, limits: ImageLimits
-) -> dict[str, list[dict[str, Any]]]:
+def _gallery(size: int, run: Run, rows: Columns, threshold: float, limits: ImageLimits) -> dict[str, list[Picture]]:
     """Up to `size` errors of each kind at `threshold`, worst first."""
     flagged = rows["score"] > threshold
     order = np.argsort(rows["score"], kind="stable")
@@ -159,8 +160,11 @@ def _gallery(
         ],
         "Generated images that were missed, lowest score first": order[(~flagged & rows["generated"])[order]],
     }
-    names = ("row_id", "uri", "member", "group", "score", "p_value")
+
+    def picture(at: int) -> Picture:
+        row = {name: rows[name][at] for name in ("row_id", "uri", "member", "score", "p_value")}
+        return Picture(**row, note=rows["group"][at])
+
     return {
-        title: pages.pictured(run, [{name: rows[name][at] for name in names} for at in chosen[:size]], limits)
-        for title, chosen in kinds.items()
+        title: pages.pictured(run, [picture(at) for at in chosen[:size]], limits) for title, chosen in kinds.items()
     }

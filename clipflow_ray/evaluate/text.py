@@ -1,64 +1,67 @@
 """The figures of an evaluation as a plain-text table for people."""
 
-from typing import Any
+from collections.abc import Sequence
+
+from clipflow_ray.evaluate.figures import FLOW
+from clipflow_ray.evaluate.record import EvaluationFigures, RobustnessPoint
 
 
-def text(result: dict[str, Any]) -> str:
+def text(result: EvaluationFigures) -> str:
     """Headline, baselines, generators worst first, false positives per source, by variant; then the robustness."""
     lines = [
-        f"checkpoint {result['model_id']}, calibrated on {result['calibration_n']} natural images",
-        f"AUROC as found minus format-aligned: {result['format_gap_auroc']['flow']:+.3f}",
+        f"checkpoint {result.model_id}, calibrated on {result.calibration_n} natural images",
+        f"AUROC as found minus format-aligned: {result.format_gap_auroc[FLOW]:+.3f}",
     ]
-    for name, figures in result["variants"].items():
-        n = figures["n"]
-        lines += ["", f"== {name.replace('_', ' ')}: {n['natural']} natural, {n['generated']} generated"]
+    for name, figures in result.variants.items():
+        n = figures.n
+        lines += ["", f"== {name.replace('_', ' ')}: {n.natural} natural, {n.generated} generated"]
         lines.append(f"{'':20}{'AUROC':>7}{'95 %':>16}{'AP':>7}{'macro':>7}{'worst q.':>9}")
-        for detector, row in figures["detectors"].items():
-            low, high = row["auroc_95"]
+        for detector, row in figures.detectors.items():
+            low, high = row.auroc_95
             lines.append(
-                f"{detector:20}{row['auroc']:7.3f}{f'{low:.3f}-{high:.3f}':>16}{row['average_precision']:7.3f}"
-                f"{row['macro_auroc']:7.3f}{row['worst_quartile_auroc']:9.3f}"
+                f"{detector:20}{row.auroc:7.3f}{f'{low:.3f}-{high:.3f}':>16}{row.average_precision:7.3f}"
+                f"{row.macro_auroc:7.3f}{row.worst_quartile_auroc:9.3f}"
             )
-        lines.append(f"{'metadata only':20}{figures['metadata_only']['auroc']:7.3f}  (trained on the labels)")
-        if figures["not_beaten"]:
-            lines.append("the flow does not beat " + ", ".join(figures["not_beaten"]))
-        if spread := figures["over_seeds"].get("auroc"):
-            values = ", ".join(f"{v:.3f}" for v in figures["auroc_by_seed"])
-            lines.append(f"flow AUROC by seed: {values}; mean {spread['mean']:.3f}, deviation {spread['std']:.3f}")
-        for alpha, at in figures["thresholds"].items():
+        lines.append(f"{'metadata only':20}{figures.metadata_only.auroc:7.3f}  (trained on the labels)")
+        if figures.not_beaten:
+            lines.append("the flow does not beat " + ", ".join(figures.not_beaten))
+        if spread := figures.over_seeds.get("auroc"):
+            values = ", ".join(f"{v:.3f}" for v in figures.auroc_by_seed)
+            lines.append(f"flow AUROC by seed: {values}; mean {spread.mean:.3f}, deviation {spread.std:.3f}")
+        for alpha, at in figures.thresholds.items():
             lines.append(
-                f"at alpha {alpha}: recall {at['tpr']['rate']:.3f}, false positives {at['fpr']['rate']:.3f}"
-                f" (expected {_span(at['false_positive_rate_95'])}), balanced accuracy {at['balanced_accuracy']:.3f}"
+                f"at alpha {alpha}: recall {at.tpr.rate:.3f}, false positives {at.fpr.rate:.3f}"
+                f" (expected {_span(at.false_positive_rate_95)}), balanced accuracy {at.balanced_accuracy:.3f}"
             )
-            together = at["audited_together"]
+            together = at.audited_together
             lines.append(
-                f"    audited together {together['share']:.3f} are flagged, excess flag rate at least "
-                f"{together['excess_lower_bound']:.3f}, {together['generated_share']:.3f} are generated"
+                f"    audited together {together.share:.3f} are flagged, excess flag rate at least "
+                f"{together.excess_lower_bound:.3f}, {together.generated_share:.3f} are generated"
             )
-            for source, row in at["per_source"].items():
-                inside = "inside" if row["inside"] else "OUTSIDE"
+            for source, false in at.per_source.items():
+                inside = "inside" if false.inside else "OUTSIDE"
                 lines.append(
-                    f"    {source:28}{row['flagged']:4}/{row['of']:<4} false positives {row['rate']:.3f}, "
-                    f"{inside} {_span(row['expected_95'])}"
+                    f"    {source:28}{false.flagged:4}/{false.of:<4} false positives {false.rate:.3f}, "
+                    f"{inside} {_span(false.expected_95)}"
                 )
-        recall = figures["thresholds"]["0.05"]["per_generator"]
+        recall = figures.thresholds["0.05"].per_generator
         lines.append(f"{'generator, worst first':32}{'n':>5}{'AUROC':>7}{'recall at 5 %':>15}")
-        for generator, value in figures["detectors"]["flow"]["per_generator_auroc"].items():
-            row = recall[generator]
-            lines.append(f"    {generator:28}{row['of']:5}{value:7.3f}{row['rate']:9.2f} {_span(row['wilson_95'])}")
-    return "\n".join(lines + _robustness(result["robustness"]))
+        for generator, value in figures.detectors[FLOW].per_generator_auroc.items():
+            rate = recall[generator]
+            lines.append(f"    {generator:28}{rate.of:5}{value:7.3f}{rate.rate:9.2f} {_span(rate.wilson_95)}")
+    return "\n".join(lines + _robustness(result.robustness))
 
 
-def _robustness(points: list[dict[str, Any]]) -> list[str]:
+def _robustness(points: Sequence[RobustnessPoint]) -> list[str]:
     if not points:
         return []
-    n = points[0]["n"]
-    lines = ["", f"== robustness: {n['natural']} natural, {n['generated']} generated"]
+    n = points[0].n
+    lines = ["", f"== robustness: {n.natural} natural, {n.generated} generated"]
     lines.append(f"{'distortion':20}{'AUROC':>7}{'false positives at 5 %':>25}")
     for point in points:
-        name = f"{point['distortion']} {point['level']:g}" if point["level"] else point["distortion"]
-        row = point["fpr"]["0.05"]
-        lines.append(f"{name:20}{point['auroc']:7.3f}{row['rate']:11.3f} {_span(row['wilson_95'])}")
+        name = f"{point.distortion} {point.level:g}" if point.level else point.distortion
+        rate = point.fpr["0.05"]
+        lines.append(f"{name:20}{point.auroc:7.3f}{rate.rate:11.3f} {_span(rate.wilson_95)}")
     return lines
 
 

@@ -13,13 +13,17 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from clipflow_ray import config, errors
+from clipflow_ray.audit.record import AuditPlan, AuditRecord, AuditReport
 from clipflow_ray.cli.exits import EXIT_CODES
 from clipflow_ray.columns import COLUMNS, STATUSES
 from clipflow_ray.errors import ITEM_CODES, ClipflowError
+from clipflow_ray.evaluate.record import DistortionsRecord, EvaluationFigures, VariantsRecord
 from clipflow_ray.model.calibration import REASONS, VERDICTS
 from clipflow_ray.model.finding import WARNINGS
+from clipflow_ray.model.record import CheckpointRecord
 from clipflow_ray.serve import schemas
 from clipflow_ray.serve.failures import CODES
+from clipflow_ray.train.record import FeaturesRecord
 
 DOCUMENT: Final = Path("docs/formats.md")
 _MOST_VALUES: Final = 4  # longer lists of codes have a table of their own
@@ -122,6 +126,12 @@ def _http_errors() -> str:
 
 
 SECTIONS: Final[dict[str, Callable[[], str]]] = {
+    "run-audit": lambda: model_tables(AuditRecord),
+    "run-embeddings": lambda: model_tables(FeaturesRecord, VariantsRecord, DistortionsRecord),
+    "report": lambda: model_tables(AuditReport),
+    "checkpoint": lambda: model_tables(CheckpointRecord),
+    "figures": lambda: model_tables(EvaluationFigures),
+    "plan": lambda: model_tables(AuditPlan),
     "manifest": _manifest,
     "ledger": _ledger,
     "statuses": lambda: _meanings(STATUSES, "status"),

@@ -23,6 +23,7 @@ from clipflow_ray.config import EncoderConfig, FlowConfig, ImageLimits, Objectiv
 from clipflow_ray.errors import CheckpointError
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.flow import Flow
+from clipflow_ray.model.record import CheckpointRecord, TrainingRecord
 from clipflow_ray.place import Place
 
 FORMAT_VERSION: Final = 1
@@ -50,7 +51,7 @@ class Checkpoint:
     proxies: ProxyConfig = field(default_factory=ProxyConfig)
     calibration: Calibration | None = field(default=None, repr=False)
     reference: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    training: dict[str, Any] = field(default_factory=dict, repr=False)
+    training: TrainingRecord | None = field(default=None, repr=False)
 
     @property
     def model_id(self) -> str:
@@ -82,21 +83,19 @@ def save_checkpoint(checkpoint: Checkpoint, where: Place | str | Path) -> None:
         files["calibration.safetensors"] = save({"scores": torch.from_numpy(checkpoint.calibration.scores)})
     if checkpoint.reference:
         files["reference.safetensors"] = save(_contiguous(checkpoint.reference))
-    record = {
-        "format_version": FORMAT_VERSION,
-        "model_id": checkpoint.model_id,
-        "encoder": checkpoint.encoder.model_dump(mode="json"),
-        "encoder_fingerprint": checkpoint.encoder_fingerprint,
-        "segments": list(checkpoint.segments),
-        "flow": checkpoint.flow_config.model_dump(mode="json"),
-        "limits": checkpoint.limits.model_dump(mode="json"),
-        "objective": checkpoint.objective.model_dump(mode="json"),
-        "proxies": checkpoint.proxies.model_dump(mode="json"),
-        "calibration_strata": list(strata),
-        "training": checkpoint.training,
-        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
-    }
-    record = json.loads(json.dumps(record))
+    record = CheckpointRecord(
+        model_id=checkpoint.model_id,
+        encoder=checkpoint.encoder,
+        encoder_fingerprint=checkpoint.encoder_fingerprint,
+        segments=checkpoint.segments,
+        flow=checkpoint.flow_config,
+        limits=checkpoint.limits,
+        objective=checkpoint.objective,
+        proxies=checkpoint.proxies,
+        calibration_strata=strata,
+        training=checkpoint.training,
+        sha256={name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+    ).model_dump(mode="json")
     record["record_sha256"] = _record_sha256(record)
     files[RECORD] = (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
     if place.is_local and Path(place.uri).exists():
@@ -109,41 +108,42 @@ def load_checkpoint(where: Place | str | Path) -> Checkpoint:
     place = _place(where)
     uri = place.uri
     try:
-        record = json.loads((place / RECORD).read_text())
+        plain = json.loads((place / RECORD).read_text())
     except FileNotFoundError as error:
         raise CheckpointError(
             f"No checkpoint at {uri}: there is no {RECORD}. Name the directory that training wrote."
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{RECORD} of {uri} does not read as json: {error}") from error
-    if not isinstance(record, dict):
+    if not isinstance(plain, dict):
         raise CheckpointError(f"{RECORD} of {uri} is not a checkpoint record.")
-    if record.get("format_version") != FORMAT_VERSION:
+    if plain.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{uri} has format version {record.get('format_version')}; this package reads {FORMAT_VERSION}."
+            f"{uri} has format version {plain.get('format_version')}; this package reads {FORMAT_VERSION}."
         )
-    if record.get("record_sha256") != _record_sha256(record):
+    if plain.get("record_sha256") != _record_sha256(plain):
         raise CheckpointError(f"{RECORD} of {uri} was altered (sha256 differs); fetch or train the checkpoint again.")
     try:
-        tensors = {name: _tensors(place / name, digest) for name, digest in record["sha256"].items()}
+        record = CheckpointRecord.model_validate(plain)
+        tensors = {name: _tensors(place / name, digest) for name, digest in record.sha256.items()}
         calibration = None
         if "calibration.safetensors" in tensors:
             scores = tensors["calibration.safetensors"]["scores"].numpy().astype(np.float32)
-            calibration = Calibration(scores, tuple(record["calibration_strata"]))
+            calibration = Calibration(scores, record.calibration_strata)
         return Checkpoint(
-            encoder=EncoderConfig.model_validate(record["encoder"]),
-            encoder_fingerprint=record["encoder_fingerprint"],
-            segments=tuple(record["segments"]),
-            flow_config=FlowConfig.model_validate(record["flow"]),
+            encoder=record.encoder,
+            encoder_fingerprint=record.encoder_fingerprint,
+            segments=record.segments,
+            flow_config=record.flow,
             flow_state=tensors["flow.safetensors"],
-            limits=ImageLimits.model_validate(record["limits"]),
-            objective=ObjectiveConfig.model_validate(record["objective"]),
-            proxies=ProxyConfig.model_validate(record["proxies"]),
+            limits=record.limits,
+            objective=record.objective,
+            proxies=record.proxies,
             calibration=calibration,
             reference=tensors.get("reference.safetensors", {}),
-            training=record["training"],
+            training=record.training,
         )
-    except (KeyError, TypeError, ValidationError) as error:
+    except (KeyError, ValidationError) as error:
         raise CheckpointError(f"{uri} lacks or garbles a field: {error}") from error
 
 

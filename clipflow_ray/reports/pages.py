@@ -7,6 +7,7 @@ import base64
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import matplotlib
@@ -78,21 +79,35 @@ def p_value_chart(counts: Sequence[int]) -> str:
     return chart(draw)
 
 
-def pictured(
-    run: Run, rows: Iterable[dict[str, Any]], limits: ImageLimits, options: InventoryOptions | None = None
-) -> list[dict[str, Any]]:
-    """The `rows`, each with `image`: a thumbnail of its `row_id` as a data URI, or None where there is none.
+@dataclass(frozen=True)
+class Picture:
+    """One image of a gallery. `note` is a word under it; `image` a thumbnail as a data URI, None if there is none."""
 
-    The inputs are read again, with the `options` that they were listed with.
-    """
-    wanted = list(rows)
-    ids = [row["row_id"] for row in wanted]
+    row_id: str
+    uri: str
+    member: str | None
+    score: float
+    p_value: float
+    note: str
+    image: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Where the image lies: its name within a container, or its URI."""
+        return self.member or self.uri
+
+
+def pictured(
+    run: Run, wanted: Sequence[Picture], limits: ImageLimits, options: InventoryOptions | None = None
+) -> list[Picture]:
+    """The pictures with their thumbnails. The inputs are read again, with the `options` that they were listed with."""
+    ids = [picture.row_id for picture in wanted]
     found = pads.field("row_id").isin(ids)
     # one after another: files of a manifest are large
     listed = [part.to_table(filter=found, batch_readahead=1, fragment_readahead=1) for part in run.parts(MANIFEST)]
     manifest = pa.concat_tables(listed)
     contents = dict(zip(manifest["row_id"].to_pylist(), read_bytes(manifest, run.place, limits, options), strict=True))
-    return [row | {"image": _thumbnail(contents.get(row["row_id"]), limits)} for row in wanted]
+    return [replace(each, image=_thumbnail(contents.get(each.row_id), limits)) for each in wanted]
 
 
 def percent(value: float | None) -> str:

@@ -7,20 +7,22 @@ resume/      ids of the rows in finished blocks (Ray Data's CheckpointConfig)
 _SUCCESS     written after everything else
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar
 
 import pyarrow.dataset as pads
 import ray
+from pydantic import ValidationError
 from ray.data import DataContext, Dataset
 from ray.data.checkpoint import CheckpointConfig
 
+from clipflow_ray.config import Closed
 from clipflow_ray.errors import ClipflowError, RunConflictError
 from clipflow_ray.place import Place
+from clipflow_ray.runs.record import FinishedRecord, FinishedT, IdentityT, RunRecord
 
 RUN: Final = "run.json"
 SUCCESS: Final = "_SUCCESS"
@@ -29,6 +31,8 @@ _MAX_ROWS_PER_TASK: Final = 1024
 _FILES_AT_ONCE: Final = 64
 _MAX_BLOCK: Final = 16 * 2**20
 _PENDING: Final = ".pending.parquet"  # Ray Data's note of a block that is being written; it is done again
+
+RecordT = TypeVar("RecordT", bound=RunRecord[Any])
 
 
 @dataclass(frozen=True)
@@ -42,39 +46,60 @@ class Run:
         """Whether `_SUCCESS` is there."""
         return (self.place / SUCCESS).exists()
 
-    def record(self) -> dict[str, Any] | None:
-        """`run.json`, or None where the folder holds no run."""
-        if not (self.place / RUN).exists():
-            return None
-        return cast(dict[str, Any], json.loads((self.place / RUN).read_text()))
+    def completed(self, kind: type[FinishedT], identity: Closed | None = None) -> FinishedT | None:
+        """The record of the finished run, or None if there is no finished run.
 
-    def write_record(self, record: dict[str, Any]) -> None:
-        """Replace `run.json`."""
-        (self.place / RUN).write(json.dumps(record, indent=1, sort_keys=True, default=str) + "\n")
+        Raises RunConflictError if the record is of another kind, or of another `identity` than the named one.
+        """
+        record = self._record(kind) if self.finished else None
+        if record is not None and identity is not None:
+            self._refuse_other(record.identity, identity)
+        return record
 
-    def begin(self, identity: dict[str, Any], make_manifest: Callable[[], int]) -> dict[str, Any]:
-        """Start the run, or take up one that was cut off, and return its record.
+    def begin(
+        self, kind: type[RunRecord[IdentityT]], identity: IdentityT, make_manifest: Callable[[], int]
+    ) -> RunRecord[IdentityT]:
+        """Start the run, or take up one that was cut off, and return its record, which is of that `kind`.
 
         A new run lists its inputs once; a resumed one keeps that list. Raises RunConflictError, naming what
-        differs, where the folder holds a run of another `identity`.
+        differs, if the folder holds a run of another `identity`.
         """
-        record = self.record()
+        record = self._record(kind)
         if record is None:
-            record = {"identity": identity, "manifest_rows": make_manifest()}
-            self.write_record(record)
-        elif record["identity"] != identity:
-            old = record["identity"]
-            differing = sorted(k for k in old.keys() | identity.keys() if old.get(k) != identity.get(k))
+            record = kind(identity=identity, manifest_rows=make_manifest())
+            self._write(record)
+        self._refuse_other(record.identity, identity)
+        return record
+
+    def succeed(self, record: FinishedRecord[Any]) -> None:
+        """Write the completed record, then `_SUCCESS`, and nothing after that."""
+        self._write(record)
+        (self.place / SUCCESS).write("")
+
+    def _record(self, kind: type[RecordT]) -> RecordT | None:
+        place = self.place / RUN
+        if not place.exists():
+            return None
+        try:
+            return kind.model_validate_json(place.read_text())
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise RunConflictError(
+                f"{place.uri} is not a record that this command reads "
+                f"({'.'.join(map(str, first['loc'])) or 'json'}: {first['msg']}). Name another output, or use the "
+                "command and the version that wrote it."
+            ) from error
+
+    def _write(self, record: RunRecord[Any]) -> None:
+        (self.place / RUN).write(record.model_dump_json(indent=1) + "\n")
+
+    def _refuse_other(self, old: Closed, new: Closed) -> None:
+        differing = sorted(name for name in type(new).model_fields if getattr(old, name) != getattr(new, name))
+        if differing:
             raise RunConflictError(
                 f"{self.place.uri} holds a run with other {', '.join(differing)}. Name another output, or repeat "
                 "the command that began it."
             )
-        return record
-
-    def succeed(self, record: dict[str, Any]) -> None:
-        """Write the completed record, then `_SUCCESS`, and nothing after that."""
-        self.write_record(record)
-        (self.place / SUCCESS).write("")
 
     def files(self, name: str) -> list[str]:
         """The sorted names of the finished parquet files of one part."""

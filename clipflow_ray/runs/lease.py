@@ -15,7 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
 from clipflow_ray.errors import RunConflictError
 from clipflow_ray.place import Place
@@ -93,17 +94,23 @@ def _interruptible() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGUSR2, before)
 
 
+@dataclass(frozen=True)
+class _Holder:
+    """Who holds a lease: host, process id and the run's token; and the ETag of the object that says so."""
+
+    host: str
+    pid: int
+    run: str
+    etag: str
+
+
 class _ObjectLease:
     def __init__(self, folder: Place) -> None:
         self._folder, self._object = folder.uri, folder / NAME
         self._token, self._renewals = secrets.token_hex(8), 0
         self._etag: str | None = None
-        self._taken_by: dict[str, Any] | None = None
-
-    @property
-    def lost(self) -> bool:
-        """Whether another run took the lease over."""
-        return self._taken_by is not None
+        self._taken_by: _Holder | None = None
+        self.lost = False  # whether another run took the lease over
 
     def conflict(self) -> RunConflictError:
         """What to say where it is lost."""
@@ -124,7 +131,7 @@ class _ObjectLease:
         if now is None:
             if self._put(None):
                 return
-        elif before is not None and now["etag"] == before["etag"] and self._put(now["etag"]):
+        elif before is not None and now.etag == before.etag and self._put(now.etag):
             return
         raise RunConflictError(
             f"Another run{_where(now)} writes to {self._folder} now; wait for it or name another output."
@@ -147,7 +154,7 @@ class _ObjectLease:
     def release(self) -> None:
         """Delete the lease if it is still ours."""
         holder = self._holder()
-        if holder is not None and holder["etag"] == self._etag:
+        if holder is not None and holder.etag == self._etag:
             self._object.delete()
 
     def _put(self, etag: str | None) -> bool:
@@ -164,19 +171,19 @@ class _ObjectLease:
             holder = self._holder()
         except OSError:
             return False  # not known yet: the next renewal asks again
-        if holder is not None and holder.get("run") == self._token:
-            self._etag = holder["etag"]
+        if holder is not None and holder.run == self._token:
+            self._etag = holder.etag
             return False
-        self._taken_by = holder or {}
+        self._taken_by, self.lost = holder, True
         return True
 
-    def _holder(self) -> dict[str, Any] | None:
+    def _holder(self) -> _Holder | None:
         stored = self._object.read_with_etag()
         if stored is None:
             return None
-        found: dict[str, Any] = json.loads(stored[0])
-        return found | {"etag": stored[1]}
+        found = json.loads(stored[0])
+        return _Holder(found["host"], found["pid"], found["run"], stored[1])
 
 
-def _where(holder: dict[str, Any] | None) -> str:
-    return f" ({holder['host']}, process {holder['pid']})" if holder else ""
+def _where(holder: _Holder | None) -> str:
+    return f" ({holder.host}, process {holder.pid})" if holder else ""

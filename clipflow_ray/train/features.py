@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pyarrow.compute as pc
@@ -19,6 +19,8 @@ from clipflow_ray.inputs.manifest import write_manifest
 from clipflow_ray.model.encoder import Encoder
 from clipflow_ray.place import Place, places
 from clipflow_ray.runs.folder import MANIFEST, Run
+from clipflow_ray.runs.record import RunRecord
+from clipflow_ray.train.record import FeaturesIdentity, FeaturesRecord
 from clipflow_ray.train.views import read_and_distort
 
 F32 = NDArray[np.float32]
@@ -59,22 +61,21 @@ def extract(config: TrainConfig) -> Run:
     inputs = places(config.input, config.s3)
     stored = tuple(dict.fromkeys((*config.encoder.feature, *config.extra_features)))
     fingerprint = Encoder(config.encoder, "cpu", stored).fingerprint
-    identity: dict[str, Any] = {
-        "input": list(config.input),
-        "listing": listing_hash(inputs),
-        "encoder_fingerprint": fingerprint,
-        "proxies": config.proxies.model_dump(mode="json"),
-        "calibration": sorted(config.split.calibration),
-        "limits": config.limits.model_dump(mode="json"),
-        "tool_version": __version__,
-    }
-    key = stable_hash(identity)
-    run = _reusable(config, key, stored)
+    identity = FeaturesIdentity(
+        input=config.input,
+        listing=listing_hash(inputs),
+        encoder_fingerprint=fingerprint,
+        proxies=config.proxies,
+        calibration=tuple(sorted(config.split.calibration)),
+        limits=config.limits,
+        tool_version=__version__,
+        features=stored,
+    )
+    run = _reusable(config, stable_hash(identity.model_dump(mode="json", exclude={"features"})), stored)
     if run.finished:
         return run
-    identity["features"] = list(stored)
-    record = run.begin(identity, lambda: write_manifest(inputs, run.place / MANIFEST))
-    plan = resources.plan_scoring(record["manifest_rows"], _ENCODE_ROWS)
+    begun = run.begin(RunRecord[FeaturesIdentity], identity, lambda: write_manifest(inputs, run.place / MANIFEST))
+    plan = resources.plan_scoring(begun.manifest_rows, _ENCODE_ROWS)
 
     run.write(
         PARTS,
@@ -93,11 +94,11 @@ def extract(config: TrainConfig) -> Run:
             Embed,
             {"encoder": config.encoder, "features": stored, "fingerprint": fingerprint},
         ),
-        record["manifest_rows"],
+        begun.manifest_rows,
     )
     status = run.table(PARTS).to_table(columns=["status", "error_code"])
-    record["errors"] = int(np.sum(status["status"].to_numpy() == "error"))
-    run.succeed(record)
+    errors = int(np.sum(status["status"].to_numpy() == "error"))
+    run.succeed(FeaturesRecord(identity=identity, manifest_rows=begun.manifest_rows, errors=errors))
     return run
 
 
@@ -134,8 +135,7 @@ def _reusable(config: TrainConfig, key: str, stored: tuple[str, ...]) -> Run:
     root = Place.at(config.output, config.s3) / "features"
     for name in root.names():
         run = Run(root / name)
-        if name.startswith(key) and run.finished:
-            record = run.record() or {"identity": {}}
-            if set(stored) <= set(record["identity"].get("features", ())):
-                return run
+        record = run.completed(FeaturesRecord) if name.startswith(key) else None
+        if record is not None and set(stored) <= set(record.identity.features):
+            return run
     return Run(root / f"{key}-{stable_hash(','.join(stored))[:4]}")

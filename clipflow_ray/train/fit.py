@@ -95,7 +95,7 @@ class Worker(Loop):
     def run(self) -> None:
         """All epochs that are still to do; every rank reports each one, rank 0 with a checkpoint."""
         first = self._restore()
-        for epoch in range(first, self.config.fit.epochs):
+        for epoch in range(first, self.fit.epochs):
             figures = self.epoch(epoch)
             with tempfile.TemporaryDirectory() as folder:
                 checkpoint = None

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -16,9 +16,11 @@ from clipflow_ray.errors import ConfigError
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint, save_checkpoint
 from clipflow_ray.model.flow import Flow
+from clipflow_ray.model.record import TrainingRecord
 from clipflow_ray.place import Place, places, settled
 from clipflow_ray.train import features, fit
 from clipflow_ray.train.probes import fit_probes
+from clipflow_ray.train.record import FeaturesRecord
 from clipflow_ray.train.split import Split, split
 
 log = logging.getLogger(__name__)
@@ -56,10 +58,11 @@ def train(config: TrainConfig) -> Trained:
     flow.load_state_dict(state)  # as it will be loaded: everything below is calibrated to the rounded flow
     with torch.inference_mode():
         scores = -flow.eval()(torch.from_numpy(data.calibration.embedding)).per_dim.numpy()
-    record = run.record() or {}
+    record = run.completed(FeaturesRecord)
+    assert record is not None  # `extract` finished it
     checkpoint = Checkpoint(
         encoder=config.encoder,
-        encoder_fingerprint=record["identity"]["encoder_fingerprint"],
+        encoder_fingerprint=record.identity.encoder_fingerprint,
         segments=segments,
         flow_config=config.flow,
         flow_state=state,
@@ -75,22 +78,26 @@ def train(config: TrainConfig) -> Trained:
     return Trained(place.uri, checkpoint.model_id, fitted.metrics)
 
 
-def _summary(config: TrainConfig, data: Split, fitted: fit.Fitted, record: dict[str, Any]) -> dict[str, Any]:
+def _summary(config: TrainConfig, data: Split, fitted: fit.Fitted, record: FeaturesRecord) -> TrainingRecord:
     """How the checkpoint was made, without this machine's paths: inputs are named by their last component."""
-    return {
-        "input": [place.name for place in places(config.input, config.s3)],
-        "listing": record["identity"]["listing"],
-        "objects": record["manifest_rows"],
-        "unreadable": record["errors"],
-        "config_hash": stable_hash(config.fit, config.flow, config.objective, config.proxies, config.split),
-        "fit": config.fit.model_dump(mode="json"),
-        "split": config.split.model_dump(mode="json"),
-        **data.summary(),
-        "metrics": fitted.metrics,
-        "history": fitted.history,
-        "tool_version": __version__,
-        "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    parts = data.parts()
+    return TrainingRecord(
+        input=tuple(place.name for place in places(config.input, config.s3)),
+        listing=record.identity.listing,
+        objects=record.manifest_rows,
+        unreadable=record.errors,
+        config_hash=stable_hash(config.fit, config.flow, config.objective, config.proxies, config.split),
+        fit=config.fit,
+        split=config.split,
+        split_by=data.by,
+        views={name: len(part) for name, part in parts.items()},
+        images={name: len(np.unique(part.row_id)) for name, part in parts.items()},
+        sources={name: tuple(sorted(map(str, np.unique(part.group)))) for name, part in parts.items()},
+        metrics=fitted.metrics,
+        history=tuple(fitted.history),
+        tool_version=__version__,
+        made_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
 
 
 def _reference(flow: Flow, data: Split) -> dict[str, Tensor]:

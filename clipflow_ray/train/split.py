@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from clipflow_ray.config import SplitConfig
 from clipflow_ray.errors import ConfigError, TrainingError
 from clipflow_ray.train.features import Features
 
+SplitBy = Literal["source", "image"]
 _MIN_SOURCES: Final = 5
 
 
@@ -28,17 +29,11 @@ class Split:
     validation_proxy: Features
     held_out: Features
     calibration: Features
-    by: str
+    by: SplitBy
 
-    def summary(self) -> dict[str, object]:
-        """Counts and sources of each part, for the checkpoint's record."""
-        parts = {name: part for name, part in vars(self).items() if isinstance(part, Features)}
-        return {
-            "split_by": self.by,
-            "views": {name: len(part) for name, part in parts.items()},
-            "images": {name: len(np.unique(part.row_id)) for name, part in parts.items()},
-            "sources": {name: sorted(map(str, np.unique(part.group))) for name, part in parts.items()},
-        }
+    def parts(self) -> dict[str, Features]:
+        """The parts by name."""
+        return {name: part for name, part in vars(self).items() if isinstance(part, Features)}
 
 
 def split(features: Features, config: SplitConfig) -> Split:
@@ -57,7 +52,7 @@ def split(features: Features, config: SplitConfig) -> Split:
     if config.held_out_family not in (None, *families):
         raise ConfigError(f"No proxies of family {config.held_out_family!r}; there are: {', '.join(families)}.")
     named = bool(config.validation or config.calibration)
-    by = "source" if named or len(sources) >= _MIN_SOURCES else "image"
+    by: SplitBy = "source" if named or len(sources) >= _MIN_SOURCES else "image"
     if named:
         validation = np.isin(features.group, config.validation)
         calibration = np.isin(features.group, config.calibration)

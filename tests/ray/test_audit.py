@@ -1,6 +1,5 @@
 """Audits end to end on a real cluster and a real S3 protocol, with the test tower."""
 
-import json
 import os
 import re
 import signal
@@ -21,6 +20,7 @@ import pytest
 import ray
 import yaml
 
+from clipflow_ray.audit.record import AuditRecord
 from clipflow_ray.audit.run import audit
 from clipflow_ray.columns import LEDGER_SCHEMA
 from clipflow_ray.config import AuditConfig
@@ -63,7 +63,7 @@ def config(trained: str, mixed: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def record(cluster: None, config: AuditConfig) -> dict:
+def record(cluster: None, config: AuditConfig) -> AuditRecord:
     return audit(config)
 
 
@@ -72,7 +72,7 @@ def ledger(output: str) -> list[dict]:
 
 
 def test_every_object_gives_one_row_and_a_broken_one_gives_an_error_row(
-    record: dict, config: AuditConfig, mixed: Path
+    record: AuditRecord, config: AuditConfig, mixed: Path
 ) -> None:
     rows = ledger(config.output)
     listed = sorted(str(path) for path in mixed.rglob("*") if path.is_file())
@@ -81,16 +81,16 @@ def test_every_object_gives_one_row_and_a_broken_one_gives_an_error_row(
     broken = {Path(row["uri"]).name: row for row in rows if row["status"] == "error"}
     assert {name: row["error_code"] for name, row in broken.items()} == BROKEN
     assert all(row["score"] is None and row["verdict"] is None and row["error_message"] for row in broken.values())
-    assert record["by_status"] == {"error": 4, "ok": 40}
-    assert record["by_error_code"] == dict(sorted(Counter(BROKEN.values()).items()))
+    assert record.by_status == {"error": 4, "ok": 40}
+    assert record.by_error_code == dict(sorted(Counter(BROKEN.values()).items()))
 
 
-def test_the_ledger_has_the_columns_of_the_contract_with_their_types(record: dict, config: AuditConfig) -> None:
+def test_the_ledger_has_the_columns_of_the_contract_with_their_types(record: AuditRecord, config: AuditConfig) -> None:
     assert pq.read_table(f"{config.output}/ledger").schema.remove_metadata().equals(LEDGER_SCHEMA)
 
 
 def test_an_audit_gives_the_scores_of_the_detector_for_the_same_bytes(
-    record: dict, config: AuditConfig, trained: str
+    record: AuditRecord, config: AuditConfig, trained: str
 ) -> None:
     detector = Detector.from_checkpoint(trained)
     for row in ledger(config.output):
@@ -104,7 +104,7 @@ def test_an_audit_gives_the_scores_of_the_detector_for_the_same_bytes(
             assert finding.stratum == row["stratum"]
 
 
-def test_verdicts_rates_and_q_values_follow_from_the_stored_p_values(record: dict, config: AuditConfig) -> None:
+def test_verdicts_rates_and_q_values_follow_from_the_stored_p_values(record: AuditRecord, config: AuditConfig) -> None:
     rows = [row for row in ledger(config.output) if row["status"] == "ok"]
     p = np.array([row["p_value"] for row in rows])
     assert [row["verdict"] for row in rows] == [verdict(value, config.alpha)[0] for value in p]
@@ -113,31 +113,31 @@ def test_verdicts_rates_and_q_values_follow_from_the_stored_p_values(record: dic
     expected = np.minimum.accumulate(ranked[::-1])[::-1]
     np.testing.assert_allclose(np.array([row["q_value"] for row in rows])[order], np.minimum(expected, 1), rtol=1e-5)
     flagged = sum(row["verdict"] == "likely_ai" for row in rows)
-    assert record["flagged"]["count"] == flagged and record["flagged"]["of"] == len(rows)
-    low, high = record["flagged"]["wilson_95"]
+    assert record.flagged.count == flagged and record.flagged.of == len(rows)
+    low, high = record.flagged.wilson_95
     assert low <= flagged / len(rows) <= high
 
 
-def test_groups_are_the_folders_below_the_input(record: dict, config: AuditConfig) -> None:
+def test_groups_are_the_folders_below_the_input(record: AuditRecord, config: AuditConfig) -> None:
     groups = Counter(row["group"] for row in ledger(config.output))
     assert groups == {"alpha": 14, "beta set": 13, "gämmä": 13, "broken": 4}
 
 
 def test_a_finished_audit_is_returned_without_work_and_another_alpha_only_judges_anew(
-    record: dict, config: AuditConfig
+    record: AuditRecord, config: AuditConfig
 ) -> None:
     scored = {path: path.stat().st_mtime_ns for path in Path(config.output, "scored").iterdir()}
     again = audit(config)
-    assert again == json.loads(Path(config.output, "run.json").read_text())
+    assert again == AuditRecord.model_validate_json(Path(config.output, "run.json").read_text())
     wider = audit(config.model_copy(update={"alpha": 0.5}))
-    assert wider["flagged"]["count"] >= record["flagged"]["count"]
+    assert wider.flagged.count >= record.flagged.count
     assert scored == {path: path.stat().st_mtime_ns for path in Path(config.output, "scored").iterdir()}
     assert len(ledger(config.output)) == 44
     audit(config)
 
 
 def test_another_checkpoint_or_input_on_the_same_output_is_refused_and_named(
-    record: dict, config: AuditConfig, mixed: Path
+    record: AuditRecord, config: AuditConfig, mixed: Path
 ) -> None:
     with pytest.raises(RunConflictError, match="input"):
         audit(config.model_copy(update={"input": (str(mixed / "alpha"),)}))
@@ -164,7 +164,7 @@ def test_a_missing_checkpoint_and_an_empty_input_are_said_in_a_sentence(
 
 
 def test_an_s3_prefix_gives_the_same_scores_as_the_folder_it_was_copied_from(
-    record: dict, config: AuditConfig, mixed: Path, s3: Place
+    record: AuditRecord, config: AuditConfig, mixed: Path, s3: Place
 ) -> None:
     client = s3_client(s3)
     client.create_bucket(Bucket="audits")
@@ -174,7 +174,7 @@ def test_an_s3_prefix_gives_the_same_scores_as_the_folder_it_was_copied_from(
     result = audit(
         config.model_copy(update={"input": ("s3://audits/in/",), "output": "s3://audits/out", "s3": s3.options})
     )
-    assert result["by_status"] == record["by_status"]
+    assert result.by_status == record.by_status
     keys = [item["Key"] for item in client.list_objects_v2(Bucket="audits", Prefix="out/")["Contents"]]
     assert {"out/_SUCCESS", "out/run.json"} <= set(keys)
     stored = s3.with_uri("s3://audits/out/ledger").arguments("source", "filesystem")
@@ -182,7 +182,7 @@ def test_an_s3_prefix_gives_the_same_scores_as_the_folder_it_was_copied_from(
     for row in ledger(config.output):
         if row["score"] is not None:
             assert abs(remote[row["sha256"]] - row["score"]) <= 1e-4
-    assert "SECRET" not in json.dumps(result).upper()
+    assert "SECRET" not in result.model_dump_json().upper()
 
 
 class Neighbour:
@@ -222,7 +222,7 @@ def test_scores_are_written_while_later_images_are_still_read(
 
 
 def test_an_audit_whose_driver_was_killed_goes_on_without_loss_or_duplicate(
-    record: dict, config: AuditConfig, tmp_path: Path
+    record: AuditRecord, config: AuditConfig, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
     settings = config.model_copy(update={"output": str(output), "rows_per_task": 2, "batch_size": 2})
@@ -251,7 +251,7 @@ def test_an_audit_whose_driver_was_killed_goes_on_without_loss_or_duplicate(
     for row in rows:
         if row["score"] is not None:
             assert abs(row["score"] - reference[row["row_id"]]["score"]) <= 1e-4
-    assert result["timing"]["objects"] == 44 - done
+    assert result.timing.objects == 44 - done
 
 
 def test_the_scoring_actors_metrics_are_on_rays_prometheus_endpoint(cluster: None, trained: str) -> None:

@@ -16,7 +16,8 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from clipflow_ray.audit import progress
-from clipflow_ray.audit.run import audit, error_rate, judge_again, plan
+from clipflow_ray.audit.record import AuditRecord, AuditReport
+from clipflow_ray.audit.run import audit, judge_again, plan
 from clipflow_ray.columns import manifest_table
 from clipflow_ray.config import AuditConfig, ImageLimits, InventoryOptions
 from clipflow_ray.errors import InputError, RunConflictError
@@ -42,7 +43,7 @@ def config(trained: str, tmp_path_factory: pytest.TempPathFactory) -> AuditConfi
 
 
 @pytest.fixture(scope="module")
-def record(cluster: None, config: AuditConfig) -> dict:
+def record(cluster: None, config: AuditConfig) -> AuditRecord:
     return audit(config)
 
 
@@ -51,7 +52,7 @@ def ledger(output: str) -> dict[str, dict]:
 
 
 def test_a_sample_is_the_same_in_every_run_and_a_larger_one_holds_a_smaller_one(
-    record: dict, config: AuditConfig, tmp_path: Path
+    record: AuditRecord, config: AuditConfig, tmp_path: Path
 ) -> None:
     def sampled(share: float, name: str) -> dict[str, dict]:
         audit(config.model_copy(update={"sample": share, "output": str(tmp_path / name)}))
@@ -68,8 +69,8 @@ def test_a_sample_is_the_same_in_every_run_and_a_larger_one_holds_a_smaller_one(
             assert small[key]["score"] == pytest.approx(whole[key]["score"], rel=1e-5)
 
 
-def test_judging_again_needs_no_encoder_and_counts_equal_files_once(record: dict, config: AuditConfig) -> None:
-    assert record["by_status"] == {"error": 1, "ok": 48}
+def test_judging_again_needs_no_encoder_and_counts_equal_files_once(record: AuditRecord, config: AuditConfig) -> None:
+    assert record.by_status == {"error": 1, "ok": 48}
     code = (
         "import sys; from clipflow_ray.model import encoder; from clipflow_ray.cli import main\n"
         "def refuse(*_, **__): raise AssertionError('an encoder was built')\n"
@@ -82,7 +83,7 @@ def test_judging_again_needs_no_encoder_and_counts_equal_files_once(record: dict
     wider = json.loads(done.stdout)
     assert wider["alpha"] == 0.2 and wider["by_status"] == {"error": 1, "ok": 40, "skipped_duplicate": 8}
     assert wider["flagged"]["of"] == 40
-    assert judge_again(AuditConfig(output=config.output, alpha=0.1, dedupe="none"))["flagged"] == record["flagged"]
+    assert judge_again(AuditConfig(output=config.output, alpha=0.1, dedupe="none")).flagged == record.flagged
 
 
 def test_judging_again_shows_pictures_from_the_store_that_the_audit_named(
@@ -95,7 +96,7 @@ def test_judging_again_shows_pictures_from_the_store_that_the_audit_named(
     output = str(tmp_path / "run")
     audit(config.model_copy(update={"input": ("s3://pictures/in/",), "output": output, "s3": s3.options}))
     again = judge_again(AuditConfig(output=output, alpha=0.2))
-    assert Path(again["report"]).read_text().count("data:image/jpeg;base64,") >= 4
+    assert Path(again.report).read_text().count("data:image/jpeg;base64,") >= 4
 
 
 def test_an_output_without_a_finished_audit_cannot_be_judged(tmp_path: Path) -> None:
@@ -147,7 +148,7 @@ def test_a_run_whose_lease_was_taken_over_stops_and_leaves_the_output_to_the_oth
         """As a run does that found the lease unrenewed; when the first rows are there."""
         while not client.list_objects_v2(Bucket="taken", Prefix="out/scored/").get("KeyCount"):
             time.sleep(0.05)
-        while not other._put(other._holder()["etag"]):  # renewed between the two
+        while not other._put(other._holder().etag):  # renewed between the two
             pass
 
     taking = threading.Thread(target=take_over)
@@ -159,7 +160,7 @@ def test_a_run_whose_lease_was_taken_over_stops_and_leaves_the_output_to_the_oth
     keys = {item["Key"] for item in client.list_objects_v2(Bucket="taken")["Contents"]}
     assert "out/.lease" in keys and "out/_SUCCESS" not in keys
     other.release()
-    assert audit(settings)["rows"] == 49
+    assert audit(settings).rows == 49
 
 
 def test_a_renewal_whose_answer_was_lost_is_no_takeover(s3: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,27 +199,27 @@ def test_the_plan_counts_objects_and_bytes_and_writes_nothing(
     cluster: None, config: AuditConfig, tmp_path: Path
 ) -> None:
     planned = plan(config.model_copy(update={"output": str(tmp_path / "run"), "sample": 0.5}))
-    assert planned["objects"] == 49 and planned["by_suffix"] == {".jpg": 49}
-    assert planned["bytes"] == sum(path.stat().st_size for path in Path(config.input[0]).rglob("*.jpg"))
-    assert planned["hours"] > 0 and not (tmp_path / "run").exists()
+    assert planned.objects == 49 and planned.by_suffix == {".jpg": 49}
+    assert planned.bytes == sum(path.stat().st_size for path in Path(config.input[0]).rglob("*.jpg"))
+    assert planned.hours > 0 and not (tmp_path / "run").exists()
 
 
-def test_progress_is_written_beside_the_ledger(record: dict, config: AuditConfig) -> None:
+def test_progress_is_written_beside_the_ledger(record: AuditRecord, config: AuditConfig) -> None:
     state = json.loads(Path(config.output, progress.PROGRESS).read_text())
     assert (state["done"], state["total"], state["errors"]) == (49, 49, {"truncated": 1})
 
 
-def test_the_report_is_one_file_with_the_facts_of_the_record(record: dict, config: AuditConfig) -> None:
-    page = Path(record["report"]).read_text()
-    facts = json.loads(Path(config.output, "report.json").read_text())
+def test_the_report_is_one_file_with_the_facts_of_the_record(record: AuditRecord, config: AuditConfig) -> None:
+    page = Path(record.report).read_text()
+    facts = AuditReport.model_validate_json(Path(config.output, "report.json").read_text())
     assert not re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?(?!#|data:|["'#])[^>\s]*""", page)
-    assert facts["flagged"] == record["flagged"]
-    assert sum(row["of"] for row in facts["groups"]) == 48 == sum(row["of"] for row in facts["strata"])
-    assert {row["name"] for row in facts["groups"]} == {"site-0", "site-1", "site-2"}
+    assert facts.flagged == record.flagged
+    assert sum(row.of for row in facts.groups) == 48 == sum(row.of for row in facts.strata)
+    assert {row.name for row in facts.groups} == {"site-0", "site-1", "site-2"}
     assert page.count("data:image/jpeg;base64,") == 8
-    assert facts["errors"]["truncated"]["examples"][0]["place"].endswith("broken.jpg")
-    assert sum(facts["p_values"]) == 48
-    words = shlex.split(facts["command"])
+    assert facts.errors["truncated"].examples[0].place.endswith("broken.jpg")
+    assert sum(facts.p_values) == 48
+    words = shlex.split(facts.command)
     assert words[:4] == ["clipflow-ray", "audit", "--input", config.input[0]] and words[-2:] == ["--gallery", "4"]
     text = Path(config.output, "report.md").read_text()
     assert "not proof" in text and "| site-0 |" in text
@@ -228,10 +229,10 @@ def test_the_report_is_one_file_with_the_facts_of_the_record(record: dict, confi
     ("flags", "code"), [((), 0), (("--max-error-rate", "0.001"), 3), (("--fail-if-flag-rate-above", "0.0"), 4)]
 )
 def test_exit_codes_tell_errors_from_a_failed_gate(
-    record: dict, config: AuditConfig, flags: tuple[str, ...], code: int
+    record: AuditRecord, config: AuditConfig, flags: tuple[str, ...], code: int
 ) -> None:
-    assert error_rate(record) == pytest.approx(1 / 49)
-    assert record["flagged"]["count"] > 0
+    assert record.error_rate == pytest.approx(1 / 49)
+    assert record.flagged.count > 0
     command = [sys.executable, "-m", "clipflow_ray", "audit", "--input", config.input[0], "--output", config.output]
     command += ["--checkpoint", config.checkpoint, "--alpha", "0.1", *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -252,11 +253,11 @@ def test_sigterm_ends_a_run_with_a_sentence_and_the_next_one_goes_on(config: Aud
     assert driver.returncode == 1 and "error [terminated]" in errors and "Traceback" not in errors
     assert not (output / "_SUCCESS").exists()
     result = audit(config.model_copy(update={"output": str(output), "gallery": 24}))
-    assert result["rows"] == 49
+    assert result.rows == 49
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium: install Debian's `chromium` to test the report's page")
-def test_the_report_fits_a_phone_sorts_its_tables_and_asks_for_nothing(record: dict) -> None:
+def test_the_report_fits_a_phone_sorts_its_tables_and_asks_for_nothing(record: AuditRecord) -> None:
     problems: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -266,7 +267,7 @@ def test_the_report_fits_a_phone_sorts_its_tables_and_asks_for_nothing(record: d
         page.on(
             "request", lambda request: None if request.url[:5] in ("file:", "data:") else problems.append(request.url)
         )
-        page.goto(f"file://{record['report']}")
+        page.goto(f"file://{record.report}")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         names = page.locator("table").first.locator("tbody tr td:first-child")
         page.get_by_role("button", name="name").first.click()

@@ -144,7 +144,7 @@ def test_killed_workers_lose_and_duplicate_nothing(calm: dict[str, dict], config
         record = audit(config.model_copy(update={"output": str(output)}))
     assert counted[0] >= 1, "no worker was killed"
     assert_same(ledger(output), calm)
-    assert record["manifest_rows"] == len(calm)
+    assert record.manifest_rows == len(calm)
 
 
 @pytest.mark.stress

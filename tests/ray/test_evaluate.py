@@ -20,6 +20,7 @@ from clipflow_ray.errors import ConfigError
 from clipflow_ray.evaluate import figures as derived
 from clipflow_ray.evaluate.baselines import BASELINES
 from clipflow_ray.evaluate.protocol import evaluate, metadata_only
+from clipflow_ray.evaluate.record import ClassCounts, EvaluationFigures
 from clipflow_ray.evaluate.text import text
 from clipflow_ray.evaluate.views import CASES
 from clipflow_ray.model.calibration import Calibration
@@ -50,10 +51,10 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def result(cluster: None, trained: str, labelled: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict:
+def config(trained: str, labelled: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
     natural, generated = labelled
     output = tmp_path_factory.mktemp("evaluation")
-    config = EvaluateConfig(
+    return EvaluateConfig(
         natural=(str(natural),),
         generated=(str(generated),),
         output=str(output),
@@ -62,21 +63,28 @@ def result(cluster: None, trained: str, labelled: tuple[Path, Path], tmp_path_fa
         robustness=6,
         gallery=3,
     )
-    return {**evaluate(config), "output": str(output), "config": config}
 
 
-def shipped(result: dict, name: str) -> pa.Table:
-    return pq.read_table(f"{result['output']}/{name}.parquet")
+@pytest.fixture(scope="module")
+def result(cluster: None, config: EvaluateConfig) -> EvaluationFigures:
+    return evaluate(config)
 
 
-def test_every_figure_is_derived_again_from_the_shipped_tables_alone(result: dict) -> None:
-    written = json.loads(Path(result["output"], "figures.json").read_text())
-    stored, scores = shipped(result, "calibration"), shipped(result, "scores")
+def shipped(config: EvaluateConfig, name: str) -> pa.Table:
+    return pq.read_table(f"{config.output}/{name}.parquet")
+
+
+def test_every_figure_is_derived_again_from_the_shipped_tables_alone(
+    result: EvaluationFigures, config: EvaluateConfig
+) -> None:
+    written = json.loads(Path(config.output, "figures.json").read_text())
+    stored, scores = shipped(config, "calibration"), shipped(config, "scores")
     own = stored.slice(0, len(stored) // 3)  # of three checkpoints, which are the same one here
     calibration = Calibration(own["score"].to_numpy().astype(np.float32), tuple(own["stratum"].to_pylist()))
-    again = json.loads(json.dumps(derived.figures(scores, [calibration] * 3)))
+    again = json.loads(derived.figures(scores, [calibration] * 3).model_dump_json())
     assert again == {name: written[name] for name in again}
-    assert json.loads(json.dumps(derived.curves(shipped(result, "robustness"), calibration))) == written["robustness"]
+    curves = derived.curves(shipped(config, "robustness"), calibration)
+    assert [json.loads(point.model_dump_json()) for point in curves] == written["robustness"]
     for variant in written["variants"]:
         rows = scores.filter(pc.equal(scores["variant"], variant))
         suspicion = metadata_only({n: rows[n] for n in rows.column_names}, rows["generated"].to_numpy())
@@ -85,104 +93,114 @@ def test_every_figure_is_derived_again_from_the_shipped_tables_alone(result: dic
         np.testing.assert_array_equal(p_values, rows["p_value"].to_numpy())
 
 
-def test_the_figures_are_what_their_names_say(result: dict, trained: str) -> None:
-    table = pq.read_table(f"{result['output']}/scores.parquet").to_pandas()
+def test_the_figures_are_what_their_names_say(result: EvaluationFigures, config: EvaluateConfig, trained: str) -> None:
+    table = shipped(config, "scores").to_pandas()
     threshold = load_checkpoint(trained).calibration.threshold(0.05)
-    for variant, figures in result["variants"].items():
+    for variant, figures in result.variants.items():
         rows = table[table.variant == variant]
         assert len(rows) == 50
         for column, name in (("score", "flow"), ("mahalanobis", "mahalanobis"), ("knn", "knn")):
             expected = roc_auc_score(rows.generated, rows[column])
-            assert figures["detectors"][name]["auroc"] == pytest.approx(expected, abs=1e-6)
-        at = figures["thresholds"]["0.05"]
-        assert at["tpr"]["flagged"] == int((rows.generated & (rows.score > threshold)).sum())
-        assert at["fpr"]["flagged"] == int((~rows.generated & (rows.score > threshold)).sum())
-        assert sum(row["of"] for row in at["per_source"].values()) == 30
-        assert sum(row["of"] for row in at["per_generator"].values()) == 20
-        generators = figures["detectors"]["flow"]["per_generator_auroc"]
-        assert figures["detectors"]["flow"]["macro_auroc"] == pytest.approx(np.mean(list(generators.values())))
-    assert result["auroc"] == result["variants"]["as_found"]["detectors"]["flow"]["auroc"]
+            assert figures.detectors[name].auroc == pytest.approx(expected, abs=1e-6)
+        at = figures.thresholds["0.05"]
+        assert at.tpr.flagged == int((rows.generated & (rows.score > threshold)).sum())
+        assert at.fpr.flagged == int((~rows.generated & (rows.score > threshold)).sum())
+        assert sum(row.of for row in at.per_source.values()) == 30
+        assert sum(row.of for row in at.per_generator.values()) == 20
+        generators = figures.detectors["flow"].per_generator_auroc
+        assert figures.detectors["flow"].macro_auroc == pytest.approx(np.mean(list(generators.values())))
+    assert result.auroc == result.variants["as_found"].detectors["flow"].auroc
 
 
-def test_what_is_audited_together_gives_a_lower_bound_of_what_is_suspicious(result: dict) -> None:
-    for at in result["variants"]["as_found"]["thresholds"].values():
-        together = at["audited_together"]
-        assert together["count"] == at["tpr"]["flagged"] + at["fpr"]["flagged"] and together["of"] == 50
-        assert together["generated_share"] == pytest.approx(0.4)
-        assert 0 <= together["excess_lower_bound"] < together["share"]
+def test_what_is_audited_together_gives_a_lower_bound_of_what_is_suspicious(
+    result: EvaluationFigures, config: EvaluateConfig
+) -> None:
+    for at in result.variants["as_found"].thresholds.values():
+        together = at.audited_together
+        assert together.count == at.tpr.flagged + at.fpr.flagged and together.of == 50
+        assert together.generated_share == pytest.approx(0.4)
+        assert 0 <= together.excess_lower_bound < together.share
 
 
-def test_the_spread_over_seeds_is_none_where_all_are_the_same(result: dict) -> None:
-    spread = result["variants"]["as_found"]["over_seeds"]
+def test_the_spread_over_seeds_is_none_where_all_are_the_same(
+    result: EvaluationFigures, config: EvaluateConfig
+) -> None:
+    spread = result.variants["as_found"].over_seeds
     assert {"auroc", "macro_auroc", "worst_quartile_auroc", "tpr_0.05", "fpr_0.05"} <= set(spread)
-    assert all(row["std"] == pytest.approx(0) for row in spread.values())
+    assert all(row.std == pytest.approx(0) for row in spread.values())
 
 
-def test_robustness_distorts_both_classes_with_the_same_draws(result: dict) -> None:
-    table = shipped(result, "robustness").to_pandas()
-    points = result["robustness"]
-    assert [(point["distortion"], point["level"]) for point in points] == [("original", 0.0), *CASES]
-    assert all(point["n"] == {"natural": 6, "generated": 6} for point in points)
+def test_robustness_distorts_both_classes_with_the_same_draws(
+    result: EvaluationFigures, config: EvaluateConfig
+) -> None:
+    table = shipped(config, "robustness").to_pandas()
+    points = result.robustness
+    assert [(point.distortion, point.level) for point in points] == [("original", 0.0), *CASES]
+    assert all(point.n == ClassCounts(natural=6, generated=6) for point in points)
     assert len(table) == 12 * (1 + len(CASES))
     for _, rows in table.groupby(["distortion", "level"]):
         assert sorted(rows[rows.generated].draw) == sorted(rows[~rows.generated].draw) == list(range(6))
-    scores = shipped(result, "scores").to_pandas()
+    scores = shipped(config, "scores").to_pandas()
     known = scores[scores.variant == "as_found"].set_index("row_id").score
     originals = table[table.distortion == "original"].set_index("row_id").score
     np.testing.assert_array_equal(originals, known[originals.index])
     assert (table[table.distortion == "blur"].score.to_numpy()[-12:] != originals.to_numpy()).any()
 
 
-def test_all_baselines_stand_beside_the_flow_and_the_unreadable_image_is_counted(result: dict) -> None:
-    for figures in result["variants"].values():
-        assert list(figures["detectors"]) == ["flow", *BASELINES]
-        assert figures["n"] == {"natural": 30, "generated": 20}
-        assert len(set(figures["auroc_by_seed"])) == 1
-    assert result["unreadable"] == 1
-    assert result["metadata_only_auroc"] == pytest.approx(1.0)  # JPEG against PNG: the bias that it is there to show
-    flow = result["variants"]["as_found"]["detectors"]["flow"]["auroc"]
-    assert result["format_gap_auroc"]["flow"] == pytest.approx(
-        flow - result["variants"]["format_aligned"]["detectors"]["flow"]["auroc"]
+def test_all_baselines_stand_beside_the_flow_and_the_unreadable_image_is_counted(
+    result: EvaluationFigures, config: EvaluateConfig
+) -> None:
+    for figures in result.variants.values():
+        assert list(figures.detectors) == ["flow", *BASELINES]
+        assert figures.n == ClassCounts(natural=30, generated=20)
+        assert len(set(figures.auroc_by_seed)) == 1
+    assert result.unreadable == 1
+    assert result.metadata_only_auroc == pytest.approx(1.0)  # JPEG against PNG: the bias that it is there to show
+    flow = result.variants["as_found"].detectors["flow"].auroc
+    assert result.format_gap_auroc["flow"] == pytest.approx(
+        flow - result.variants["format_aligned"].detectors["flow"].auroc
     )
-    for figures in result["variants"].values():
-        beaten = {
-            name for name, row in figures["detectors"].items() if row["auroc"] < figures["detectors"]["flow"]["auroc"]
-        }
-        assert set(figures["not_beaten"]) == set(figures["detectors"]) - beaten - {"flow"}
+    for figures in result.variants.values():
+        beaten = {name for name, row in figures.detectors.items() if row.auroc < figures.detectors["flow"].auroc}
+        assert set(figures.not_beaten) == set(figures.detectors) - beaten - {"flow"}
 
 
-def test_the_written_figures_are_the_returned_ones_and_the_text_names_worst_generator_first(result: dict) -> None:
-    written = json.loads(Path(result["output"], "figures.json").read_text())
-    assert written["auroc"] == result["auroc"]
+def test_the_written_figures_are_the_returned_ones_and_the_text_names_worst_generator_first(
+    result: EvaluationFigures, config: EvaluateConfig
+) -> None:
+    written = EvaluationFigures.model_validate_json(Path(config.output, "figures.json").read_text())
+    assert written == result
     printed = text(written)
-    order = list(written["variants"]["as_found"]["detectors"]["flow"]["per_generator_auroc"])
+    order = list(written.variants["as_found"].detectors["flow"].per_generator_auroc)
     block = printed[printed.index("worst first") :]
     assert block.index(order[0]) < block.index(order[1])
 
 
-def test_a_second_evaluation_encodes_nothing_again(result: dict) -> None:
-    folders = [Path(result["output"], name, "embeddings") for name in ("evaluation", "robustness-6")]
+def test_a_second_evaluation_encodes_nothing_again(result: EvaluationFigures, config: EvaluateConfig) -> None:
+    folders = [Path(config.output, name, "embeddings") for name in ("evaluation", "robustness-6")]
     before = {path: path.stat().st_mtime_ns for folder in folders for path in folder.iterdir()}
-    again = evaluate(result["config"])
+    again = evaluate(config)
     assert before == {path: path.stat().st_mtime_ns for folder in folders for path in folder.iterdir()}
-    assert again == {name: result[name] for name in again}
+    assert again == result
 
 
-def test_a_missing_class_is_refused(cluster: None, result: dict) -> None:
+def test_a_missing_class_is_refused(cluster: None, config: EvaluateConfig) -> None:
     with pytest.raises(ConfigError, match="--generated"):
-        evaluate(result["config"].model_copy(update={"generated": ()}))
+        evaluate(config.model_copy(update={"generated": ()}))
 
 
-def test_the_page_is_one_file_with_the_figures_and_the_worst_errors_first(result: dict) -> None:
-    page = Path(result["output"], "report.html").read_text()
+def test_the_page_is_one_file_with_the_figures_and_the_worst_errors_first(
+    result: EvaluationFigures, config: EvaluateConfig
+) -> None:
+    page = Path(config.output, "report.html").read_text()
     assert not re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?(?!#|data:|["'#])[^>\s]*""", page)
-    found = result["variants"]["as_found"]
-    errors = [found["thresholds"]["0.05"]["fpr"]["flagged"], 20 - found["thresholds"]["0.05"]["tpr"]["flagged"]]
+    found = result.variants["as_found"]
+    errors = [found.thresholds["0.05"].fpr.flagged, 20 - found.thresholds["0.05"].tpr.flagged]
     assert page.count("data:image/jpeg;base64,") == sum(min(3, count) for count in errors) > 0
     assert f"{result['auroc']:.3f} as found" in page
     for name in ("lake", "tower", "phase_jitter", "low_pass"):
         assert f"<td>{name}</td>" in page
-    scores = shipped(result, "scores").to_pandas()
+    scores = shipped(config, "scores").to_pandas()
     scores = scores[(scores.variant == "as_found") & scores.generated].sort_values("score")
     missed = scores[scores.p_value > 0.05].uri.map(lambda uri: Path(uri).name).head(3)
     gallery = page[page.index("missed, lowest score first") :]
@@ -190,7 +208,9 @@ def test_the_page_is_one_file_with_the_figures_and_the_worst_errors_first(result
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium: install Debian's `chromium` to test the page")
-def test_the_page_reads_on_a_phone_sorts_its_tables_and_asks_for_nothing(result: dict) -> None:
+def test_the_page_reads_on_a_phone_sorts_its_tables_and_asks_for_nothing(
+    result: EvaluationFigures, config: EvaluateConfig
+) -> None:
     problems: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -201,15 +221,15 @@ def test_the_page_reads_on_a_phone_sorts_its_tables_and_asks_for_nothing(result:
         page.on(
             "request", lambda request: None if request.url[:5] in ("file:", "data:") else problems.append(request.url)
         )
-        page.goto(f"file://{result['output']}/report.html")
+        page.goto(f"file://{config.output}/report.html")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         rows = page.locator("table:has(button:text-is('detector')) tbody tr td:first-child")
         page.get_by_role("button", name="AUROC as found").click()
-        found = result["variants"]["as_found"]
-        table = {**found["detectors"], "metadata_only": found["metadata_only"]}
-        ranked = sorted((row["auroc"] for row in table.values()), reverse=True)
+        found = result.variants["as_found"]
+        table = {**found.detectors, "metadata_only": found.metadata_only}
+        ranked = sorted((row.auroc for row in table.values()), reverse=True)
         shown = [name.replace(" ", "_") for name in rows.all_inner_texts()]
-        assert [table[name]["auroc"] for name in shown] == ranked
+        assert [table[name].auroc for name in shown] == ranked
         figures = page.locator("figure").all()
         assert len(figures) == 11  # two ROC curves and histograms, the p-values, six kinds of distortion
         assert all(figure.get_attribute("aria-label") for figure in figures)

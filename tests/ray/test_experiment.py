@@ -18,7 +18,8 @@ from clipflow_ray.config import (
     load_yaml,
 )
 from clipflow_ray.errors import ConfigError
-from clipflow_ray.lab.experiment import Experimented, _held_out_figures, experiment, rank_correlation, summarized
+from clipflow_ray.lab.experiment import _held_out_figures, experiment, rank_correlation, summarized
+from clipflow_ray.lab.record import ExperimentResult, FitRow
 from clipflow_ray.train import features
 
 FIT = FitConfig(epochs=2, batch_size=32, learning_rate=2e-3)
@@ -40,12 +41,12 @@ def config(tiny: TrainConfig) -> ExperimentConfig:
 
 
 @pytest.fixture(scope="module")
-def first(trained: str, config: ExperimentConfig) -> Experimented:
+def first(trained: str, config: ExperimentConfig) -> ExperimentResult:
     """After the training, whose embeddings it uses."""
     return experiment(config)
 
 
-def test_every_candidate_is_fitted_once_for_each_family_and_seed(first: Experimented) -> None:
+def test_every_candidate_is_fitted_once_for_each_family_and_seed(first: ExperimentResult) -> None:
     rows = pq.read_table(first.results).to_pylist()
     assert sorted((row["candidate"], row["held_out"], row["seed"]) for row in rows) == sorted(
         (name, family, seed)
@@ -61,7 +62,7 @@ def test_every_candidate_is_fitted_once_for_each_family_and_seed(first: Experime
             assert 0.5 <= row["auroc_sources"] <= 1.0
 
 
-def test_what_a_candidate_changes_and_the_seed_change_the_figures(first: Experimented) -> None:
+def test_what_a_candidate_changes_and_the_seed_change_the_figures(first: ExperimentResult) -> None:
     rows = {(r["candidate"], r["held_out"], r["seed"]): r for r in pq.read_table(first.results).to_pylist()}
     for family in ("low_pass", "tone"):
         one, other_seed = rows["as it is", family, 0], rows["as it is", family, 1]
@@ -69,17 +70,17 @@ def test_what_a_candidate_changes_and_the_seed_change_the_figures(first: Experim
         assert len({row["nll_median"] for row in (one, other_seed, without)}) == 3
 
 
-def test_the_summary_is_the_mean_of_its_rows_and_puts_failures_last(first: Experimented) -> None:
+def test_the_summary_is_the_mean_of_its_rows_and_puts_failures_last(first: ExperimentResult) -> None:
     rows = pq.read_table(first.results).to_pylist()
-    assert [line["candidate"] for line in first.summary][-1] == "too fast"
-    assert "learning rate" in first.summary[-1]["failed"]
+    assert [line.candidate for line in first.summary][-1] == "too fast"
+    assert "learning rate" in first.summary[-1].failed
     for line in first.summary[:-1]:
-        own = [row["auroc"] for row in rows if row["candidate"] == line["candidate"]]
-        assert line["auroc"] == pytest.approx(np.mean(own)) and line["auroc_sd"] >= 0.0
-        assert line["worst_auroc"] == min(line["families"].values())
+        own = [row["auroc"] for row in rows if row["candidate"] == line.candidate]
+        assert line.auroc == pytest.approx(np.mean(own)) and line.auroc_sd >= 0.0
+        assert line.worst_auroc == min(line.families.values())
 
 
-def test_the_page_names_each_candidate_and_asks_for_nothing(first: Experimented) -> None:
+def test_the_page_names_each_candidate_and_asks_for_nothing(first: ExperimentResult) -> None:
     text = Path(first.page).read_text()
     assert all(name in text for name in ("as it is", "without resample", "too fast"))
     assert text.count("<svg") == text.count("</figure>") == 5  # the ranking, the families, and looks over each signal
@@ -89,7 +90,7 @@ def test_the_page_names_each_candidate_and_asks_for_nothing(first: Experimented)
 
 
 def test_a_second_run_does_only_what_is_new_and_a_changed_candidate_is_fitted_anew(
-    first: Experimented, config: ExperimentConfig
+    first: ExperimentResult, config: ExperimentConfig
 ) -> None:
     folder = Path(first.results).parent / "fits"
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -108,11 +109,11 @@ def test_a_second_run_does_only_what_is_new_and_a_changed_candidate_is_fitted_an
     after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert {name: after[name] for name in before} == before
     assert len(after) == len(before) + 2
-    assert {line["candidate"] for line in second.summary} == {"as it is", "renamed", "natural alone"}
+    assert {line.candidate for line in second.summary} == {"as it is", "renamed", "natural alone"}
 
 
 def test_an_unknown_family_or_feature_is_refused_with_those_there_are(
-    first: Experimented, config: ExperimentConfig
+    first: ExperimentResult, config: ExperimentConfig
 ) -> None:
     for change in ({"held_out": ("sepia",)}, {"candidates": (Candidate(name="a", feature=("block99.cls",)),)}):
         with pytest.raises(ConfigError, match=r"sepia|block99\.cls"):
@@ -129,8 +130,15 @@ def test_two_candidates_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_the_rank_correlation_is_spearmans_over_the_candidates_that_were_looked_at() -> None:
     values = {"a": (0.6, 0.9, 0.7), "b": (0.7, 0.8, None), "c": (0.8, 0.7, 0.9), "d": (0.9, 0.6, 0.8)}
     rows = [
-        {"candidate": name, "held_out": "f", "seed": 0, "error": None, "nll_median": 1.0, "auroc_seen": 1.0}
-        | dict(zip(("auroc", "tpr_5", "auroc_sources"), figures, strict=True))
+        FitRow(
+            key=name,
+            candidate=name,
+            held_out="f",
+            seed=0,
+            nll_median=1.0,
+            auroc_seen=1.0,
+            **dict(zip(("auroc", "tpr_5", "auroc_sources"), figures, strict=True)),
+        )
         for name, figures in values.items()
     ]
     looks = {"a": 0.71, "b": 0.70, "c": 0.75}
@@ -148,4 +156,4 @@ def test_a_family_that_no_image_drew_fails_its_fit_with_a_sentence(trained: str,
     loaded = features.load(features.extract(tiny), ("projected",), tiny.proxies)
     held_out = tiny.model_copy(update={"split": tiny.split.model_copy(update={"held_out_family": "tone"})})
     row = ray.get(_held_out_figures.remote(held_out, loaded.where(loaded.family != "tone"), (32,), ()))
-    assert "No proxies of family 'tone'" in row["error"] and row["auroc"] is None
+    assert "No proxies of family 'tone'" in row.error and row.auroc is None

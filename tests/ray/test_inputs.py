@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from clipflow_ray.audit.record import AuditRecord
 from clipflow_ray.audit.run import audit
 from clipflow_ray.config import AuditConfig, InventoryOptions
 from clipflow_ray.errors import InputError
@@ -27,8 +28,8 @@ from tests.conftest import encoded, photo, s3_client
 IMAGES = {f"{label}/{at} +%2F'.jpg": encoded(photo(3000 + at)) for at, label in enumerate(("cat", "dog") * 4)}
 
 
-def ledger(record: dict) -> list[dict]:
-    return pq.read_table(record["ledger"]).to_pylist()
+def ledger(record: AuditRecord) -> list[dict]:
+    return pq.read_table(record.ledger).to_pylist()
 
 
 @pytest.fixture(scope="module")
@@ -146,13 +147,13 @@ def test_a_list_with_repeats_missing_files_and_bad_uris_gives_a_row_for_each_lin
     record = audit(config.model_copy(update={"dedupe": "sha256"}))
     rows = ledger(record)
     assert len({row["row_id"] for row in rows}) == len(rows) == len(lines)
-    assert record["by_status"] == {"error": 3, "ok": 2, "skipped_duplicate": 2}
-    assert record["by_error_code"] == {"bad_uri": 2, "not_found": 1}
+    assert record.by_status == {"error": 3, "ok": 2, "skipped_duplicate": 2}
+    assert record.by_error_code == {"bad_uri": 2, "not_found": 1}
     first = {row["row_id"] for row in rows if row["uri"] == good[0] and row["dup_of"] is None}
     repeats = [row for row in rows if row["dup_of"]]
     assert {row["dup_of"] for row in repeats} == first and len(repeats) == 2
     assert all(row["verdict"] is None and row["q_value"] is None for row in repeats)
-    assert record["flagged"]["of"] == 2
+    assert record.flagged.of == 2
 
 
 def test_prefixes_on_s3_are_listed_apart_and_nothing_is_lost(cluster: None, s3: Place, tmp_path: Path) -> None:

@@ -139,8 +139,8 @@ def test_every_good_object_is_scored_through_faults_and_few_are_read_twice(
     )
     calm = audit(config)
     record = audit(config.model_copy(update={"output": str(tmp_path / "chaos"), "s3": through(chaos, s3).options}))
-    assert record["by_status"] == calm["by_status"] == {"ok": OBJECTS}
-    scores = [{row["row_id"]: row["score"] for row in pq.read_table(r["ledger"]).to_pylist()} for r in (calm, record)]
+    assert record.by_status == calm.by_status == {"ok": OBJECTS}
+    scores = [{row["row_id"]: row["score"] for row in pq.read_table(r.ledger).to_pylist()} for r in (calm, record)]
     assert scores[1] == pytest.approx(scores[0], rel=1e-5)
     faults = sum(1 for number in FAULTS if number < OBJECTS)
     assert OBJECTS + faults <= sum(chaos.gets.values()) <= 1.15 * OBJECTS

@@ -31,12 +31,13 @@ def test_a_checkpoint_carries_all_that_a_detector_needs(trained: str, naturals: 
     checkpoint = load_checkpoint(trained)
     assert checkpoint.calibration is not None
     assert len(checkpoint.calibration.scores) == 32
-    assert checkpoint.training["sources"]["calibration"] == ["harbour", "studio"]
-    assert checkpoint.training["split"]["held_out_family"] == "low_pass"
+    assert checkpoint.training is not None
+    assert checkpoint.training.sources["calibration"] == ("harbour", "studio")
+    assert checkpoint.training.split.held_out_family == "low_pass"
     data = (naturals / "alpine" / "000.jpg").read_bytes()
     finding = Detector(checkpoint).detect(data, alpha=0.1)
     assert finding.status == "ok"
-    assert str(naturals) not in json.dumps(checkpoint.training)
+    assert str(naturals) not in checkpoint.training.model_dump_json()
 
 
 def test_calibration_images_are_the_sources_that_training_never_saw(trained: str, tiny: TrainConfig) -> None:

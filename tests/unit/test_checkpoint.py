@@ -1,6 +1,7 @@
 """The checkpoint directory: what is saved comes back, and nothing altered, partial or foreign is let in."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pickle
@@ -11,16 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from clipflow_ray.config import (
     DEFAULT_CHECKPOINT,
     TEST_TOWER,
     EncoderConfig,
+    FitConfig,
     FlowConfig,
     ImageLimits,
     ObjectiveConfig,
     ProxyConfig,
+    SplitConfig,
     TrainConfig,
     load_yaml,
 )
@@ -28,10 +32,29 @@ from clipflow_ray.errors import CheckpointError
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from clipflow_ray.model.flow import Flow
+from clipflow_ray.model.record import CheckpointRecord, TrainingRecord
 
 ROOT = Path(__file__).parents[2]
+HASH = "record_sha256"
 
 FLOW = FlowConfig(blocks=2, hidden=8, translation_clamp=0.5)
+TRAINING = TrainingRecord(
+    input=("photos-é",),
+    listing="l" * 16,
+    objects=13,
+    unreadable=1,
+    config_hash="c" * 16,
+    fit=FitConfig(epochs=2, seed=7),
+    split=SplitConfig(validation=("lake",), held_out_family="tone"),
+    split_by="source",
+    views={"natural": 24},
+    images={"natural": 12},
+    sources={"natural": ("lake", "tower")},
+    metrics={"epoch": 1.0, "auroc_tone": 0.75},
+    history=({"epoch": 0.0, "auroc_tone": 0.5}, {"epoch": 1.0, "auroc_tone": 0.75}),
+    tool_version="0.1.0",
+    made_at="2026-01-01T00:00:00+00:00",
+)
 FILES = ["checkpoint.json", "flow.safetensors", "calibration.safetensors", "reference.safetensors"]
 each_file = pytest.mark.parametrize("name", FILES)
 
@@ -60,7 +83,7 @@ def whole(**changes: Any) -> Checkpoint:
             "natural": torch.randn(7, 10, generator=generator).half(),
             "probe": torch.randn(11, generator=generator),
         },
-        training={"epochs": [{"auroc": 0.75}], "sources": {"photos": 12}, "note": "é"},
+        training=TRAINING,
     )
     return dataclasses.replace(checkpoint, **changes)
 
@@ -93,7 +116,7 @@ def test_everything_saved_comes_back(saved: Path) -> None:
 
 
 def test_calibration_and_reference_may_be_absent(tmp_path: Path) -> None:
-    bare = whole(calibration=None, reference={}, training={})
+    bare = whole(calibration=None, reference={}, training=None)
     save_checkpoint(bare, str(tmp_path / "new" / "folders" / "model"))
     loaded = load_checkpoint(str(tmp_path / "new" / "folders" / "model"))
     assert plain(loaded) == plain(bare)
@@ -125,8 +148,8 @@ def test_saving_over_a_checkpoint_replaces_it_whole(saved: Path) -> None:
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_debris(saved: Path) -> None:
-    with pytest.raises(TypeError):
-        save_checkpoint(whole(training={"when": object()}), saved)
+    with pytest.raises(ValidationError):
+        save_checkpoint(whole(training=object()), saved)
     assert plain(load_checkpoint(saved)) == plain(whole())
     assert os.listdir(saved.parent) == ["model"]
 
@@ -255,7 +278,7 @@ def test_the_model_id_follows_weights_and_encoder_and_not_the_calibration() -> N
     state["mean"][0] += 1e-6
     others = [whole(flow_state=state), whole(encoder_fingerprint="f" * 16)]
     assert len({base.model_id, *(other.model_id for other in others)}) == 3
-    assert whole(calibration=None, training={}).model_id == base.model_id
+    assert whole(calibration=None, training=None).model_id == base.model_id
     assert whole(flow_state=dict(reversed(base.flow_state.items()))).model_id == base.model_id
 
 
@@ -277,5 +300,23 @@ def test_the_config_of_the_packaged_training_is_what_the_packaged_checkpoint_was
     packaged = load_checkpoint(DEFAULT_CHECKPOINT)
     assert config.encoder == packaged.encoder and config.proxies == packaged.proxies
     assert config.flow == packaged.flow_config and config.objective == packaged.objective
-    assert config.split.model_dump(mode="json") == packaged.training["split"]
-    assert config.fit.model_dump(mode="json") == packaged.training["fit"]
+    assert packaged.training is not None
+    assert config.split == packaged.training.split
+    assert config.fit == packaged.training.fit
+
+
+def test_what_a_record_says_beyond_its_fields_is_refused_even_with_the_right_hash(saved: Path) -> None:
+    path = saved / "checkpoint.json"
+    for change in ({"something": 1}, {"training": {**json.loads(path.read_text())["training"], "something": 1}}):
+        plain = {name: value for name, value in (json.loads(path.read_text()) | change).items() if name != HASH}
+        plain[HASH] = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+        elsewhere = saved.with_name("changed")
+        shutil.copytree(saved, elsewhere, dirs_exist_ok=True)
+        (elsewhere / "checkpoint.json").write_text(json.dumps(plain))
+        with pytest.raises(CheckpointError, match="something"):
+            load_checkpoint(elsewhere)
+
+
+def test_the_packaged_record_is_one_of_the_model_and_says_the_same_when_it_is_written_again() -> None:
+    plain = json.loads(Path(DEFAULT_CHECKPOINT, "checkpoint.json").read_text())
+    assert CheckpointRecord.model_validate(plain).model_dump(mode="json") == plain

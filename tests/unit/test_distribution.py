@@ -20,11 +20,11 @@ def test_distance_and_histograms_equal_those_of_all_scores_at_once(decimals: int
         counted.add(some, some_p)
     expected = stats.ks_2samp(scores, calibration, method="asymp")
     assert counted.distance() == pytest.approx((expected.statistic, expected.pvalue))
-    edges = np.array(counted.histogram()["edges"])
+    edges = np.array(counted.histogram().edges)
     clipped = np.histogram(np.clip(scores, edges[0], edges[-1]), edges)[0]
-    np.testing.assert_allclose(counted.histogram()["audit"], clipped / len(scores))
-    assert sum(counted.histogram()["calibration"]) == pytest.approx(1.0)
-    assert counted.p_values() == np.histogram(p, 20, (0.0, 1.0))[0].tolist()
+    np.testing.assert_allclose(counted.histogram().audit, clipped / len(scores))
+    assert sum(counted.histogram().calibration) == pytest.approx(1.0)
+    assert counted.p_values() == tuple(np.histogram(p, 20, (0.0, 1.0))[0].tolist())
 
 
 @pytest.mark.parametrize("shift", [-50.0, 0.0, 3.0])

@@ -46,8 +46,8 @@ def test_the_wilson_interval_is_the_textbook_formula() -> None:
 
 
 def test_uniform_p_values_are_near_uniform_and_small_ones_are_not() -> None:
-    assert metrics.uniformity(np.arange(1, 101) / 101)["ks_distance"] < 0.02
-    assert metrics.uniformity(np.full(100, 0.01))["ks_distance"] > 0.9
+    assert metrics.uniformity(np.arange(1, 101) / 101).ks_distance < 0.02
+    assert metrics.uniformity(np.full(100, 0.01)).ks_distance > 0.9
 
 
 def test_the_bootstrap_interval_holds_the_auroc_and_shrinks_with_more_images() -> None:

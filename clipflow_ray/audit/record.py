@@ -1,0 +1,163 @@
+"""What an audit writes as json: `run.json`, `report.json`, and the plan that `--dry-run` prints."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from clipflow_ray.config import AuditConfig, Closed, ImageLimits, InventoryOptions, Record
+from clipflow_ray.runs.record import FinishedRecord
+from clipflow_ray.statistics import FlaggedRate
+
+
+class AuditIdentity(Closed):
+    """What shapes the scores of an audit: an output takes no audit of another identity."""
+
+    input: tuple[str, ...] = Field(description="URIs of the inputs.")
+    encoder_fingerprint: str = Field(description="Fingerprint of the encoder.")
+    inventory: InventoryOptions = Field(description="How the inputs are read.")
+    limits: ImageLimits = Field(description="Limits of size and time for the decoding of an image.")
+    sample: float = Field(description="Share of the objects that are scored.")
+    model_id: str = Field(description="Id of the checkpoint.")
+    calibration_id: str = Field(description="Id of the calibration.")
+    tool_version: str = Field(description="Version of this package.")
+
+
+class Timing(Closed):
+    """Duration of the scoring since the last start of the run."""
+
+    seconds: float = Field(description="Wall-clock seconds, including the start of the workers.")
+    objects: int = Field(description="Objects that were processed in this time.")
+    objects_per_second: float = Field(description="`objects / seconds`.")
+
+
+class CalibrationCard(Closed):
+    """What alpha means with the calibration at hand."""
+
+    calibration_n: int = Field(description="Number of calibration photographs.")
+    threshold: float = Field(description="Images with a higher score are flagged.")
+    false_positive_rate_95: tuple[float, float] = Field(
+        description="95 % interval of the share that is flagged of photographs like those of the calibration."
+    )
+
+
+class Judged(Closed):
+    """What the rows of the ledger add up to at one alpha."""
+
+    rows: int = Field(description="Rows of the ledger, one for each listed object.")
+    by_status: dict[str, int] = Field(description="Rows by `status`.")
+    by_error_code: dict[str, int] = Field(description="Rows by `error_code`, of those that have one.")
+    by_verdict: dict[str, int] = Field(description="Rows by `verdict`, of those that have one.")
+    flagged: FlaggedRate = Field(description="How many of the scored images are flagged.")
+
+
+class AuditRecord(Judged, FinishedRecord[AuditIdentity]):
+    """`run.json` of a finished audit, and what `audit --json` prints."""
+
+    config: AuditConfig = Field(description="Settings of the command that scored; `finalize` leaves them as they are.")
+    timing: Timing = Field(description="How long the scoring took.")
+    alpha: float = Field(description="False-positive rate that the verdicts are for.")
+    dedupe: Literal["sha256", "none"] = Field(description="Whether equal files count once.")
+    calibration: CalibrationCard = Field(description="What alpha means with this calibration.")
+    ledger: str = Field(description="URI of the folder with the ledger's parquet files.")
+    report: str = Field(description="URI of the report's page.")
+
+    @property
+    def error_rate(self) -> float:
+        """Share of errors among the objects that were read."""
+        counts = self.by_status
+        read = counts.get("error", 0) + counts.get("ok", 0) + counts.get("skipped_duplicate", 0)
+        return counts.get("error", 0) / read if read else 0.0
+
+
+class AuditPlan(Closed):
+    """What `audit --dry-run` prints: what there is to do, and how long it takes at the speed of one batch."""
+
+    objects: int = Field(description="Listed objects.")
+    to_score: int = Field(description="Objects that the sample leaves.")
+    bytes: int = Field(description="Their total size where the listing tells it.")
+    by_suffix: dict[str, int] = Field(description="Objects by the suffix of their names, most frequent first.")
+    encoders: int = Field(description="Encoders that the cluster has room for.")
+    images_per_second: float = Field(description="Speed of all encoders, measured on one batch.")
+    hours: float = Field(description="`to_score` at that speed, in hours.")
+
+
+class ReportCard(Closed):
+    """What was audited, and with what."""
+
+    input: tuple[str, ...] = Field(description="URIs of the inputs.")
+    checkpoint: str = Field(description="Id of the checkpoint.")
+    calibration: str = Field(description="Id of the calibration.")
+    calibration_n: int = Field(description="Number of calibration photographs.")
+    alpha: float = Field(description="False-positive rate that the verdicts are for.")
+    false_positive_rate_95: tuple[float, float] = Field(
+        description="95 % interval of the share that is flagged of photographs like those of the calibration."
+    )
+    tool_version: str = Field(description="Version of this package.")
+    encoder: str = Field(description="Fingerprint of the encoder.")
+    sample: float = Field(description="Share of the objects that were scored.")
+    dedupe: Literal["sha256", "none"] = Field(description="Whether equal files count once.")
+
+
+class Counts(Closed):
+    """Rows of the ledger by what became of them."""
+
+    status: dict[str, int] = Field(description="Rows by `status`.")
+    verdict: dict[str, int] = Field(description="Rows by `verdict`, of those that have one.")
+    error_code: dict[str, int] = Field(description="Rows by `error_code`, of those that have one.")
+    rows: int = Field(description="All rows.")
+
+
+class NamedRate(FlaggedRate):
+    """The rate of one group, or of one stratum of format and size."""
+
+    name: str = Field(description="Name of the group or of the stratum.")
+    q: float = Field(description="Benjamini-Hochberg adjusted p-value of the test whether the rate exceeds alpha.")
+    marked: bool = Field(description="Whether the rate exceeds alpha at a false-discovery rate of 5 %.")
+
+
+class ErrorExample(Closed):
+    """One object that could not be scored."""
+
+    place: str = Field(description="URI of the object, and its name within a container.")
+    message: str = Field(description="Why it could not be scored.")
+
+
+class ErrorGroup(Closed):
+    """The objects that share one error code."""
+
+    count: int = Field(description="Number of objects.")
+    examples: tuple[ErrorExample, ...] = Field(description="The first few of them.")
+
+
+class ScoreHistogram(Closed):
+    """Shares of images by score, in bins around the bulk of the calibration; the end bins hold what lies beyond."""
+
+    edges: tuple[float, ...] = Field(description="Edges of the bins, one more than there are bins.")
+    audit: tuple[float, ...] = Field(description="Share of the audit's scored images in each bin.")
+    calibration: tuple[float, ...] = Field(description="Share of the calibration photographs in each bin.")
+
+
+class Drift(Closed):
+    """How far the audit's scores lie from those of the calibration."""
+
+    ks_distance: float = Field(description="Kolmogorov-Smirnov distance of the two distributions.")
+    p_value: float = Field(description="Asymptotic p-value of that distance.")
+    median: float = Field(description="Median score of the audit, within half a percent.")
+    calibration_median: float = Field(description="Median score of the calibration.")
+
+
+class AuditReport(Record):
+    """`report.json`: the facts that the report's page shows."""
+
+    disclaimer: str = Field(description="What a score is and is not.")
+    card: ReportCard = Field(description="Inputs, checkpoint and settings.")
+    command: str = Field(description="Command line that repeats the audit.")
+    counts: Counts = Field(description="Rows of the ledger by status, verdict and error code.")
+    timing: Timing = Field(description="How long the scoring took.")
+    flagged: FlaggedRate = Field(description="How many of the scored images are flagged.")
+    groups: tuple[NamedRate, ...] = Field(description="Rates of the groups, most flagged first.")
+    strata: tuple[NamedRate, ...] = Field(description="Rates of the strata of format and size, most flagged first.")
+    errors: dict[str, ErrorGroup] = Field(description="Objects that could not be scored, by error code.")
+    scores: ScoreHistogram = Field(description="Scores against those of the calibration.")
+    p_values: tuple[int, ...] = Field(description="Scored images by p-value, in 20 equal bins from 0 to 1.")
+    drift: Drift | None = Field(description="Distance from the calibration; null if no image was scored.")

@@ -1,0 +1,176 @@
+"""What an evaluation writes as json: `figures.json`, and `run.json` of its two runs of embeddings."""
+
+from pydantic import Field
+
+from clipflow_ray.config import Closed, Record
+from clipflow_ray.runs.record import FinishedRecord
+from clipflow_ray.statistics import FlaggedRate
+
+
+class ClassCounts(Closed):
+    """How many images of each class there are."""
+
+    natural: int = Field(description="Natural images.")
+    generated: int = Field(description="AI-generated images.")
+
+
+class Ranking(Closed):
+    """How well scores rank generated images above natural ones."""
+
+    auroc: float = Field(description="AUROC over all images.")
+    macro_auroc: float = Field(description="Mean AUROC over generators, each against all natural images.")
+    worst_quartile_auroc: float = Field(description="Mean AUROC of the lowest quarter of the generators.")
+
+
+class DetectorFigures(Ranking):
+    """The figures of one detector that need no threshold."""
+
+    auroc_95: tuple[float, float] = Field(description="95 % bootstrap interval of `auroc`.")
+    average_precision: float = Field(description="Average precision, with both classes weighted alike.")
+    oracle_tpr: dict[str, float] = Field(
+        description="Recall at a false-positive rate, with a threshold set on the very images that it judges."
+    )
+    per_generator_auroc: dict[str, float] = Field(description="AUROC of each generator, worst first.")
+
+
+class Rate(Closed):
+    """How many images of one kind are flagged at a fixed threshold."""
+
+    flagged: int = Field(description="Flagged images.")
+    of: int = Field(description="Images of that kind.")
+    rate: float = Field(description="`flagged / of`.")
+    wilson_95: tuple[float, float] = Field(description="95 % Wilson interval of `rate`.")
+
+
+class SourceRate(Rate):
+    """The false positives of one natural source."""
+
+    expected_95: tuple[float, float] = Field(
+        description="Where 95 % of samples of that size lie if the source is like the calibration photographs."
+    )
+    inside: bool = Field(description="Whether `rate` lies in `expected_95`.")
+    excess_lower_bound: float = Field(
+        description="`(low - alpha) / (1 - alpha)`, at least 0, where low is the lower end of `wilson_95`."
+    )
+
+
+class RateTogether(FlaggedRate):
+    """What an audit of both classes together would report."""
+
+    generated_share: float = Field(description="Share of AI-generated images among them.")
+
+
+class ThresholdFigures(Closed):
+    """What the calibrated threshold of one alpha realises."""
+
+    threshold: float = Field(description="Images with a higher score are flagged.")
+    tpr: Rate = Field(description="Recall of the generated images.")
+    fpr: Rate = Field(description="False positives among the natural images.")
+    balanced_accuracy: float = Field(description="Mean of recall and of one minus the false-positive rate.")
+    false_positive_rate_95: tuple[float, float] = Field(
+        description="95 % interval of the false-positive rate on photographs like those of the calibration."
+    )
+    audited_together: RateTogether = Field(description="The flagged share of both classes together.")
+    per_generator: dict[str, Rate] = Field(description="Recall of each generator.")
+    per_source: dict[str, SourceRate] = Field(description="False positives of each natural source.")
+
+
+class Spread(Closed):
+    """How one figure differs between checkpoints of several seeds."""
+
+    mean: float = Field(description="Mean over the seeds.")
+    std: float = Field(description="Standard deviation over the seeds.")
+    min: float = Field(description="Lowest value.")
+    max: float = Field(description="Highest value.")
+
+
+class Uniformity(Closed):
+    """How far p-values lie from uniform."""
+
+    ks_distance: float = Field(description="Kolmogorov-Smirnov distance from the uniform distribution.")
+    p: float = Field(description="p-value of that distance.")
+
+
+class VariantFigures(Closed):
+    """All figures of one variant of the images: as found, or format-aligned."""
+
+    n: ClassCounts = Field(description="Readable images.")
+    detectors: dict[str, DetectorFigures] = Field(description="The flow, and each baseline on the same embeddings.")
+    metadata_only: DetectorFigures = Field(
+        description="Format, size, aspect and bytes per pixel alone, by a probe that is trained on the labels."
+    )
+    not_beaten: tuple[str, ...] = Field(description="Baselines whose AUROC the flow does not exceed.")
+    auroc_by_seed: tuple[float, ...] = Field(description="AUROC of the flow of each seed.")
+    by_seed: tuple[dict[str, float], ...] = Field(description="Figures of the flow of each seed, by name.")
+    over_seeds: dict[str, Spread] = Field(description="Spread of these figures; empty with one seed.")
+    thresholds: dict[str, ThresholdFigures] = Field(description="What each alpha's threshold realises, by alpha.")
+    p_uniformity_on_naturals: Uniformity = Field(description="How far the natural images' p-values are from uniform.")
+    p_values_of_naturals: tuple[int, ...] = Field(description="Natural images by p-value, in 20 equal bins.")
+
+
+class RobustnessPoint(Closed):
+    """The figures of one distortion at one level."""
+
+    distortion: str = Field(description="Name of the distortion, or `original`.")
+    level: float = Field(description="Its level, 0 for `original`.")
+    n: ClassCounts = Field(description="Distorted images.")
+    auroc: float = Field(description="AUROC of the flow.")
+    tpr: dict[str, Rate] = Field(description="Recall at each fixed threshold, by alpha.")
+    fpr: dict[str, Rate] = Field(description="False positives at each fixed threshold, by alpha.")
+
+
+class DerivedFigures(Closed):
+    """All that follows from the table of scores and from the calibrations."""
+
+    auroc: float = Field(description="AUROC of the flow on the images as found.")
+    n: ClassCounts = Field(description="Readable images.")
+    calibration_n: int = Field(description="Number of calibration photographs.")
+    variants: dict[str, VariantFigures] = Field(description="The figures of `as_found` and of `format_aligned`.")
+    metadata_only_auroc: float = Field(description="AUROC of the file's metadata alone on the images as found.")
+    format_gap_auroc: dict[str, float] = Field(
+        description="AUROC as found minus AUROC format-aligned, of each detector."
+    )
+
+
+class EvaluationFigures(DerivedFigures, Record):
+    """`figures.json`, and what `evaluate --json` prints."""
+
+    disclaimer: str = Field(description="What a score is and is not.")
+    model_id: str = Field(description="Id of the checkpoint.")
+    calibration_id: str = Field(description="Id of its calibration.")
+    seed_model_ids: tuple[str, ...] = Field(description="Ids of the checkpoints of other seeds.")
+    natural: tuple[str, ...] = Field(description="URIs of the natural inputs.")
+    generated: tuple[str, ...] = Field(description="URIs of the generated inputs.")
+    unreadable: int = Field(description="Images that could not be read.")
+    unreadable_by_code: dict[str, int] = Field(description="Images that could not be read, by error code.")
+    robustness: tuple[RobustnessPoint, ...] = Field(
+        description="Figures of distorted images, the originals first; empty if none were asked for."
+    )
+
+
+class VariantsIdentity(Closed):
+    """What shapes the embeddings of the images as found and format-aligned."""
+
+    encoder_fingerprint: str = Field(description="Fingerprint of the encoder.")
+    features: tuple[str, ...] = Field(description="Encoder features that are stored.")
+    input: tuple[str, ...] = Field(description="URIs of the natural and of the generated inputs.")
+    listing: str = Field(description="Hash of the listed objects.")
+    variants: tuple[str, ...] = Field(description="Names of the variants.")
+
+
+class DistortionsIdentity(Closed):
+    """What shapes the embeddings of the distorted images."""
+
+    encoder_fingerprint: str = Field(description="Fingerprint of the encoder.")
+    features: tuple[str, ...] = Field(description="Encoder features that are stored.")
+    listing: str = Field(description="Hash of the listed objects.")
+    cases: tuple[str, ...] = Field(description="Name and level of each distortion.")
+    draws: dict[str, int] = Field(description="Random draw of each distorted image, by row id.")
+
+
+class VariantsRecord(FinishedRecord[VariantsIdentity]):
+    """`run.json` of finished embeddings of both variants."""
+
+
+class DistortionsRecord(FinishedRecord[DistortionsIdentity]):
+    """`run.json` of finished embeddings of the distorted images."""

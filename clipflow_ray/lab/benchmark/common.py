@@ -1,0 +1,94 @@
+"""What the benchmarks share: the model of a result, interleaved timing, images, and a checkpoint without training."""
+
+import io
+import time
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+
+from clipflow_ray import images
+from clipflow_ray.config import Closed, EncoderConfig, FlowConfig, ImageLimits
+from clipflow_ray.demo import photographs
+from clipflow_ray.images import VIEW_SIZE
+from clipflow_ray.model.calibration import Calibration
+from clipflow_ray.model.checkpoint import Checkpoint, save_checkpoint
+from clipflow_ray.model.encoder import Encoder
+from clipflow_ray.model.flow import Flow
+
+BATCH: Final = 32
+_BARE_BATCHES: Final = 2
+
+
+class Benchmark(Closed):
+    """A ratio of two rates that were measured in turns."""
+
+    name: str = Field(description="Name of the benchmark.")
+    ratio: float = Field(description="Median ratio of the two rates over the rounds.")
+    rates: dict[str, float] = Field(description="Median of each rate, per second.")
+    n: int = Field(description="Number of rounds.")
+    spread: tuple[float, float] = Field(description="Lowest and highest ratio.")
+
+
+def interleaved(name: str, ours: Callable[[int], float], theirs: Callable[[int], float], rounds: int) -> Benchmark:
+    """Alternate two rates; each round's ratio uses the mean of the bare rates right before and after it."""
+    before, ratios, rates = theirs(0), [], []
+    for at in range(rounds):
+        own, after = ours(at), theirs(at)
+        rates.append((own, 0.5 * (before + after)))
+        ratios.append(own / rates[-1][1])
+        before = after
+    return Benchmark(
+        name=name,
+        ratio=float(np.median(ratios)),
+        rates={name: float(np.median([a for a, _ in rates])), "bare": float(np.median([b for _, b in rates]))},
+        n=rounds,
+        spread=(min(ratios), max(ratios)),
+    )
+
+
+def bare_loop(encoder: Encoder) -> Callable[[int], float]:
+    """Images per second of a loop `encoder(batch)` on ready views: what all else is compared with."""
+    views = np.random.default_rng(0).integers(0, 256, (BATCH, VIEW_SIZE, VIEW_SIZE, 3), np.uint8)
+
+    def bare(_: int) -> float:
+        start = time.perf_counter()
+        for _ in range(_BARE_BATCHES):
+            encoder.embed(views)
+        return BATCH * _BARE_BATCHES / (time.perf_counter() - start)
+
+    return bare
+
+
+def untrained(encoder: EncoderConfig, path: str) -> str:
+    """A checkpoint whose flow never saw an image: it costs what a trained one costs."""
+    tower, limits = Encoder(encoder, "cpu"), ImageLimits()
+    views = np.stack([images.view(images.decode(data, limits).rgb, "resize") for data in jpegs(BATCH)])
+    embeddings = torch.from_numpy(tower.embed(views))
+    flow = Flow((embeddings.shape[1],), FlowConfig())
+    flow.fit_standardizer(embeddings)
+    checkpoint = Checkpoint(
+        encoder=encoder,
+        encoder_fingerprint=tower.fingerprint,
+        segments=flow.segments,
+        flow_config=FlowConfig(),
+        flow_state=flow.state_dict(),
+        calibration=Calibration.fit(np.linspace(0.0, 1.0, 200, dtype=np.float32), ["jpeg|0-512"] * 200),
+    )
+    save_checkpoint(checkpoint, path)
+    return path
+
+
+def jpegs(count: int, size: tuple[int, int] = (640, 480)) -> Iterator[bytes]:
+    """JPEGs of `size` (width, height) cut from the demo's photographs, enlarged to twice that."""
+    width, height = size
+    photos = [Image.fromarray(photo).resize((2 * width, 2 * height)) for _, photo in photographs()]
+    rng = np.random.default_rng(0)
+    for at in range(count):
+        left, top = int(rng.integers(width)), int(rng.integers(height))
+        out = io.BytesIO()
+        photos[at % len(photos)].crop((left, top, left + width, top + height)).save(out, "JPEG", quality=90)
+        yield out.getvalue()

@@ -1,0 +1,44 @@
+"""Decoding in the killable child process over decoding in place."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from pydantic import Field
+
+from clipflow_ray import images, sandbox
+from clipflow_ray.config import ImageLimits
+from clipflow_ray.lab.benchmark.common import BATCH, Benchmark, interleaved, jpegs
+
+
+class SandboxBenchmark(Benchmark):
+    """Sandboxed decoding over decoding in place, for photographs of two megapixels."""
+
+    ratio_small: float = Field(description="The same ratio for photographs of 640 x 480 pixels.")
+
+
+def sandboxed_decoding(rounds: int) -> SandboxBenchmark:
+    """Decoding to the encoder's view in one killable child over the same in this process, on one thread.
+
+    `ratio` is for photographs of two megapixels, `ratio_small` for the 640 x 480 of the other benchmarks.
+    """
+    limits = ImageLimits()
+    torch.set_num_threads(1)
+
+    def compared(contents: list[bytes]) -> Benchmark:
+        def rate(decode: Callable[[], object]) -> Callable[[int], float]:
+            def measured(_: int) -> float:
+                start = time.perf_counter()
+                decode()
+                return len(contents) / (time.perf_counter() - start)
+
+            return measured
+
+        child = rate(lambda: sandbox.decode_all(contents, limits, "resize"))
+        here = rate(lambda: [images.view(images.decode(data, limits).rgb, "resize") for data in contents])
+        child(0)
+        return interleaved("sandbox", child, here, rounds)
+
+    small = compared(list(jpegs(BATCH)))
+    large = compared(list(jpegs(BATCH, (1600, 1200))))
+    return SandboxBenchmark(**dict(large), ratio_small=small.ratio)

@@ -1,0 +1,54 @@
+"""What `checkpoint.json` holds."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from clipflow_ray.config import (
+    Closed,
+    EncoderConfig,
+    FitConfig,
+    FlowConfig,
+    ImageLimits,
+    ObjectiveConfig,
+    ProxyConfig,
+    Record,
+    SplitConfig,
+)
+
+
+class TrainingRecord(Closed):
+    """How a checkpoint was made, without the paths of the machine that made it."""
+
+    input: tuple[str, ...] = Field(description="Last component of each input's URI.")
+    listing: str = Field(description="Hash of the listed objects.")
+    objects: int = Field(description="Listed objects.")
+    unreadable: int = Field(description="Objects that could not be read.")
+    config_hash: str = Field(description="Hash of the settings of fit, flow, objective, proxies and split.")
+    fit: FitConfig = Field(description="Settings of the optimisation.")
+    split: SplitConfig = Field(description="Sources and family that were kept out of training.")
+    split_by: Literal["source", "image"] = Field(description="What the parts are disjoint by.")
+    views: dict[str, int] = Field(description="Views of each part.")
+    images: dict[str, int] = Field(description="Images of each part.")
+    sources: dict[str, tuple[str, ...]] = Field(description="Sources of each part.")
+    metrics: dict[str, float] = Field(description="Figures of the chosen epoch, by name.")
+    history: tuple[dict[str, float], ...] = Field(description="Figures of every epoch, by name.")
+    tool_version: str = Field(description="Version of this package.")
+    made_at: str = Field(description="Time at which the training ended, ISO 8601 in UTC.")
+
+
+class CheckpointRecord(Record):
+    """`checkpoint.json`."""
+
+    model_id: str = Field(description="16 hex digits over the flow's tensors and the encoder's fingerprint.")
+    encoder: EncoderConfig = Field(description="The encoder, where its weights come from, and what is taken from it.")
+    encoder_fingerprint: str = Field(description="Fingerprint of the encoder that the flow was fitted on.")
+    segments: tuple[int, ...] = Field(description="Widths of the encoder's named features.")
+    flow: FlowConfig = Field(description="Settings of the flow.")
+    limits: ImageLimits = Field(description="Limits of size and time for the decoding of an image.")
+    objective: ObjectiveConfig = Field(description="Settings of the objective.")
+    proxies: ProxyConfig = Field(description="Settings of views and proxies.")
+    calibration_strata: tuple[str, ...] = Field(description="Stratum of each calibration score, in the scores' order.")
+    training: TrainingRecord | None = Field(description="How the checkpoint was made; null if it was not trained.")
+    sha256: dict[str, str] = Field(description="sha256 of each tensor file, by name.")
+    record_sha256: str = Field("", description="sha256 of all other fields, as json with sorted keys.")
