@@ -15,10 +15,10 @@ import pyarrow as pa
 
 from clipflow_ray import sandbox
 from clipflow_ray.columns import Status, add_columns
-from clipflow_ray.config import ImageLimits
+from clipflow_ray.config import ImageLimits, ViewSpec
 from clipflow_ray.data.containers import PARQUET, TAR, parquet_value
 from clipflow_ray.errors import ItemError
-from clipflow_ray.images import DecodedImage, ViewKind
+from clipflow_ray.images import DecodedImage
 from clipflow_ray.model.finding import FileFacts
 from clipflow_ray.place import Place
 
@@ -36,15 +36,15 @@ class ReadImage:
 
 
 def read_images(
-    table: pa.Table, near: Place, limits: ImageLimits, kind: ViewKind | None = None, column: str | None = None
+    table: pa.Table, near: Place, limits: ImageLimits, spec: ViewSpec | None = None, column: str | None = None
 ) -> list[ReadImage]:
     """Read and decode the objects of manifest rows, in their order; reads overlap, decoding uses one core.
 
-    `near` is any place that is reached with the same options as the rows' URIs. With `kind`, an image's `rgb` is its
-    view of that kind. `column` names the image bytes of parquet files, where it is not the first column with bytes.
+    `near` is any place that is reached with the same options as the rows' URIs. With `spec`, an image's `rgb` is its
+    view by it. `column` names the image bytes of parquet files, where it is not the first column with bytes.
     """
     contents = read_bytes(table, near, limits, column)
-    decoded = iter(sandbox.decode_all([c for c in contents if isinstance(c, bytes)], limits, kind))
+    decoded = iter(sandbox.decode_all([c for c in contents if isinstance(c, bytes)], limits, spec))
     return [
         ReadImage(hashlib.sha256(content).hexdigest(), len(content), next(decoded))
         if isinstance(content, bytes)
@@ -92,11 +92,11 @@ def read_and_decode(
     table: pa.Table,
     near: Place,
     limits: ImageLimits,
-    kind: ViewKind,
+    spec: ViewSpec,
     column: str | None = None,
     sample: float = 1.0,
 ) -> pa.Table:
-    """Manifest rows -> described rows with the encoder's view as bytes (uint8 224 x 224 x 3), null on error.
+    """Manifest rows -> described rows with the encoder's view as bytes (uint8 S x S x 3), null on error.
 
     Of all rows the share `sample` is read, by row id: the same ones in every run, and a larger sample holds a
     smaller one. The others come out as skipped_sample.
@@ -104,7 +104,7 @@ def read_and_decode(
     chosen = np.array([int(identity[:8], 16) < sample * 2**32 for identity in table["row_id"].to_pylist()], bool)
     outcomes = [ReadImage(None, None, None)] * len(table)
     for at, outcome in zip(
-        np.flatnonzero(chosen), read_images(table.filter(chosen), near, limits, kind, column), strict=True
+        np.flatnonzero(chosen), read_images(table.filter(chosen), near, limits, spec, column), strict=True
     ):
         outcomes[at] = outcome
     views = [o.image.rgb.tobytes() if isinstance(o.image, DecodedImage) else None for o in outcomes]

@@ -71,7 +71,7 @@ def embeddings_of(rows: pa.Table, features: Sequence[str], views: int) -> F32:
 
 
 def _identity(detector: Detector) -> dict[str, Any]:
-    return {"encoder_fingerprint": detector.encoder.fingerprint, "features": list(detector.encoder.features)}
+    return {"encoder_fingerprint": detector.encoder.fingerprint, "features": list(detector.encoder.names)}
 
 
 def _encoded(
@@ -85,7 +85,7 @@ def _encoded(
     record = run.begin(identity, make_manifest)
     if run.finished:
         return
-    plan, encoder = resources.plan_scoring(record["manifest_rows"], batch_size), detector.encoder
+    plan, checkpoint = resources.plan_scoring(record["manifest_rows"], batch_size), detector.checkpoint
     run.write(
         EMBEDDINGS,
         lambda manifest: read_then_encode(
@@ -93,9 +93,13 @@ def _encoded(
             plan,
             batch_size,
             read,
-            {"near": run.place, "limits": detector.checkpoint.limits, "kind": encoder.config.view},
+            {"near": run.place, "limits": checkpoint.limits, "spec": checkpoint.view},
             Embed,
-            {"encoder": encoder.config, "features": encoder.features, "fingerprint": encoder.fingerprint},
+            {
+                "encoder": checkpoint.encoder,
+                "features": checkpoint.encoder.feature,
+                "fingerprint": checkpoint.encoder_fingerprint,
+            },
         ),
         record["manifest_rows"],
     )

@@ -14,6 +14,7 @@ from clipflow_ray import sandbox
 from clipflow_ray.config import TrainConfig
 from clipflow_ray.data.inventory import group_of
 from clipflow_ray.errors import InputError, ItemError
+from clipflow_ray.model.weights import load_record
 from clipflow_ray.place import places
 from clipflow_ray.proxies.autoencoder import DECODERS, Autoencoder, Decoder, save
 
@@ -60,16 +61,17 @@ def fit(views: NDArray[np.uint8], decoder: Decoder, steps: int, seed: int = 0) -
 
 
 def _training_views(config: TrainConfig) -> NDArray[np.uint8]:
-    """uint8 [N, 224, 224, 3] of the images whose source neither validates nor calibrates."""
+    """uint8 [N, S, S, 3] of the images whose source neither validates nor calibrates."""
     kept_out = {*config.split.validation, *config.split.calibration}
     views = []
+    spec = load_record(config.encoder).view
     for base in places(config.input, config.s3):
         for item in base.objects():
             if group_of(base.uri, item.uri, 1) in kept_out:
                 continue
             try:
                 data = item.place.read(config.limits.max_bytes)
-                views.append(sandbox.decode(data, config.limits, config.encoder.view).rgb)
+                views.append(sandbox.decode(data, config.limits, spec).rgb)
             except ItemError as error:
                 log.warning("%s is left out: %s", item.uri, error)
     if not views:

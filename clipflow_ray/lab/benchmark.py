@@ -35,7 +35,6 @@ from clipflow_ray.config import (
 from clipflow_ray.data import resources
 from clipflow_ray.data.listing import write_manifest
 from clipflow_ray.demo import photographs, s3_server
-from clipflow_ray.images import VIEW_SIZE
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from clipflow_ray.model.detector import Detector
@@ -63,7 +62,7 @@ def audit_against_bare_encoder(objects: int, rounds: int) -> dict[str, Any]:
     """
     config = AuditConfig(input=(), output="")
     encoder = Encoder(load_checkpoint(config.checkpoint).encoder)
-    views = np.random.default_rng(0).integers(0, 256, (_BATCH, VIEW_SIZE, VIEW_SIZE, 3), np.uint8)
+    views = np.random.default_rng(0).integers(0, 256, (_BATCH, encoder.view.size, encoder.view.size, 3), np.uint8)
     with s3_server() as bucket, tempfile.TemporaryDirectory() as folder:
         resources.connect()  # after the server: workers inherit the credentials that it sets
         torch.set_num_threads(resources.cores())
@@ -97,10 +96,10 @@ def pipeline_against_plain_loops(objects: int, rounds: int) -> dict[str, Any]:
     """
     encoder = EncoderConfig(model=TEST_TOWER, pretrained="seed:0")
     weights = load_weights(encoder)
-    tower = build_tower(encoder.model)
+    tower = build_tower(weights.architecture)
     tower.load_state_dict(weights.state)
     tower.eval()
-    transform = image_transform(VIEW_SIZE, is_train=False, mean=weights.mean, std=weights.std)
+    transform = image_transform(weights.view.size, is_train=False, mean=weights.view.mean, std=weights.view.std)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = _untrained(encoder, os.path.join(folder, "checkpoint"))
         files = _write_files(Path(folder))
@@ -160,7 +159,7 @@ def sandboxed_decoding(rounds: int) -> dict[str, Any]:
 
     `ratio` is for photographs of two megapixels, `ratio_small` for the 640 x 480 of the other benchmarks.
     """
-    limits = ImageLimits()
+    limits, spec = ImageLimits(), load_checkpoint(AuditConfig(output="").checkpoint).view
     torch.set_num_threads(1)
 
     def compared(contents: list[bytes]) -> dict[str, Any]:
@@ -172,8 +171,8 @@ def sandboxed_decoding(rounds: int) -> dict[str, Any]:
 
             return measured
 
-        child = rate(lambda: sandbox.decode_all(contents, limits, "resize"))
-        here = rate(lambda: [images.view(images.decode(data, limits).rgb, "resize") for data in contents])
+        child = rate(lambda: sandbox.decode_all(contents, limits, spec))
+        here = rate(lambda: [images.view(images.decode(data, limits).rgb, spec) for data in contents])
         child(0)
         return _interleaved("sandbox", child, here, rounds)
 
@@ -189,7 +188,7 @@ def serving(images: int, rounds: int) -> dict[str, Any]:
     """
     contents = list(_jpegs(images))
     encoder = Encoder(load_checkpoint(ServeConfig().checkpoint).encoder)
-    views = np.random.default_rng(0).integers(0, 256, (_BATCH, VIEW_SIZE, VIEW_SIZE, 3), np.uint8)
+    views = np.random.default_rng(0).integers(0, 256, (_BATCH, encoder.view.size, encoder.view.size, 3), np.uint8)
     torch.set_num_threads(resources.cores())
 
     def bare(_: int) -> float:
@@ -336,13 +335,14 @@ class _Files(Dataset[torch.Tensor]):
 def _untrained(encoder: EncoderConfig, path: str) -> str:
     """A checkpoint whose flow never saw an image: it costs what a trained one costs."""
     tower, limits = Encoder(encoder, "cpu"), ImageLimits()
-    views = np.stack([images.view(images.decode(data, limits).rgb, "resize") for data in _jpegs(_BATCH)])
+    views = np.stack([images.view(images.decode(data, limits).rgb, tower.view) for data in _jpegs(_BATCH)])
     embeddings = torch.from_numpy(tower.embed(views))
     flow = Flow((embeddings.shape[1],), FlowConfig())
     flow.fit_standardizer(embeddings)
     checkpoint = Checkpoint(
         encoder=encoder,
         encoder_fingerprint=tower.fingerprint,
+        view=tower.view,
         segments=flow.segments,
         flow_config=FlowConfig(),
         flow_state=flow.state_dict(),

@@ -19,13 +19,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from clipflow_ray.config import EncoderConfig, FlowConfig, ImageLimits, ObjectiveConfig, ProxyConfig
+from clipflow_ray.config import (
+    OPENAI_VIEW,
+    EncoderConfig,
+    FlowConfig,
+    ImageLimits,
+    ObjectiveConfig,
+    ProxyConfig,
+    ViewSpec,
+)
 from clipflow_ray.errors import CheckpointError
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.flow import Flow
 from clipflow_ray.place import Place
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 RECORD: Final = "checkpoint.json"
 
 
@@ -35,13 +43,15 @@ class Checkpoint:
 
     Its repr leaves the tensors out: Ray Data prints what it hands to actors, and that took a second.
 
-    `segments` are the widths of the encoder's named features. `reference` holds `natural` (float16 [N, D], raw
-    embeddings), `probe` (float32 [D + 1], logistic weights on standardised features and bias) and, since they are
-    kept, `mlp.N.weight` [in, out] and `mlp.N.bias` (layers of a probe with ReLU between them), or is empty.
+    `view` is what the encoder sees of an image. `segments` are the widths of the encoder's named features.
+    `reference` holds `natural` (float16 [N, D], raw embeddings), `probe` (float32 [D + 1], logistic weights on
+    standardised features and bias) and, since they are kept, `mlp.N.weight` [in, out] and `mlp.N.bias` (layers of a
+    probe with ReLU between them), or is empty.
     """
 
     encoder: EncoderConfig
     encoder_fingerprint: str
+    view: ViewSpec
     segments: tuple[int, ...]
     flow_config: FlowConfig
     flow_state: dict[str, Tensor] = field(repr=False)
@@ -87,6 +97,7 @@ def save_checkpoint(checkpoint: Checkpoint, where: Place | str | Path) -> None:
         "model_id": checkpoint.model_id,
         "encoder": checkpoint.encoder.model_dump(mode="json"),
         "encoder_fingerprint": checkpoint.encoder_fingerprint,
+        "view": checkpoint.view.model_dump(mode="json"),
         "segments": list(checkpoint.segments),
         "flow": checkpoint.flow_config.model_dump(mode="json"),
         "limits": checkpoint.limits.model_dump(mode="json"),
@@ -118,9 +129,9 @@ def load_checkpoint(where: Place | str | Path) -> Checkpoint:
         raise CheckpointError(f"{RECORD} of {uri} does not read as json: {error}") from error
     if not isinstance(record, dict):
         raise CheckpointError(f"{RECORD} of {uri} is not a checkpoint record.")
-    if record.get("format_version") != FORMAT_VERSION:
+    if record.get("format_version") not in (1, FORMAT_VERSION):
         raise CheckpointError(
-            f"{uri} has format version {record.get('format_version')}; this package reads {FORMAT_VERSION}."
+            f"{uri} has format version {record.get('format_version')}; this package reads 1 and {FORMAT_VERSION}."
         )
     if record.get("record_sha256") != _record_sha256(record):
         raise CheckpointError(f"{RECORD} of {uri} was altered (sha256 differs); fetch or train the checkpoint again.")
@@ -133,6 +144,7 @@ def load_checkpoint(where: Place | str | Path) -> Checkpoint:
         return Checkpoint(
             encoder=EncoderConfig.model_validate(record["encoder"]),
             encoder_fingerprint=record["encoder_fingerprint"],
+            view=_view(record),
             segments=tuple(record["segments"]),
             flow_config=FlowConfig.model_validate(record["flow"]),
             flow_state=tensors["flow.safetensors"],
@@ -149,6 +161,16 @@ def load_checkpoint(where: Place | str | Path) -> Checkpoint:
 
 def _place(where: Place | str | Path) -> Place:
     return where if isinstance(where, Place) else Place.at(where)
+
+
+def _view(record: dict[str, Any]) -> ViewSpec:
+    """The recorded view. Version 1 recorded its kind only, because all views were those of OpenAI's towers.
+
+    Its weights could differ in mean and std, which do not change a view; the encoder takes them from the weights.
+    """
+    if record["format_version"] == 1:
+        return OPENAI_VIEW.model_copy(update={"kind": record["encoder"]["view"]})
+    return ViewSpec.model_validate(record["view"])
 
 
 def _record_sha256(record: dict[str, Any]) -> str:

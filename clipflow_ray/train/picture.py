@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipflow_ray import proxies, sandbox
-from clipflow_ray.config import ImageLimits, ProxyConfig
+from clipflow_ray.config import OPENAI_VIEW, ImageLimits, ProxyConfig
 from clipflow_ray.errors import InputError, ItemError
 from clipflow_ray.images import Pixels
 from clipflow_ray.place import Place
@@ -85,7 +85,7 @@ def _views(inputs: Sequence[str], count: int) -> list[Pixels]:
         for place in map(Place.at, inputs):
             for item in place.objects():
                 try:
-                    yield sandbox.decode(item.place.read(limits.max_bytes), limits, "resize").rgb
+                    yield sandbox.decode(item.place.read(limits.max_bytes), limits, OPENAI_VIEW).rgb
                 except ItemError:
                     continue  # a picture of proxies needs some images, not each of them
 

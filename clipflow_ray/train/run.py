@@ -16,6 +16,7 @@ from clipflow_ray.errors import ConfigError
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint, save_checkpoint
 from clipflow_ray.model.flow import Flow
+from clipflow_ray.model.weights import load_record
 from clipflow_ray.place import Place, places, settled
 from clipflow_ray.train import features, fit
 from clipflow_ray.train.probes import fit_probes
@@ -60,6 +61,7 @@ def train(config: TrainConfig) -> Trained:
     checkpoint = Checkpoint(
         encoder=config.encoder,
         encoder_fingerprint=record["identity"]["encoder_fingerprint"],
+        view=load_record(config.encoder).view,
         segments=segments,
         flow_config=config.flow,
         flow_state=state,
