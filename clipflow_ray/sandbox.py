@@ -27,9 +27,9 @@ import numpy as np
 from PIL import Image
 
 from clipflow_ray import images
-from clipflow_ray.config import ImageLimits
+from clipflow_ray.config import OPENAI_VIEW, ImageLimits, ViewSpec
 from clipflow_ray.errors import ImageError, ItemError
-from clipflow_ray.images import DecodedImage, ViewKind
+from clipflow_ray.images import DecodedImage
 
 _HEADER: Final = struct.Struct(">IQ")  # bytes of json, bytes of payload
 _BUFFER: Final = 2**20  # a view fits: a child does not wait until its answer is taken
@@ -41,22 +41,22 @@ _MEMORY: Final = 2 * 2**30
 _CPU_SECONDS_BEYOND: Final = 2  # where the parent died and cannot stop the child, the kernel does
 
 
-def decode(data: bytes, limits: ImageLimits, kind: ViewKind | None = None) -> DecodedImage:
-    """`images.decode` in this process's child; with `kind`, `rgb` is the encoder's view instead of all pixels.
+def decode(data: bytes, limits: ImageLimits, spec: ViewSpec | None = None) -> DecodedImage:
+    """`images.decode` in this process's child; with `spec`, `rgb` is the encoder's view instead of all pixels.
 
     Raises ImageError as `images.decode` does, and with decode_timeout or decoder_crash.
     """
-    return _child().decode(data, limits, kind)
+    return _child().decode(data, limits, spec)
 
 
 def decode_all(
-    contents: Sequence[bytes], limits: ImageLimits, kind: ViewKind | None = None
+    contents: Sequence[bytes], limits: ImageLimits, spec: ViewSpec | None = None
 ) -> list[DecodedImage | ItemError]:
     """The same for several images, in their order; an error stands in its image's place instead of being raised.
 
     The next image is on its way to the child while one decodes.
     """
-    return _child().decode_all(contents, limits, kind)
+    return _child().decode_all(contents, limits, spec)
 
 
 class DecodeChild:
@@ -72,18 +72,18 @@ class DecodeChild:
         """Process id of the running child."""
         return self._pid
 
-    def decode(self, data: bytes, limits: ImageLimits, kind: ViewKind | None = None) -> DecodedImage:
+    def decode(self, data: bytes, limits: ImageLimits, spec: ViewSpec | None = None) -> DecodedImage:
         """See the module's `decode`."""
-        (outcome,) = self.decode_all([data], limits, kind)
+        (outcome,) = self.decode_all([data], limits, spec)
         if isinstance(outcome, ItemError):
             raise outcome
         return outcome
 
     def decode_all(
-        self, contents: Sequence[bytes], limits: ImageLimits, kind: ViewKind | None = None
+        self, contents: Sequence[bytes], limits: ImageLimits, spec: ViewSpec | None = None
     ) -> list[DecodedImage | ItemError]:
         """See the module's `decode_all`."""
-        request = json.dumps({"limits": limits.model_dump(), "kind": kind}).encode()
+        request = json.dumps({"limits": limits.model_dump(), "view": spec and spec.model_dump()}).encode()
         outcomes: list[DecodedImage | ItemError] = []
         sent = attempts = 0
         with self._lock:
@@ -197,7 +197,7 @@ class _Nursery:
 def nursery(descriptor: int) -> None:
     """Fork a child for each socket that arrives through the control socket `descriptor`, until that one ends."""
     # All that children will need is imported here: they can open no file.
-    images.view(np.zeros((2 * images.VIEW_SIZE, 2 * images.VIEW_SIZE, 3), np.uint8), "resize")
+    images.view(np.zeros((2 * OPENAI_VIEW.size, 2 * OPENAI_VIEW.size, 3), np.uint8), OPENAI_VIEW)
     Image.init()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for children: the kernel reaps them
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -226,11 +226,11 @@ def _serve(connection: socket.socket) -> None:
     threading.Thread(target=_listen, args=(connection, requests), daemon=True).start()
     with suppress(ConnectionError):
         while request := requests.get():
-            limits, kind = _settings(request[0])
+            limits, spec = _settings(request[0])
             used = resource.getrusage(resource.RUSAGE_SELF)
             cpu = int(used.ru_utime + used.ru_stime + limits.max_seconds) + _CPU_SECONDS_BEYOND
             resource.setrlimit(resource.RLIMIT_CPU, (cpu, resource.RLIM_INFINITY))
-            _send(connection, *_answer(bytes(request[1]), limits, kind))
+            _send(connection, *_answer(bytes(request[1]), limits, spec))
 
 
 def _listen(connection: socket.socket, requests: "queue.SimpleQueue[tuple[bytes, bytearray] | None]") -> None:
@@ -241,17 +241,17 @@ def _listen(connection: socket.socket, requests: "queue.SimpleQueue[tuple[bytes,
 
 
 @lru_cache(maxsize=1)
-def _settings(request: bytes) -> tuple[ImageLimits, ViewKind | None]:
+def _settings(request: bytes) -> tuple[ImageLimits, ViewSpec | None]:
     values = json.loads(request)
-    return ImageLimits(**values["limits"]), values["kind"]
+    return ImageLimits(**values["limits"]), values["view"] and ViewSpec(**values["view"])
 
 
-def _answer(data: bytes, limits: ImageLimits, kind: ViewKind | None) -> tuple[bytes, bytes | memoryview]:
+def _answer(data: bytes, limits: ImageLimits, spec: ViewSpec | None) -> tuple[bytes, bytes | memoryview]:
     try:
         image = images.decode(data, limits)
     except ImageError as error:
         return json.dumps({"error_code": error.item_code, "message": str(error)}).encode(), b""
-    rgb = np.ascontiguousarray(images.view(image.rgb, kind) if kind else image.rgb)
+    rgb = np.ascontiguousarray(images.view(image.rgb, spec) if spec else image.rgb)
     facts = {name: value for name, value in vars(image).items() if name != "rgb"}
     return json.dumps(facts | {"shape": rgb.shape}).encode(), rgb.data.cast("B")
 

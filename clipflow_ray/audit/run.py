@@ -22,7 +22,6 @@ from clipflow_ray.data.pipeline import read_then_encode
 from clipflow_ray.data.reading import read_and_decode
 from clipflow_ray.data.scoring import Score, scored
 from clipflow_ray.errors import CalibrationError, ConfigError, InputError, ReadError
-from clipflow_ray.images import VIEW_SIZE
 from clipflow_ray.inputs.listing import rows
 from clipflow_ray.inputs.manifest import write_manifest
 from clipflow_ray.inputs.reading import read_bytes
@@ -125,7 +124,7 @@ def plan(config: AuditConfig) -> AuditPlan:
     scored = round(objects * config.sample)
     share = resources.plan_scoring(scored, config.batch_size)
     encoder = Encoder(checkpoint.encoder, threads=share.encoder_cpus)
-    views = np.zeros((config.batch_size, VIEW_SIZE, VIEW_SIZE, 3), np.uint8)
+    views = np.zeros((config.batch_size, encoder.view.size, encoder.view.size, 3), np.uint8)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in an audit
     encoder.embed(views[:1])
@@ -192,7 +191,7 @@ def _score(
     reading = {
         "near": run.place,
         "limits": config.limits,
-        "kind": checkpoint.encoder.view,
+        "spec": checkpoint.view,
         "options": config.inventory,
         "sample": config.sample,
     }

@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from clipflow_ray import sandbox
 from clipflow_ray.columns import Status, add_columns
-from clipflow_ray.config import ImageLimits, InventoryOptions
+from clipflow_ray.config import ImageLimits, InventoryOptions, ViewSpec
 from clipflow_ray.errors import ItemError
-from clipflow_ray.images import DecodedImage, ViewKind
+from clipflow_ray.images import DecodedImage
 from clipflow_ray.inputs.reading import read_bytes
 from clipflow_ray.model.finding import FileFacts
 from clipflow_ray.place import Place
@@ -37,16 +37,16 @@ def read_images(
     table: pa.Table,
     near: Place,
     limits: ImageLimits,
-    kind: ViewKind | None = None,
+    spec: ViewSpec | None = None,
     options: InventoryOptions | None = None,
 ) -> list[ReadImage]:
     """Read and decode the objects of manifest rows, in their order; reads overlap, decoding uses one core.
 
-    `near` is any place that is reached with the same options as the rows' URIs. With `kind`, an image's `rgb` is its
-    view of that kind. `options` are those that the rows were listed with.
+    `near` is any place that is reached with the same options as the rows' URIs. With `spec`, an image's `rgb` is its
+    view by it. `options` are those that the rows were listed with.
     """
     contents = read_bytes(table, near, limits, options)
-    decoded = iter(sandbox.decode_all([c for c in contents if isinstance(c, bytes)], limits, kind))
+    decoded = iter(sandbox.decode_all([c for c in contents if isinstance(c, bytes)], limits, spec))
     return [
         ReadImage(hashlib.sha256(content).hexdigest(), len(content), next(decoded))
         if isinstance(content, bytes)
@@ -76,11 +76,11 @@ def read_and_decode(
     table: pa.Table,
     near: Place,
     limits: ImageLimits,
-    kind: ViewKind,
+    spec: ViewSpec,
     options: InventoryOptions | None = None,
     sample: float = 1.0,
 ) -> pa.Table:
-    """Manifest rows -> described rows with the encoder's view as bytes (uint8 224 x 224 x 3), null on error.
+    """Manifest rows -> described rows with the encoder's view as bytes (uint8 S x S x 3), null on error.
 
     Of all rows the share `sample` is read, by row id: the same ones in every run, and a larger sample holds a
     smaller one. The others come out as skipped_sample.
@@ -88,7 +88,7 @@ def read_and_decode(
     chosen = np.array([int(identity[:8], 16) < sample * 2**32 for identity in table["row_id"].to_pylist()], bool)
     outcomes = [ReadImage(None, None, None)] * len(table)
     for at, outcome in zip(
-        np.flatnonzero(chosen), read_images(table.filter(chosen), near, limits, kind, options), strict=True
+        np.flatnonzero(chosen), read_images(table.filter(chosen), near, limits, spec, options), strict=True
     ):
         outcomes[at] = outcome
     views = [o.image.rgb.tobytes() if isinstance(o.image, DecodedImage) else None for o in outcomes]

@@ -17,20 +17,19 @@ from clipflow_ray.columns import add_columns
 from clipflow_ray.config import EncoderConfig
 from clipflow_ray.data.reading import VIEW
 from clipflow_ray.errors import EncoderMismatchError
-from clipflow_ray.images import VIEW_SIZE, Pixels
+from clipflow_ray.images import Pixels
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint
 from clipflow_ray.model.detector import Detector, Scores
 from clipflow_ray.model.encoder import Encoder
 from clipflow_ray.model.finding import non_finite
 
-_VIEW_SHAPE: Final = (VIEW_SIZE, VIEW_SIZE, 3)
 _SECONDS: Final = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
 
 
-def stacked_views(values: Sequence[bytes]) -> Pixels:
-    """View bytes of N rows -> uint8 [N, 224, 224, 3]."""
-    return np.frombuffer(b"".join(values), np.uint8).reshape(-1, *_VIEW_SHAPE)
+def stacked_views(values: Sequence[bytes], size: int) -> Pixels:
+    """View bytes of N rows -> uint8 [N, size, size, 3]."""
+    return np.frombuffer(b"".join(values), np.uint8).reshape(-1, size, size, 3)
 
 
 class Score:
@@ -48,7 +47,7 @@ class Score:
         scores = None
         if views:
             start = time.monotonic()
-            scores = self._detector.score_embeddings(self._detector.encoder.embed(stacked_views(views)))
+            scores = self._detector.score_views(stacked_views(views, self._detector.checkpoint.view.size))
             self._encoding.observe(time.monotonic() - start)
         table = scored(table, scores, self._detector.calibration)
         outcomes = Outcomes(zip(table["status"].to_pylist(), table["error_code"].to_pylist(), strict=True))
@@ -99,10 +98,11 @@ class Embed:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Rows with `view` as the bytes of one or more views -> the same rows with a column per feature."""
         values = [view.as_buffer() for view in table[VIEW]]
-        counts = [len(value) // int(np.prod(_VIEW_SHAPE)) for value in values]
+        size = self._encoder.view.size
+        counts = [len(value) // (3 * size * size) for value in values]
         table = table.drop_columns([VIEW])
-        outputs = self._encoder.embed_each(stacked_views(values)) if sum(counts) else {}
-        for name in self._encoder.features:
+        outputs = self._encoder(stacked_views(values, size)) if sum(counts) else {}
+        for name in self._encoder.names:
             output = outputs.get(name, np.empty((0, 0), np.float32))
             parts: list[NDArray[np.float32]] = np.split(output, np.cumsum(counts)[:-1])
             column = pa.array([part.ravel() for part in parts], pa.large_list(pa.float32()))

@@ -33,7 +33,7 @@ def both_variants(config: EvaluateConfig, inputs: Sequence[Place], detector: Det
     """Every image through the encoder as found and format-aligned; returns the finished run."""
     identity = VariantsIdentity(
         encoder_fingerprint=detector.encoder.fingerprint,
-        features=detector.encoder.features,
+        features=detector.encoder.names,
         input=tuple(place.uri for place in inputs),
         listing=listing_hash(inputs),
         variants=VARIANTS,
@@ -53,7 +53,7 @@ def distortions(config: EvaluateConfig, source: Run, draws: dict[str, int], dete
     assert listed is not None  # the caller finished it
     identity = DistortionsIdentity(
         encoder_fingerprint=detector.encoder.fingerprint,
-        features=detector.encoder.features,
+        features=detector.encoder.names,
         listing=listed.identity.listing,
         cases=tuple(f"{name} {level:g}" for name, level in CASES),
         draws=draws,
@@ -94,7 +94,7 @@ def _encoded(
     if run.completed(kind, identity) is not None:
         return
     rows = run.begin(kind, identity, make_manifest).manifest_rows
-    plan, encoder = resources.plan_scoring(rows, batch_size), detector.encoder
+    plan, checkpoint = resources.plan_scoring(rows, batch_size), detector.checkpoint
     run.write(
         EMBEDDINGS,
         lambda manifest: read_then_encode(
@@ -102,9 +102,13 @@ def _encoded(
             plan,
             batch_size,
             read,
-            {"near": run.place, "limits": detector.checkpoint.limits, "kind": encoder.config.view},
+            {"near": run.place, "limits": checkpoint.limits, "spec": checkpoint.view},
             Embed,
-            {"encoder": encoder.config, "features": encoder.features, "fingerprint": encoder.fingerprint},
+            {
+                "encoder": checkpoint.encoder,
+                "features": checkpoint.encoder.feature,
+                "fingerprint": checkpoint.encoder_fingerprint,
+            },
         ),
         rows,
     )

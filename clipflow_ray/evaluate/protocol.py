@@ -46,10 +46,11 @@ def evaluate(config: EvaluateConfig) -> EvaluationFigures:
     config = settled(config, "natural", "generated", "output")
     if not config.natural or not config.generated:
         raise ConfigError("Name at least one --natural and one --generated input.")
-    detectors = [Detector(load_checkpoint(at)) for at in places((config.checkpoint, *config.seeds), config.s3)]
-    first = detectors[0]
-    if len({(d.encoder.fingerprint, d.encoder.features) for d in detectors}) > 1:
+    checkpoints = [load_checkpoint(at) for at in places((config.checkpoint, *config.seeds), config.s3)]
+    if len({(checkpoint.encoder_fingerprint, checkpoint.encoder.feature) for checkpoint in checkpoints}) > 1:
         raise ConfigError("The checkpoints differ in encoder or feature; evaluate them one at a time.")
+    first = Detector(checkpoints[0])
+    detectors = [first, *(Detector(checkpoint, encoder=first.encoder) for checkpoint in checkpoints[1:])]
     resources.connect()
     run = both_variants(config, places(config.natural + config.generated, config.s3), first)
     rows = readable(run)
@@ -91,7 +92,7 @@ def _labels(rows: pa.Table, generated: Sequence[str]) -> NDArray[np.bool_]:
 
 def _scores(rows: pa.Table, labels: NDArray[np.bool_], detectors: Sequence[Detector]) -> pa.Table:
     """One row an image and variant: the file, each seed's score and p-value, and the baselines' suspicion."""
-    both = embeddings_of(rows, detectors[0].encoder.features, len(VARIANTS))
+    both = embeddings_of(rows, detectors[0].encoder.names, len(VARIANTS))
     baselines = fit_baselines(detectors[0].checkpoint)
     parts = []
     for variant, embedding in zip(VARIANTS, both, strict=True):
@@ -131,7 +132,7 @@ def _robustness(config: EvaluateConfig, source: Run, scores: pa.Table, detector:
     known = originals.filter(pc.is_in(originals["row_id"], rows["row_id"]))
     names = ("row_id", "uri", "member", "group", "generated")
     cases = [((ORIGINAL, 0.0), {name: known[name].to_numpy() for name in ("score", "p_value")})]
-    for case, embedding in zip(CASES, embeddings_of(rows, detector.encoder.features, len(CASES)), strict=True):
+    for case, embedding in zip(CASES, embeddings_of(rows, detector.encoder.names, len(CASES)), strict=True):
         distorted = detector.score_embeddings(embedding)
         cases.append((case, {"score": distorted.score, "p_value": distorted.p_value}))
     tables = [

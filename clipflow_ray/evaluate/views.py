@@ -9,9 +9,9 @@ import pyarrow as pa
 from PIL import Image, ImageFilter
 
 from clipflow_ray import images
-from clipflow_ray.config import ImageLimits
+from clipflow_ray.config import ImageLimits, ViewSpec
 from clipflow_ray.data.reading import described, read_images
-from clipflow_ray.images import DecodedImage, Pixels, ViewKind
+from clipflow_ray.images import DecodedImage, Pixels
 from clipflow_ray.place import Place
 
 VARIANTS: Final = ("as_found", "format_aligned")
@@ -33,7 +33,7 @@ DISTORTIONS: Final[dict[str, tuple[float, ...]]] = {
 CASES: Final = tuple((name, level) for name, levels in DISTORTIONS.items() for level in levels)
 
 
-def read_both(table: pa.Table, near: Place, limits: ImageLimits, kind: ViewKind) -> pa.Table:
+def read_both(table: pa.Table, near: Place, limits: ImageLimits, spec: ViewSpec) -> pa.Table:
     """Manifest rows -> described rows with `aligned_bytes` and `view`: the bytes of one view per variant.
 
     A row that cannot be read has no views and no bytes.
@@ -47,19 +47,19 @@ def read_both(table: pa.Table, near: Place, limits: ImageLimits, kind: ViewKind)
         if isinstance(outcome.image, DecodedImage):
             encoded = aligned(outcome.image.rgb)
             sizes[-1] = len(encoded)
-            pair = [images.view(rgb, kind) for rgb in (outcome.image.rgb, _decoded(encoded))]
+            pair = [images.view(rgb, spec) for rgb in (outcome.image.rgb, _decoded(encoded))]
         views.append(b"".join(view.tobytes() for view in pair))
     return described(table, outcomes, views).append_column(ALIGNED_BYTES, pa.array(sizes, pa.int64()))
 
 
-def read_distorted(table: pa.Table, near: Place, limits: ImageLimits, kind: ViewKind) -> pa.Table:
+def read_distorted(table: pa.Table, near: Place, limits: ImageLimits, spec: ViewSpec) -> pa.Table:
     """Manifest rows with a `draw` -> described rows with `view`: the bytes of one view per case of CASES."""
     outcomes = read_images(table, near, limits)
     views = []
     for outcome, draw in zip(outcomes, table[DRAW].to_pylist(), strict=True):
         made: list[Pixels] = []
         if isinstance(outcome.image, DecodedImage):
-            made = [images.view(distorted(outcome.image.rgb, name, level, draw), kind) for name, level in CASES]
+            made = [images.view(distorted(outcome.image.rgb, name, level, draw), spec) for name, level in CASES]
         views.append(b"".join(view.tobytes() for view in made))
     return described(table, outcomes, views)
 

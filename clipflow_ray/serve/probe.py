@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 
 from clipflow_ray import images
-from clipflow_ray.config import ImageLimits
-from clipflow_ray.images import Pixels, ViewKind
+from clipflow_ray.config import ImageLimits, ViewSpec
+from clipflow_ray.images import Pixels
 
 _SIDE = 256
 
@@ -21,6 +21,6 @@ def probe_png() -> bytes:
     return out.getvalue()
 
 
-def probe_view(kind: ViewKind) -> Pixels:
-    """uint8 [224, 224, 3]: the probe as the encoder sees it, decoded in this process."""
-    return images.view(images.decode(probe_png(), ImageLimits()).rgb, kind)
+def probe_view(spec: ViewSpec) -> Pixels:
+    """uint8 [S, S, 3]: the probe as the encoder sees it, decoded in this process."""
+    return images.view(images.decode(probe_png(), ImageLimits()).rgb, spec)

@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from clipflow_ray import images
 from clipflow_ray.config import DISCLAIMER, ServeConfig
 from clipflow_ray.data.resources import cores
 from clipflow_ray.errors import ItemError
@@ -182,7 +181,7 @@ def _findings(decoded: list[Decoded], scored: Scored) -> Iterator[Finding]:
             yield refused(index, digest, image)
         else:
             facts = FileFacts.of(image)
-            yield judged(index, digest, facts, next(numbers), scored.alpha, images.VIEW_SIZE)
+            yield judged(index, digest, facts, next(numbers), scored.alpha, scored.decoding.view.size)
 
 
 def _item(upload: Upload, finding: Finding, latency_ms: float) -> ItemResult:

@@ -16,7 +16,8 @@ from clipflow_ray.data.scoring import Embed
 from clipflow_ray.errors import TrainingError
 from clipflow_ray.inputs.listing import listing_hash
 from clipflow_ray.inputs.manifest import write_manifest
-from clipflow_ray.model.encoder import Encoder
+from clipflow_ray.model.encoder import feature_widths, fingerprint
+from clipflow_ray.model.weights import load_record
 from clipflow_ray.place import Place, places
 from clipflow_ray.runs.folder import MANIFEST, Run
 from clipflow_ray.runs.record import RunRecord
@@ -60,11 +61,13 @@ def extract(config: TrainConfig) -> Run:
     proxies.check(config.proxies)
     inputs = places(config.input, config.s3)
     stored = tuple(dict.fromkeys((*config.encoder.feature, *config.extra_features)))
-    fingerprint = Encoder(config.encoder, "cpu", stored).fingerprint
+    tower = load_record(config.encoder)
+    feature_widths(config.encoder, tower, stored)  # a feature that the tower lacks is refused here
+    encoder_fingerprint = fingerprint(config.encoder, tower)
     identity = FeaturesIdentity(
         input=config.input,
         listing=listing_hash(inputs),
-        encoder_fingerprint=fingerprint,
+        encoder_fingerprint=encoder_fingerprint,
         proxies=config.proxies,
         calibration=tuple(sorted(config.split.calibration)),
         limits=config.limits,
@@ -87,12 +90,12 @@ def extract(config: TrainConfig) -> Run:
             {
                 "near": run.place,
                 "limits": config.limits,
-                "kind": config.encoder.view,
+                "spec": tower.view,
                 "config": config.proxies,
                 "plain_groups": config.split.calibration,
             },
             Embed,
-            {"encoder": config.encoder, "features": stored, "fingerprint": fingerprint},
+            {"encoder": config.encoder, "features": stored, "fingerprint": encoder_fingerprint},
         ),
         begun.manifest_rows,
     )

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipflow_ray import proxies, sandbox
-from clipflow_ray.config import ImageLimits, InventoryOptions, ProxyConfig
+from clipflow_ray.config import OPENAI_VIEW, ImageLimits, InventoryOptions, ProxyConfig
 from clipflow_ray.errors import InputError, ItemError
 from clipflow_ray.images import Pixels
 from clipflow_ray.inputs.listing import rows
@@ -87,7 +87,7 @@ def _views(inputs: Sequence[str], count: int) -> list[Pixels]:
     def readable() -> Any:
         for row in rows(found, options):
             try:
-                yield sandbox.decode(read_row(row, found[0], options, limits), limits, "resize").rgb
+                yield sandbox.decode(read_row(row, found[0], options, limits), limits, OPENAI_VIEW).rgb
             except ItemError:
                 continue  # a picture of proxies needs some images, not all of them
 

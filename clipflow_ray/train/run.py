@@ -17,6 +17,7 @@ from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint, save_checkpoint
 from clipflow_ray.model.flow import Flow
 from clipflow_ray.model.record import TrainingRecord
+from clipflow_ray.model.weights import load_record
 from clipflow_ray.place import Place, places, settled
 from clipflow_ray.train import features, fit
 from clipflow_ray.train.probes import fit_probes
@@ -63,6 +64,7 @@ def train(config: TrainConfig) -> Trained:
     checkpoint = Checkpoint(
         encoder=config.encoder,
         encoder_fingerprint=record.identity.encoder_fingerprint,
+        view=load_record(config.encoder).view,
         segments=segments,
         flow_config=config.flow,
         flow_state=state,

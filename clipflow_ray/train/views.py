@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from clipflow_ray import images, proxies
-from clipflow_ray.config import ImageLimits, ProxyConfig
+from clipflow_ray.config import ImageLimits, ProxyConfig, ViewSpec
 from clipflow_ray.data.reading import described, read_images
-from clipflow_ray.images import DecodedImage, Pixels, ViewKind
+from clipflow_ray.images import DecodedImage, Pixels
 from clipflow_ray.place import Place
 
 
@@ -15,7 +15,7 @@ def read_and_distort(
     table: pa.Table,
     near: Place,
     limits: ImageLimits,
-    kind: ViewKind,
+    spec: ViewSpec,
     config: ProxyConfig,
     plain_groups: Sequence[str],
 ) -> pa.Table:
@@ -31,7 +31,7 @@ def read_and_distort(
         made: list[tuple[str, Pixels]] = []
         if isinstance(outcome.image, DecodedImage):
             plain = group in plain_groups
-            made = distorted(outcome.image.rgb, identity, kind, config, plain)
+            made = distorted(outcome.image.rgb, identity, spec, config, plain)
         views.append(b"".join(view.tobytes() for _, view in made))
         families.append([family for family, _ in made])
     table = described(table, outcomes, views)
@@ -39,14 +39,14 @@ def read_and_distort(
 
 
 def distorted(
-    rgb: Pixels, row_id: str, kind: ViewKind, config: ProxyConfig, plain: bool = False
+    rgb: Pixels, row_id: str, spec: ViewSpec, config: ProxyConfig, plain: bool = False
 ) -> list[tuple[str, Pixels]]:
     """The (family, view) pairs of one image: each natural view, then its proxies; deterministic for a seed."""
     names = sorted(config.families)
     made: list[tuple[str, Pixels]] = []
     for number in range(1 if plain else config.natural_views):
         rng = proxies.generator(config.seed, row_id, number)
-        view = images.view(rgb, kind) if number == 0 else proxies.augmented(rgb, rng, images.VIEW_SIZE)
+        view = images.view(rgb, spec) if number == 0 else proxies.augmented(rgb, rng, spec.size)
         made.append((proxies.NATURAL, proxies.natural(view)))
         if not plain:
             count = config.proxies_per_view

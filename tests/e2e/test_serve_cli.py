@@ -36,7 +36,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     views = np.stack([photo(seed, (224, 224)) for seed in range(8)])
     flow.fit_standardizer(torch.from_numpy(encoder.embed(views)))
     calibration = Calibration.fit(np.linspace(0.5, 3.0, 199, dtype=np.float32), ["jpeg|256-512"] * 199)
-    made = Checkpoint(tower, encoder.fingerprint, (32,), config, flow.state_dict(), calibration=calibration)
+    made = Checkpoint(
+        tower, encoder.fingerprint, encoder.view, (32,), config, flow.state_dict(), calibration=calibration
+    )
     path = str(tmp_path_factory.mktemp("served") / "checkpoint")
     save_checkpoint(made, path)
     return path

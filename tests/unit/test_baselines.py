@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from clipflow_ray.config import TEST_TOWER, EncoderConfig, FlowConfig
+from clipflow_ray.config import OPENAI_VIEW, TEST_TOWER, EncoderConfig, FlowConfig
 from clipflow_ray.evaluate.baselines import BASELINES, fit_baselines
 from clipflow_ray.model.checkpoint import Checkpoint
 from clipflow_ray.model.flow import Flow
@@ -23,6 +23,7 @@ def test_every_baseline_tells_what_lies_farther_out_and_an_older_checkpoint_has_
     checkpoint = Checkpoint(
         encoder=EncoderConfig(model=TEST_TOWER, pretrained="seed:0"),
         encoder_fingerprint="0" * 16,
+        view=OPENAI_VIEW,
         segments=(8,),
         flow_config=config,
         flow_state=flow.state_dict(),

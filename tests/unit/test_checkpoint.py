@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from clipflow_ray.config import (
     DEFAULT_CHECKPOINT,
+    OPENAI_VIEW,
     TEST_TOWER,
     EncoderConfig,
     FitConfig,
@@ -26,6 +27,7 @@ from clipflow_ray.config import (
     ProxyConfig,
     SplitConfig,
     TrainConfig,
+    ViewSpec,
     load_yaml,
 )
 from clipflow_ray.errors import CheckpointError
@@ -55,6 +57,9 @@ TRAINING = TrainingRecord(
     tool_version="0.1.0",
     made_at="2026-01-01T00:00:00+00:00",
 )
+VIEW = ViewSpec(
+    kind="crop", size=336, interpolation="bilinear", resize_mode="squash", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)
+)
 FILES = ["checkpoint.json", "flow.safetensors", "calibration.safetensors", "reference.safetensors"]
 each_file = pytest.mark.parametrize("name", FILES)
 
@@ -72,6 +77,7 @@ def whole(**changes: Any) -> Checkpoint:
             model=TEST_TOWER, pretrained="seed:3", view="crop", feature=("block1.cls", "block2.mean")
         ),
         encoder_fingerprint="0123456789abcdef",
+        view=VIEW,
         segments=(6, 4),
         flow_config=FLOW,
         flow_state=flow.state_dict(),
@@ -209,6 +215,7 @@ def altered(saved: Path, *keys: str, value: Any) -> None:
     [
         (("flow", "clamp"), 1.8),
         (("encoder", "view"), "resize"),
+        (("view", "size"), 224),
         (("encoder_fingerprint",), "f" * 16),
         (("segments",), [5, 5]),
         (("limits", "max_pixels"), 10**12),
@@ -224,11 +231,23 @@ def test_a_record_whose_fields_were_changed_is_refused(saved: Path, keys: tuple[
         load_checkpoint(saved)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_another_format_version_is_refused_by_its_number(saved: Path, version: object) -> None:
     altered(saved, "format_version", value=version)
     with pytest.raises(CheckpointError, match="format version"):
         load_checkpoint(saved)
+
+
+def test_a_record_of_version_1_is_read_with_the_view_that_all_towers_had(saved: Path) -> None:
+    record = json.loads((saved / "checkpoint.json").read_text())
+    del record["view"], record["encoder"]["precision"], record["record_sha256"]
+    record["format_version"] = 1
+    record["record_sha256"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    (saved / "checkpoint.json").write_text(json.dumps(record))
+    loaded = load_checkpoint(saved)
+    view = OPENAI_VIEW.model_copy(update={"kind": "crop"})
+    assert plain(loaded) == plain(dataclasses.replace(whole(), view=view))
+    assert (loaded.model_id, loaded.encoder.precision) == (whole().model_id, "float32")
 
 
 @pytest.mark.parametrize(

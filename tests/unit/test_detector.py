@@ -22,7 +22,7 @@ from clipflow_ray.model.checkpoint import Checkpoint, save_checkpoint
 from clipflow_ray.model.detector import Detector
 from clipflow_ray.model.encoder import Encoder
 from clipflow_ray.model.flow import Flow
-from clipflow_ray.model.weights import build_tower, load_weights
+from clipflow_ray.model.weights import build_tower, load_record, load_weights
 
 TOWER = EncoderConfig(model=TEST_TOWER, pretrained="seed:0")
 CALIBRATION_SIZE = 199
@@ -50,8 +50,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def reference_scores(flow: Flow, images: list[Image.Image]) -> np.ndarray:
     """Scores of 224 x 224 images: torchvision's pixels, open_clip's tower, a float64 flow, the normal density."""
-    tower = build_tower(TEST_TOWER).eval()
-    tower.load_state_dict(load_weights(TOWER).state)
+    weights = load_weights(TOWER)
+    tower = build_tower(weights.architecture).eval()
+    tower.load_state_dict(weights.state)
     pixels = torch.stack([normalize(to_tensor(i), OPENAI_DATASET_MEAN, OPENAI_DATASET_STD) for i in images])
     exact = Flow((32,), FlowConfig(blocks=3, hidden=16)).double()
     exact.load_state_dict(flow.state_dict())
@@ -80,6 +81,7 @@ def checkpoint(flow: Flow) -> Checkpoint:
     return Checkpoint(
         encoder=TOWER,
         encoder_fingerprint=Encoder(TOWER, device="cpu").fingerprint,
+        view=load_record(TOWER).view,
         segments=(32,),
         flow_config=FlowConfig(blocks=3, hidden=16),
         flow_state=flow.state_dict(),

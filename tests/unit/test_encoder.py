@@ -1,5 +1,6 @@
 """Embeddings against open_clip's own tower, watched from outside by hooks."""
 
+import hashlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import open_clip
 import pytest
 import torch
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, to_tensor
@@ -18,7 +20,7 @@ from torchvision.transforms.functional import normalize, to_tensor
 from clipflow_ray.config import TEST_TOWER, EncoderConfig
 from clipflow_ray.errors import ConfigError, WeightsError
 from clipflow_ray.model.encoder import Encoder
-from clipflow_ray.model.weights import build_tower, cached_path, load_weights
+from clipflow_ray.model.weights import build_tower, cached_path, contents_sha256, load_weights
 
 TOWER = EncoderConfig(model=TEST_TOWER, pretrained="seed:0")
 ALL = ("block2.mean", "projected", "block1.cls", "block1.mean", "block2.cls")
@@ -43,8 +45,9 @@ def views() -> np.ndarray:
 @pytest.fixture(scope="module")
 def reference(views: np.ndarray) -> dict[str, np.ndarray]:
     """The tower's output, and each block's as a forward hook sees it, on pixels prepared by torchvision."""
-    tower = build_tower(TEST_TOWER).eval()
-    tower.load_state_dict(load_weights(TOWER).state)
+    weights = load_weights(TOWER)
+    tower = build_tower(weights.architecture).eval()
+    tower.load_state_dict(weights.state)
     tokens: list[Tensor] = []
 
     def keep(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -86,7 +89,7 @@ def test_features_are_concatenated_in_the_order_they_are_named(
 ) -> None:
     expected = np.concatenate([reference[name] for name in names], axis=1)
     np.testing.assert_allclose(encoder(*names).embed(views), expected, rtol=1e-4, atol=1e-5)
-    each = encoder(*names).embed_each(views)
+    each = encoder(*names)(views)
     assert list(each) == list(names)
     assert [part.shape[1] for part in each.values()] == [32 if name == "projected" else 64 for name in names]
 
@@ -187,7 +190,11 @@ def test_the_fingerprint_follows_the_models_name_even_with_the_same_weights(tmp_
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLIPFLOW_CACHE", str(tmp_path))
-    load_weights(TOWER)
+    weights = load_weights(TOWER)
+    state = {**weights.state, "proj": torch.zeros(64, 31)}
+    with safe_open(cached_path(TOWER), framework="pt") as file:
+        record = json.dumps(json.loads(file.metadata()["record"]) | {"sha256": contents_sha256(state)})
+    metadata = {"record": record, "record_sha256": hashlib.sha256(record.encode()).hexdigest()}
+    save_file(state, cached_path(TOWER), metadata)
     with pytest.raises(WeightsError, match="do not fit"):
-        cached_path(TOWER).rename(cached_path(EncoderConfig()))
-        Encoder(EncoderConfig(), device="cpu")
+        Encoder(TOWER, device="cpu")

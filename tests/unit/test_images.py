@@ -1,5 +1,6 @@
 """Colour rules, orientations and limits of `images.decode`, and both views, against numpy, Pillow and open_clip."""
 
+import hashlib
 import io
 import resource
 import struct
@@ -9,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from open_clip.transform import image_transform
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torchvision.transforms import Compose
 
-from clipflow_ray.config import ImageLimits
+from clipflow_ray.config import OPENAI_VIEW, ImageLimits, ViewSpec
 from clipflow_ray.errors import ITEM_CODES, ImageError
 from clipflow_ray.images import DecodedImage, decode, stratum, view
 from tests.conftest import photo
@@ -343,33 +344,60 @@ def test_flipped_bits_only_raise_image_errors(kind: str, flips: list[tuple[float
     decoded_or_refused(bytes(data))
 
 
+def spec(**changes: object) -> ViewSpec:
+    return ViewSpec.model_validate({**OPENAI_VIEW.model_dump(), **changes})
+
+
+def open_clips(rgb: np.ndarray, wanted: ViewSpec) -> np.ndarray:
+    """The pixels that open_clip's own evaluation transform feeds to its normalisation, in 0..255."""
+    whole = image_transform_v2(PreprocessCfg(**wanted.model_dump(exclude={"kind"})), is_train=False)
+    return np.asarray(Compose(whole.transforms[:-1])(Image.fromarray(rgb)).permute(1, 2, 0)) * 255
+
+
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [224, 256, 336, 384])
 @pytest.mark.parametrize(("width", "height"), [(640, 480), (300, 900), (2000, 1500), (150, 400), (224, 224)])
-def test_the_resize_view_of_a_photograph_is_open_clips_within_one_grey_level(width: int, height: int) -> None:
+def test_the_resize_view_of_a_photograph_is_open_clips_within_one_grey_level(
+    width: int, height: int, size: int, interpolation: str, resize_mode: str
+) -> None:
+    wanted = spec(size=size, interpolation=interpolation, resize_mode=resize_mode)
     rgb = photo(7, (height, width))
-    unnormalised = Compose(image_transform(224, is_train=False).transforms[:-1])
-    expected = unnormalised(Image.fromarray(rgb)).permute(1, 2, 0).numpy() * 255
-    np.testing.assert_allclose(view(rgb, "resize"), expected, atol=1.001)
+    actual = view(rgb, wanted)
+    assert (actual.shape, actual.dtype) == ((size, size, 3), np.uint8)
+    np.testing.assert_allclose(actual, open_clips(rgb, wanted), atol=1.001)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(32, 700), st.integers(32, 700), st.integers(0, 9))
 def test_the_resize_view_of_pure_noise_is_open_clips_but_for_single_values(width: int, height: int, seed: int) -> None:
     rgb = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    unnormalised = Compose(image_transform(224, is_train=False).transforms[:-1])
-    expected = unnormalised(Image.fromarray(rgb)).permute(1, 2, 0).numpy() * 255
+    expected = open_clips(rgb, OPENAI_VIEW)
     for kind in ("resize", "crop") if min(width, height) < 224 else ("resize",):
-        actual = view(rgb, kind)
+        actual = view(rgb, spec(kind=kind))
         assert (actual.shape, actual.dtype) == ((224, 224, 3), np.uint8)
         difference = np.abs(actual - expected)
         assert difference.max() <= 2 and (difference > 1.5).mean() < 1e-4
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "left", "top"), [(224, 224, 0, 0), (500, 300, 138, 38), (224, 624, 0, 200)]
+    ("width", "height", "left", "top", "size"),
+    [(224, 224, 0, 0, 224), (500, 300, 138, 38, 224), (224, 624, 0, 200, 224), (500, 400, 58, 8, 384)],
 )
-def test_the_crop_view_is_the_native_centre(width: int, height: int, left: int, top: int) -> None:
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+def test_the_crop_view_is_the_native_centre(
+    width: int, height: int, left: int, top: int, size: int, resize_mode: str
+) -> None:
     rgb = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    assert np.array_equal(view(rgb, "crop"), rgb[top : top + 224, left : left + 224])
+    centre = view(rgb, spec(kind="crop", size=size, resize_mode=resize_mode))
+    assert np.array_equal(centre, rgb[top : top + size, left : left + size])
+
+
+def test_the_views_of_the_packaged_checkpoint_are_those_of_the_releases_before() -> None:
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((640, 480), (300, 900), (1500, 1100), (150, 400))]
+    views = b"".join(view(rgb, OPENAI_VIEW).tobytes() for rgb in noise)
+    assert hashlib.sha256(views).hexdigest() == "fc2b43c6c2b32dd607928228e7d31d70312f49f451dff6a119d5937bde552728"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from clipflow_ray import images, sandbox
-from clipflow_ray.config import ImageLimits
+from clipflow_ray.config import OPENAI_VIEW, ImageLimits
 from clipflow_ray.errors import ImageError
 from clipflow_ray.sandbox import DecodeChild
 from tests.conftest import scan_bomb
@@ -52,9 +52,10 @@ def test_the_child_returns_what_decoding_here_returns(child: DecodeChild, image_
     here, there = images.decode(data, LIMITS), child.decode(data, LIMITS)
     np.testing.assert_array_equal(there.rgb, here.rgb)
     assert {**asdict(there), "rgb": None} == {**asdict(here), "rgb": None}
-    for kind in ("resize", "crop"):
-        view = child.decode(data, LIMITS, kind)
-        np.testing.assert_array_equal(view.rgb, images.view(here.rgb, kind))
+    for changes in ({}, {"kind": "crop"}, {"size": 336, "interpolation": "bilinear", "resize_mode": "squash"}):
+        spec = OPENAI_VIEW.model_copy(update=changes)
+        view = child.decode(data, LIMITS, spec)
+        np.testing.assert_array_equal(view.rgb, images.view(here.rgb, spec))
         assert (view.width, view.height) == (420, 300)
 
 
@@ -239,7 +240,7 @@ def test_the_child_can_open_no_file_and_no_socket() -> None:
             theirs.close()
             socket.send_fds(control, [b"c"], [childs.fileno()])
             childs.close()
-            sandbox._send(ours, json.dumps({"limits": LIMITS.model_dump(), "kind": None}).encode(), b"")
+            sandbox._send(ours, json.dumps({"limits": LIMITS.model_dump(), "view": None}).encode(), b"")
             answer, _ = sandbox._receive(ours)
             control.recv(4)
             control.close()

@@ -17,7 +17,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from clipflow_ray.config import ImageLimits, ServeConfig
+from clipflow_ray.config import OPENAI_VIEW, ImageLimits, ServeConfig
 from clipflow_ray.images import Pixels
 from clipflow_ray.model.finding import Numbers
 from clipflow_ray.serve.ingress import Ingress
@@ -45,7 +45,7 @@ class ScriptedDetector:
         self.value = value
         self.errors = errors or []
         self.delay = delay
-        self.decoding = Decoding(ImageLimits(), "resize")
+        self.decoding = Decoding(ImageLimits(), OPENAI_VIEW)
         self.score, self.describe, self.reproduces = Method(self._score), Method(self._describe), Method(self._probe)
 
     def options(self, **_: object) -> "ScriptedDetector":
@@ -334,7 +334,7 @@ def test_a_full_ingress_refuses_before_it_reads() -> None:
 def test_images_are_decoded_again_if_the_checkpoint_has_changed_its_view(service: Service) -> None:
     with served() as other:
         assert other.detect(files=files(PHOTO)).status_code == 200
-        other.detector.decoding = Decoding(ImageLimits(min_side=100), "crop")
+        other.detector.decoding = Decoding(ImageLimits(min_side=100), OPENAI_VIEW.model_copy(update={"kind": "crop"}))
         answer = other.detect(files=files(PHOTO)).json()
     assert answer["results"][0]["error"]["code"] == "too_small"
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipflow_ray import proxies
-from clipflow_ray.config import ProxyConfig
+from clipflow_ray.config import OPENAI_VIEW, ProxyConfig
 from clipflow_ray.train.views import distorted
 
 SIZE = 224
@@ -17,7 +17,7 @@ def test_pairs_change_proxies_and_leave_natural_views_as_they_are() -> None:
     rgb = np.random.default_rng(0).integers(60, 200, (300, 260, 3), dtype=np.uint8)
     families = {name: ProxyConfig().families[name] for name in ("low_pass", "tone")}
     single, paired = (
-        distorted(rgb, "a.jpg", "resize", ProxyConfig(families=families, pairs=share)) for share in (0.0, 0.9999)
+        distorted(rgb, "a.jpg", OPENAI_VIEW, ProxyConfig(families=families, pairs=share)) for share in (0.0, 0.9999)
     )
     assert [label for label, _ in single][::2] == [label for label, _ in paired][::2] == ["natural", "natural"]
     for (label, alone), (both, changed) in zip(single, paired, strict=True):

@@ -17,7 +17,14 @@ from safetensors.torch import save_file
 
 from clipflow_ray.config import PACKAGED_WEIGHTS, TEST_TOWER, EncoderConfig
 from clipflow_ray.errors import WeightsError
-from clipflow_ray.model.weights import build_tower, cache_dir, cached_path, contents_sha256, load_weights
+from clipflow_ray.model.weights import (
+    architecture_of,
+    build_tower,
+    cache_dir,
+    cached_path,
+    contents_sha256,
+    load_weights,
+)
 
 TOWER = EncoderConfig(model=TEST_TOWER, pretrained="seed:0")
 TINY = "clipflow-unit-test-tiny"
@@ -70,7 +77,7 @@ def test_the_test_tower_is_the_same_in_every_fresh_cache(tmp_path: Path, monkeyp
     assert torch.equal(torch.rand(1), expected_draw), "loading does not disturb the caller's random stream"
     assert first.sha256 == second.sha256 == contents_sha256(first.state)
     assert all(torch.equal(first.state[name], second.state[name]) for name in first.state)
-    build_tower(TEST_TOWER).load_state_dict(second.state, strict=True)
+    build_tower(second.architecture).load_state_dict(second.state, strict=True)
 
 
 def test_each_seed_is_another_tower() -> None:
@@ -143,7 +150,7 @@ def test_weights_that_cannot_be_had_are_an_error_that_says_what_to_do(
 
 def test_a_tower_of_an_unknown_name_is_refused() -> None:
     with pytest.raises(WeightsError, match="list_models"):
-        build_tower("no-such-model")
+        architecture_of("no-such-model")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -161,7 +168,7 @@ def test_a_local_file_gives_its_image_tower_and_follows_a_changed_file(
     config = EncoderConfig(model=TINY, pretrained=str(file))
     first = load_weights(config)
     assert first.sha256 == contents_sha256(tiny_clip.visual.state_dict())
-    build_tower(TINY).load_state_dict(first.state, strict=True)
+    build_tower(first.architecture).load_state_dict(first.state, strict=True)
 
     changed = {name: tensor.clone() for name, tensor in tiny_clip.state_dict().items()}
     changed["visual.proj"] += 1.0
@@ -247,11 +254,11 @@ def test_the_packaged_weights_are_clip_and_see_what_a_photograph_shows() -> None
     from clipflow_ray.model.encoder import Encoder
 
     weights = load_weights(EncoderConfig())
-    build_tower(EncoderConfig().model).load_state_dict(weights.state, strict=True)
+    build_tower(weights.architecture).load_state_dict(weights.state, strict=True)
     assert weights.sha256 == PACKAGED_SHA256
     photos = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket()]
     crops = [photo[:-40, :-40] for photo in photos] + [photo[40:, 40:] for photo in photos]
-    embeddings = Encoder(EncoderConfig()).embed(np.stack([view(crop, "resize") for crop in crops]))
+    embeddings = Encoder(EncoderConfig()).embed(np.stack([view(crop, weights.view) for crop in crops]))
     norms = np.linalg.norm(embeddings, axis=1)
     assert embeddings.shape == (8, 512)
     assert norms.min() > 9.0 and norms.max() < 13.0

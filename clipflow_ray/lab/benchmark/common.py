@@ -13,7 +13,6 @@ from pydantic import Field
 from clipflow_ray import images
 from clipflow_ray.config import Closed, EncoderConfig, FlowConfig, ImageLimits
 from clipflow_ray.demo import photographs
-from clipflow_ray.images import VIEW_SIZE
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint, save_checkpoint
 from clipflow_ray.model.encoder import Encoder
@@ -52,7 +51,8 @@ def interleaved(name: str, ours: Callable[[int], float], theirs: Callable[[int],
 
 def bare_loop(encoder: Encoder) -> Callable[[int], float]:
     """Images per second of a loop `encoder(batch)` on ready views: what all else is compared with."""
-    views = np.random.default_rng(0).integers(0, 256, (BATCH, VIEW_SIZE, VIEW_SIZE, 3), np.uint8)
+    size = encoder.view.size
+    views = np.random.default_rng(0).integers(0, 256, (BATCH, size, size, 3), np.uint8)
 
     def bare(_: int) -> float:
         start = time.perf_counter()
@@ -66,13 +66,14 @@ def bare_loop(encoder: Encoder) -> Callable[[int], float]:
 def untrained(encoder: EncoderConfig, path: str) -> str:
     """A checkpoint whose flow never saw an image: it costs what a trained one costs."""
     tower, limits = Encoder(encoder, "cpu"), ImageLimits()
-    views = np.stack([images.view(images.decode(data, limits).rgb, "resize") for data in jpegs(BATCH)])
+    views = np.stack([images.view(images.decode(data, limits).rgb, tower.view) for data in jpegs(BATCH)])
     embeddings = torch.from_numpy(tower.embed(views))
     flow = Flow((embeddings.shape[1],), FlowConfig())
     flow.fit_standardizer(embeddings)
     checkpoint = Checkpoint(
         encoder=encoder,
         encoder_fingerprint=tower.fingerprint,
+        view=tower.view,
         segments=flow.segments,
         flow_config=FlowConfig(),
         flow_state=flow.state_dict(),

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset
 from clipflow_ray.audit.run import audit
 from clipflow_ray.config import TEST_TOWER, AuditConfig, EncoderConfig
 from clipflow_ray.data import resources
-from clipflow_ray.images import VIEW_SIZE
 from clipflow_ray.lab.benchmark.common import BATCH, Benchmark, interleaved, jpegs, untrained
 from clipflow_ray.model.checkpoint import load_checkpoint
 from clipflow_ray.model.weights import build_tower, load_weights
@@ -49,10 +48,10 @@ def pipeline_against_plain_loops(objects: int, rounds: int) -> PipelineBenchmark
     """
     encoder = EncoderConfig(model=TEST_TOWER, pretrained="seed:0")
     weights = load_weights(encoder)
-    tower = build_tower(encoder.model)
+    tower = build_tower(weights.architecture)
     tower.load_state_dict(weights.state)
     tower.eval()
-    transform = image_transform(VIEW_SIZE, is_train=False, mean=weights.mean, std=weights.std)
+    transform = image_transform(weights.view.size, is_train=False, mean=weights.view.mean, std=weights.view.std)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = untrained(encoder, os.path.join(folder, "checkpoint"))
         files = _write_files(Path(folder))

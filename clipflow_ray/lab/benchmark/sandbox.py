@@ -7,8 +7,9 @@ import torch
 from pydantic import Field
 
 from clipflow_ray import images, sandbox
-from clipflow_ray.config import ImageLimits
+from clipflow_ray.config import DEFAULT_CHECKPOINT, ImageLimits
 from clipflow_ray.lab.benchmark.common import BATCH, Benchmark, interleaved, jpegs
+from clipflow_ray.model.checkpoint import load_checkpoint
 
 
 class SandboxBenchmark(Benchmark):
@@ -22,7 +23,7 @@ def sandboxed_decoding(rounds: int) -> SandboxBenchmark:
 
     `ratio` is for photographs of two megapixels, `ratio_small` for the 640 x 480 of the other benchmarks.
     """
-    limits = ImageLimits()
+    limits, spec = ImageLimits(), load_checkpoint(DEFAULT_CHECKPOINT).view
     torch.set_num_threads(1)
 
     def compared(contents: list[bytes]) -> Benchmark:
@@ -34,8 +35,8 @@ def sandboxed_decoding(rounds: int) -> SandboxBenchmark:
 
             return measured
 
-        child = rate(lambda: sandbox.decode_all(contents, limits, "resize"))
-        here = rate(lambda: [images.view(images.decode(data, limits).rgb, "resize") for data in contents])
+        child = rate(lambda: sandbox.decode_all(contents, limits, spec))
+        here = rate(lambda: [images.view(images.decode(data, limits).rgb, spec) for data in contents])
         child(0)
         return interleaved("sandbox", child, here, rounds)
 
