@@ -17,7 +17,7 @@ from clipflow_ray.columns import (
     ledger_table,
     manifest_table,
 )
-from clipflow_ray.config import ImageLimits
+from clipflow_ray.config import OPENAI_VIEW, ImageLimits
 from clipflow_ray.data.reading import ReadImage, described
 from clipflow_ray.data.scoring import scored
 from clipflow_ray.errors import ClipflowError, ReadError
@@ -28,7 +28,7 @@ from clipflow_ray.place import Place
 
 CALIBRATION = Calibration.fit(np.arange(50, dtype=np.float32), ["jpeg|0-256"] * 50)
 CONSTANTS = {"model_id": "a" * 16, "calibration_id": "b" * 16, "tool_version": "1.0"}
-READING = {"near": Place.at("/"), "limits": ImageLimits(), "kind": "resize"}
+READING = {"near": Place.at("/"), "limits": ImageLimits(), "spec": OPENAI_VIEW}
 STAGES = get_args(Stage)[1:]
 
 
