@@ -27,7 +27,7 @@ from clipflow_ray.audit.record import (
     ReportCard,
 )
 from clipflow_ray.columns import LEDGER_SCHEMA
-from clipflow_ray.config import DISCLAIMER, AuditConfig, InventoryOptions
+from clipflow_ray.config import DISCLAIMER, AuditConfig, Config, InventoryOptions
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.reports import pages
 from clipflow_ray.reports.pages import Picture
@@ -39,10 +39,9 @@ _EXAMPLES: Final = 3
 _MAX_GROUPS: Final = 200
 _FDR: Final = 0.05
 _OK: Final = pc.field("status") == "ok"
-_FLAGS: Final = (
-    *("input_format", "group_by", "uri_column", "bytes_column", "group_column", "label_column"),
-    *("sample", "dedupe", "max_error_rate", "gallery", "endpoint_url", "region", "unsigned"),
-)
+# Settings that only a config file can change. Every other setting of an audit has a flag: its name with dashes.
+CONFIG_FILE_ONLY: Final = frozenset({"limits", "generator_column", "batch_size", "rows_per_task"})
+_ALWAYS_SHOWN: Final = ("output", "checkpoint", "alpha")
 
 
 def write_report(
@@ -88,7 +87,7 @@ def report_of(run: Run, record: AuditRecord, calibration: Calibration) -> AuditR
             sample=record.config.sample,
             dedupe=record.dedupe,
         ),
-        command=_command(record.config, record.alpha),
+        command=command_line(record.config.model_copy(update={"alpha": record.alpha})),
         counts=Counts(
             status=record.by_status, verdict=record.by_verdict, error_code=record.by_error_code, rows=record.rows
         ),
@@ -182,16 +181,21 @@ def _charts(report: AuditReport) -> dict[str, str]:
     return {"scores": pages.chart(scores), "p_values": pages.p_value_chart(report.p_values)}
 
 
-def _command(config: AuditConfig, alpha: float) -> str:
-    """The command line that repeats the audit, with every setting that has a flag and is not the default."""
+def settings_with_flags(config: Config) -> Iterator[tuple[str, Any]]:
+    """(name, value) of each setting that has a flag, including those of `inventory` and `s3`."""
+    for name, value in config:
+        if isinstance(value, Config) and name not in CONFIG_FILE_ONLY:
+            yield from settings_with_flags(value)
+        elif name not in CONFIG_FILE_ONLY:
+            yield name, value
+
+
+def command_line(config: AuditConfig) -> str:
+    """The command line that repeats the audit: every setting that has a flag and is not the default."""
     parts = ["clipflow-ray", "audit"]
-    for uri in config.input:
-        parts += ["--input", uri]
-    parts += ["--output", config.output, "--checkpoint", config.checkpoint, "--alpha", f"{alpha:g}"]
-    default = AuditConfig(output="")
-    for part, usual in ((config.inventory, default.inventory), (config, default), (config.s3, default.s3)):
-        here, there = dict(part), dict(usual)
-        for name in _FLAGS:
-            if name in here and here[name] != there[name]:
-                parts += [f"--{name.replace('_', '-')}", *([] if here[name] is True else [str(here[name])])]
+    defaults = dict(settings_with_flags(AuditConfig(output="")))
+    for name, value in settings_with_flags(config):
+        if name in _ALWAYS_SHOWN or value != defaults[name]:
+            for each in value if isinstance(value, tuple) else (value,):
+                parts += [f"--{name.replace('_', '-')}", *([] if each is True else [str(each)])]
     return shlex.join(parts)
