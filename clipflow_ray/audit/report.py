@@ -1,7 +1,7 @@
 """The report of an audit: one self-contained HTML page, and the same facts as markdown and json.
 
-Everything in it is derived from the ledger, `run.json` and the checkpoint's calibration; thumbnails are read from the
-input again, small and few.
+Its content comes from the ledger, `run.json` and the checkpoint's calibration. For a few small thumbnails, the input is
+read again.
 """
 
 import shlex
@@ -58,7 +58,7 @@ def write_report(
 
 
 def report_of(run: Run, record: AuditRecord, calibration: Calibration) -> AuditReport:
-    """All that the report says."""
+    """The content of the report."""
     counts: Counter[tuple[str, str, str, str]] = Counter()
     examples: dict[str, list[ErrorExample]] = defaultdict(list)
     columns = ["group", "stratum", "status", "verdict", "error_code", "error_message", "uri", "member"]
@@ -147,7 +147,7 @@ def _drift(scores: Distribution, calibration: Calibration) -> Drift | None:
 def _gallery(run: Run, record: AuditRecord, size: int, options: InventoryOptions) -> dict[str, list[Picture]]:
     """Thumbnails as data URIs: the `size` most suspicious images, and as many unflagged ones by row id."""
     suspicious = _first(run, _OK, "score", "descending", size)
-    # ids are hashes: their order is random and stable
+    # ids are hashes, so their order is random and the same in every run
     random = _first(run, _OK & (pc.field("verdict") != "likely_ai"), "row_id", "ascending", size)
     limits = record.identity.limits
     return {
@@ -157,7 +157,7 @@ def _gallery(run: Run, record: AuditRecord, size: int, options: InventoryOptions
 
 
 def _first(run: Run, only: pc.Expression, column: str, order: str, size: int) -> list[Picture]:
-    """The first `size` rows in that order; a batch at a time, for a ledger may be long."""
+    """The first `size` rows in that order. Reads one batch at a time, because a ledger may be larger than memory."""
     columns = ["row_id", "uri", "member", "p_value", "score", "verdict"]
     best = pa.schema([LEDGER_SCHEMA.field(name) for name in columns]).empty_table()
     for batch in _batches(run, columns, only):
@@ -174,7 +174,7 @@ def _charts(report: AuditReport) -> dict[str, str]:
             found.calibration, found.edges, fill=True, color=pages.NATURAL_COLOUR, alpha=0.6, label="calibration"
         )
         axes.stairs(found.audit, found.edges, color=pages.SUSPICIOUS_COLOUR, linewidth=2, label="this audit")
-        axes.set_xlabel("score: negative log-likelihood per dimension (the ends hold what lies beyond)")
+        axes.set_xlabel("score: negative log-likelihood per dimension (the end bins hold all scores beyond)")
         axes.set_ylabel("share of images")
         axes.legend(frameon=False)
 
