@@ -343,7 +343,7 @@ class ServeConfig(Tuning):
     checkpoint: str = DEFAULT_CHECKPOINT
     s3: S3Options = S3Options()
     tokens: tuple[str, ...] = Field(
-        (), description="SHA-256 in hex of each accepted bearer token; none: no token needed"
+        (), description="SHA-256 in hex of each accepted bearer token; if empty, no token is needed"
     )
     max_images: int = Field(32, ge=1, description="images in one request")
     max_bytes: int = Field(10 * 2**20, ge=1, description="bytes of one file")

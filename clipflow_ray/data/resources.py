@@ -93,7 +93,7 @@ def plan_scoring(rows: int, batch_size: int, nodes: list[dict[str, Any]] | None 
     if encoder_cpus < 1 or sum(cpus) < needed:
         raise ResourceError(
             f"The cluster has {sum(cpus)} logical CPUs on its {len(live)} nodes (largest {max(cpus, default=0)}); this "
-            f"run needs {needed}: one for each encoder, one to read, one to resume. With fewer it never ends. "
+            f"run needs {needed}: one for each encoder, one to read, one to resume. Otherwise it hangs. "
             f"Logical CPUs may exceed the cores: start Ray with `--num-cpus={needed + 1}`, or add a node."
         )
     encoders = min(encoders, max(1, -(-rows // batch_size)))

@@ -22,8 +22,6 @@ from clipflow_ray.config import (
     EncoderConfig,
     FlowConfig,
     ImageLimits,
-    InventoryOptions,
-    S3Options,
     TrainConfig,
     load_yaml,
     stable_hash,
@@ -136,25 +134,26 @@ def test_each_setting_of_an_audit_has_a_flag_or_is_one_of_the_config_file_only()
 
 
 def test_the_command_line_of_a_report_gives_the_settings_of_its_audit(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = AuditConfig(
-        input=("s3://bucket/a b/", "photos"),
-        output="s3://bucket/out",
-        checkpoint="checkpoint",
-        alpha=0.0123456,
-        s3=S3Options(endpoint_url="http://store", region="eu-north-1", unsigned=True),
-        inventory=InventoryOptions(
-            input_format="parquet",
-            group_by="prefix:2",
-            uri_column="address",
-            bytes_column="image",
-            group_column="site",
-            label_column="kind",
-        ),
-        sample=0.25,
-        dedupe="sha256",
-        gallery=0,
-        max_error_rate=0.5,
-    )
+    changed = {
+        "input": ["s3://bucket/a b/", "photos"],
+        "output": "s3://bucket/out",
+        "checkpoint": "checkpoint",
+        "alpha": 0.0123456,
+        "s3": {"endpoint_url": "http://store", "region": "eu-north-1", "unsigned": True},
+        "inventory": {
+            "input_format": "parquet",
+            "group_by": "prefix:2",
+            "uri_column": "address",
+            "bytes_column": "image",
+            "group_column": "site",
+            "label_column": "kind",
+        },
+        "sample": 0.25,
+        "dedupe": "sha256",
+        "gallery": 0,
+        "max_error_rate": 0.5,
+    }
+    config = validated(AuditConfig, changed)
     default = dict(settings_with_flags(AuditConfig(output="")))
     assert not [name for name, value in settings_with_flags(config) if value == default[name]], "change each setting"
     given_to_plan: list[AuditConfig] = []
