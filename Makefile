@@ -31,15 +31,15 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-# The long forms: chaos, listing, jobs on three nodes, two training workers, hostile input through the edge.
+# The long tests: chaos, listing, jobs on three nodes, two training workers, hostile input through the edge.
 stress: setup
 	$(BIN)/python -m pytest -m stress
 
-# The generated sections of docs/formats.md.
+# Write the generated sections of docs/formats.md.
 docs: setup
 	$(BIN)/python -m clipflow_ray.lab.formats
 
-# The packaged checkpoint again, and its two siblings of other seeds; natural images only.
+# Train the packaged checkpoint again, and with two other seeds; natural images only.
 train-default: setup
 	for seed in $(SEEDS); do \
 	  $(BIN)/clipflow-ray train --config jobs/train_default.yaml --input "$(NATURAL)" --output $(WORK) --seed $$seed \
@@ -47,15 +47,15 @@ train-default: setup
 	done
 	cp $(WORK)/seed-0/* clipflow_ray/assets/default/
 
-# The auto-encoders of the learned proxy families, on the sources that train the packaged checkpoint.
+# Fit the auto-encoders of the learned proxy families, on the sources that train the packaged checkpoint.
 autoencoders: setup
 	$(BIN)/python jobs/autoencoders.py --config jobs/train_default.yaml --input "$(NATURAL)" \
 	  --output clipflow_ray/assets/autoencoders
 
-# The KubeRay files, from cluster/base.yaml.
+# Write the KubeRay files from cluster/base.yaml.
 cluster: setup
 	$(BIN)/python cluster/render.py
 
-# Exact versions of what is installed now. torch pins its own CUDA packages, which differ by platform.
+# Write the versions of the installed packages. torch pins its own CUDA packages, which differ by platform.
 lock: setup
 	$(BIN)/python -m pip freeze --exclude-editable | grep -viE '^(nvidia-|cuda-|triton|-e |clipflow)' > requirements.lock

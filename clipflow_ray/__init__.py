@@ -1,4 +1,4 @@
-"""Detects AI-generated images by anomaly detection: frozen CLIP, a normalizing flow, on Ray."""
+"""Detects AI-generated images by anomaly detection: frozen CLIP embeddings and a normalizing flow, on Ray."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,11 @@ __all__ = ["Detector", "__version__", "load_detector"]
 
 
 def load_detector(path: str | None = None, device: str | None = None) -> "Detector":
-    """The detector of a checkpoint directory, or of the packaged default."""
+    """The detector of the checkpoint directory `path`, or of the packaged checkpoint, on a torch `device`.
+
+    Fetches the encoder weights if this machine does not have them. Raises CheckpointError, CalibrationError,
+    WeightsError or EncoderMismatchError if a part is unusable.
+    """
     from clipflow_ray.config import DEFAULT_CHECKPOINT
     from clipflow_ray.model.detector import Detector
 
@@ -18,7 +22,7 @@ def load_detector(path: str | None = None, device: str | None = None) -> "Detect
 
 
 def __getattr__(name: str) -> Any:
-    # Torch takes seconds to import; a manifest task or the command line's --help should not wait for it.
+    # Torch takes seconds to import. A manifest task or the --help of the command line should not wait for it.
     if name == "Detector":
         from clipflow_ray.model.detector import Detector
 

@@ -39,8 +39,8 @@ class Column:
 STATUSES: Final[dict[Status, str]] = {
     "ok": "The object has a score and a verdict.",
     "error": "The object has no score; `error_code` and `error_message` say why.",
-    "skipped_duplicate": "Another row has the same bytes and `--dedupe sha256` is given; a score, no verdict.",
-    "skipped_sample": "The object is outside the sample that `--sample` draws; it was not read.",
+    "skipped_duplicate": "`--dedupe sha256` is given and an earlier id has the same bytes; the row has no verdict.",
+    "skipped_sample": "The object is not in the sample of `--sample`; it was not read.",
 }
 
 _LISTING: Final[tuple[Stage, ...]] = ("listing",)
@@ -151,4 +151,6 @@ def _check(producer: str, found: Collection[str], listed: Collection[str]) -> No
     if extra or missing:
         problems = [f"has the unlisted {', '.join(sorted(extra))}"] * bool(extra)
         problems += [f"lacks {', '.join(sorted(missing))}"] * bool(missing)
-        raise ClipflowError(f"{producer} {' and '.join(problems)}. Its columns are listed in columns.py; report it.")
+        raise ClipflowError(
+            f"{producer} {' and '.join(problems)}. Its columns are listed in columns.py; report this error."
+        )

@@ -1,6 +1,6 @@
-"""One pydantic model per component, one YAML loader, a stable hash. Defaults live here and nowhere else.
+"""Settings: one pydantic model per component, a YAML loader and a stable hash. Only this file defines defaults.
 
-The base of the models that this package writes as json is here too.
+It also defines the base classes of the records that this package writes as JSON.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ Precision = Literal["float32", "bfloat16"]
 
 
 class Closed(BaseModel):
-    """Frozen and closed: an unknown key is an error, not a typo that does nothing."""
+    """A frozen model without unknown keys, so that a misspelt key is an error and is not ignored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,13 +39,13 @@ class Config(Closed):
 
 
 class Record(Closed):
-    """What one json file holds. A file without `format_version` is older than that field and counts as version 1."""
+    """The content of one JSON file. A file without `format_version` is older than the field and counts as version 1."""
 
     format_version: Literal[1] = Field(1, description="Version of the file's format; a reader refuses any other.")
 
 
 class ImageLimits(Config):
-    """What a single encoded image may be, checked before its pixels are decoded, and how long decoding may take."""
+    """Limits of one encoded image, checked before its pixels are decoded, and of the time to decode it."""
 
     max_bytes: int = 64 * 2**20
     max_pixels: int = 50_000_000
@@ -56,7 +56,7 @@ class ImageLimits(Config):
 
 
 class S3Options(Config):
-    """How to reach `s3://`. Credentials come from boto3's own chain and are never part of a config."""
+    """How to reach `s3://`. Credentials come from boto3's credential chain and are never part of a config."""
 
     endpoint_url: str | None = None
     region: str | None = None
@@ -66,7 +66,7 @@ class S3Options(Config):
 class InventoryOptions(Config):
     """The format of the inputs, and the names of the columns in lists and parquet files."""
 
-    input_format: str = Field("auto", description="a name in `inputs/registry.py`; `auto` goes by the names of files")
+    input_format: str = Field("auto", description="a name in `inputs/registry.py`; `auto` decides by file names")
     group_by: str = Field("prefix:1", pattern=r"^prefix:[1-9]\d?$", description="first N folders below the input")
     uri_column: str = "uri"
     bytes_column: str | None = Field(None, description="by default the first column with bytes")
@@ -190,11 +190,11 @@ def _default_families() -> dict[str, dict[str, tuple[float, ...]]]:
 
 
 class ProxyConfig(Config):
-    """Which proxy families there are, how strong they are, and how many views and proxies an image gives."""
+    """The proxy families, their parameters, and the number of views and proxies per image."""
 
     natural_views: int = Field(2, ge=1)
     proxies_per_view: int = Field(1, ge=1)
-    pairs: float = Field(0.0, ge=0, lt=1, description="share of proxies that a second family changes as well")
+    pairs: float = Field(0.0, ge=0, lt=1, description="share of proxies that two families change")
     seed: int = 0
     families: dict[str, dict[str, tuple[float, ...]]] = Field(default_factory=_default_families)
 
@@ -209,7 +209,7 @@ class FlowConfig(Config):
 
 
 class ObjectiveConfig(Config):
-    """Which likelihood objective, and its constants in nats per dimension; see `model/objective.py`."""
+    """The likelihood objective and its constants in nats per dimension; see `model/objective.py`."""
 
     kind: Literal["proxy", "both", "both_logsig", "natural"] = "both_logsig"
     proxy_weight: float = Field(1.0, ge=0)
@@ -218,7 +218,7 @@ class ObjectiveConfig(Config):
 
 
 class FitConfig(Config):
-    """Optimisation. `batch_size` counts naturals of the global batch; as many proxies go with them."""
+    """Optimisation. `batch_size` is the number of naturals in a global batch, which holds as many proxies."""
 
     epochs: int = Field(10, ge=1)
     batch_size: int = Field(128, ge=2)
@@ -232,11 +232,13 @@ class FitConfig(Config):
 
 
 class SplitConfig(Config):
-    """Sources (groups) kept out of training. Empty lists: one source in five goes to each, by hash."""
+    """Sources (groups) that are kept out of training. If both lists are empty, each gets one in five, by hash."""
 
     validation: tuple[str, ...] = ()
     calibration: tuple[str, ...] = ()
-    held_out_family: str | None = Field(None, description="never trained on; chooses the epoch")
+    held_out_family: str | None = Field(
+        None, description="proxy family that is never trained on; used to choose the epoch"
+    )
 
 
 class TrainConfig(Config):
@@ -248,7 +250,7 @@ class TrainConfig(Config):
     limits: ImageLimits = ImageLimits()
     encoder: EncoderConfig = EncoderConfig()
     extra_features: tuple[str, ...] = Field(
-        (), description="encoder features to cache beside the trained one, to try them without encoding again"
+        (), description="encoder features to store besides the trained ones, so that experiments need not encode again"
     )
     proxies: ProxyConfig = ProxyConfig()
     flow: FlowConfig = FlowConfig()
@@ -258,25 +260,25 @@ class TrainConfig(Config):
 
 
 class Candidate(Config):
-    """One idea of an experiment: what it changes in the training that the experiment names."""
+    """One candidate of an experiment: its changes to the `train` settings of the experiment."""
 
     name: str = Field(min_length=1)
-    feature: tuple[str, ...] = Field((), description="encoder features, among those that the training caches")
+    feature: tuple[str, ...] = Field((), description="encoder features; `train` must store them")
     flow: FlowConfig | None = None
     objective: ObjectiveConfig | None = None
     fit: FitConfig | None = None
-    without: tuple[str, ...] = Field((), description="proxy families that it does not train on")
+    without: tuple[str, ...] = Field((), description="proxy families that the candidate does not train on")
 
 
 class ExperimentConfig(Config):
-    """Candidates, each fitted once a seed for every proxy family that is held out in turn."""
+    """Candidates. Each is fitted once per seed and per held-out proxy family."""
 
     train: TrainConfig
     candidates: tuple[Candidate, ...] = Field(min_length=1)
-    held_out: tuple[str, ...] = Field((), description="families to hold out in turn; all of them where none is named")
+    held_out: tuple[str, ...] = Field((), description="proxy families to hold out, one at a time; by default all")
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     looks: dict[str, float] = Field(
-        {}, description="AUROC on AI-generated images of candidates that were looked at: plotted, chooses nothing"
+        {}, description="optional test AUROCs by candidate; plotted, never used for selection"
     )
 
     @model_validator(mode="after")
@@ -284,7 +286,7 @@ class ExperimentConfig(Config):
         names = [candidate.name for candidate in self.candidates]
         wrong = sorted({name for name in names if names.count(name) > 1} | (set(self.looks) - set(names)))
         if wrong:
-            raise ValueError(f"candidates must have names of their own, and `looks` must name candidates: {wrong}")
+            raise ValueError(f"candidates need different names, and `looks` may name only candidates: {wrong}")
         return self
 
 
@@ -298,18 +300,22 @@ class AuditConfig(Config):
     s3: S3Options = S3Options()
     inventory: InventoryOptions = InventoryOptions()
     limits: ImageLimits = ImageLimits()
-    sample: float = Field(1.0, gt=0, le=1, description="share of the objects to score, the same ones in every run")
+    sample: float = Field(1.0, gt=0, le=1, description="share of the objects to score; every run takes the same ones")
     dedupe: Literal["sha256", "none"] = Field("none", description="sha256 counts equal files once")
     gallery: int = Field(24, ge=0, le=500, description="images in each gallery of the report; 0 leaves them out")
-    max_error_rate: float = Field(1.0, ge=0, le=1, description="above it the command ends with exit code 3")
+    max_error_rate: float = Field(
+        1.0, ge=0, le=1, description="if a larger share of the objects fails, the exit code is 3"
+    )
     batch_size: int = Field(32, ge=1)
     rows_per_task: int | None = Field(
-        None, ge=1, description="objects in one unit of work and of resume; by default 1/32 of the input, 8 to 1024"
+        None,
+        ge=1,
+        description="objects in one task; a resumed run repeats whole tasks; by default 1/32 of the input, 8 to 1024",
     )
 
 
 class EvaluateConfig(Config):
-    """One evaluation: labelled images in, figures out. `seeds` are checkpoints that differ in their seed alone."""
+    """One evaluation: labelled images in, figures out. `seeds` are checkpoints that differ only in their seed."""
 
     natural: tuple[str, ...] = ()
     generated: tuple[str, ...] = ()
@@ -324,11 +330,11 @@ class EvaluateConfig(Config):
 
 
 class Tuning(Config):
-    """What can change while serving, as the detector's `user_config`, without a restart."""
+    """Settings that can change without a restart, as `user_config` of the detector deployment."""
 
-    alpha: float = Field(0.01, gt=0, lt=1, description="where a request names none")
+    alpha: float = Field(0.01, gt=0, lt=1, description="for requests that give none")
     max_batch_size: int = Field(32, ge=1, description="images in one forward pass")
-    batch_wait_seconds: float = Field(0.0, ge=0, description="how long an idle detector waits for company")
+    batch_wait_seconds: float = Field(0.0, ge=0, description="time that an idle detector waits for more images")
 
 
 class ServeConfig(Tuning):
@@ -336,23 +342,25 @@ class ServeConfig(Tuning):
 
     checkpoint: str = DEFAULT_CHECKPOINT
     s3: S3Options = S3Options()
-    tokens: tuple[str, ...] = Field((), description="sha256 (hex) of the bearer tokens accepted; empty: none asked")
-    max_images: int = Field(32, ge=1, description="in one request")
-    max_bytes: int = Field(10 * 2**20, ge=1, description="of one file")
-    max_body_bytes: int = Field(64 * 2**20, ge=1, description="of one multipart request")
-    max_json_bytes: int = Field(14 * 2**20, ge=1, description="of one JSON request")
-    timeout_seconds: float = Field(30.0, gt=0, description="of one request")
-    retry_after_seconds: int = Field(2, ge=1, description="what a refused client is told to wait")
-    max_requests: int = Field(64, ge=1, description="answered by one ingress replica at a time; beyond it: 429")
-    max_items: int = Field(128, ge=1, description="images in one ingress replica at a time; beyond it: 429")
-    max_queued_requests: int = Field(64, ge=0, description="that wait for a replica; beyond it: 429")
-    decoders: int | None = Field(None, ge=1, description="decoding processes of an ingress replica; default: the cores")
-    ingress_replicas: tuple[int, int] = Field((1, 1), description="fewest and most")
+    tokens: tuple[str, ...] = Field(
+        (), description="SHA-256 in hex of each accepted bearer token; if empty, no token is needed"
+    )
+    max_images: int = Field(32, ge=1, description="images in one request")
+    max_bytes: int = Field(10 * 2**20, ge=1, description="bytes of one file")
+    max_body_bytes: int = Field(64 * 2**20, ge=1, description="bytes of one multipart request")
+    max_json_bytes: int = Field(14 * 2**20, ge=1, description="bytes of one JSON request")
+    timeout_seconds: float = Field(30.0, gt=0, description="time for one request")
+    retry_after_seconds: int = Field(2, ge=1, description="`Retry-After` of an answer that refuses a request")
+    max_requests: int = Field(64, ge=1, description="requests in one ingress replica at a time; more get 429")
+    max_items: int = Field(128, ge=1, description="images in one ingress replica at a time; more get 429")
+    max_queued_requests: int = Field(64, ge=0, description="requests that wait for a replica; more get 429")
+    decoders: int | None = Field(None, ge=1, description="decoder processes per ingress replica; default: one per core")
+    ingress_replicas: tuple[int, int] = Field((1, 1), description="minimum and maximum")
     ingress_cpus: float = Field(1.0, ge=0)
-    detector_replicas: tuple[int, int] = Field((1, 1), description="fewest and most")
-    detector_cpus: float = Field(1.0, ge=0, description="also torch's threads")
+    detector_replicas: tuple[int, int] = Field((1, 1), description="minimum and maximum")
+    detector_cpus: float = Field(1.0, ge=0, description="also the number of torch threads")
     detector_gpus: float = Field(0.0, ge=0)
-    drain_seconds: float = Field(20.0, ge=0, description="what a stopping replica may take to finish its requests")
+    drain_seconds: float = Field(20.0, ge=0, description="time for a stopping replica to finish its requests")
     health_check_seconds: float = Field(2.0, gt=0)
 
     @field_validator("tokens")
@@ -364,9 +372,9 @@ class ServeConfig(Tuning):
 
     @field_validator("ingress_replicas", "detector_replicas")
     @classmethod
-    def _fewest_then_most(cls, replicas: tuple[int, int]) -> tuple[int, int]:
+    def _minimum_then_maximum(cls, replicas: tuple[int, int]) -> tuple[int, int]:
         if not 1 <= replicas[0] <= replicas[1]:
-            raise ValueError("fewest and most replicas, such as (1, 4)")
+            raise ValueError("give the minimum and the maximum number of replicas, such as [1, 4]")
         return replicas
 
 
@@ -374,10 +382,10 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def load_yaml(kind: type[ConfigT], path: str | None, overrides: dict[str, Any]) -> ConfigT:
-    """Build a config from an optional YAML file and overrides that win over it.
+    """Build a config from an optional YAML file and from overrides, which take precedence.
 
-    Overrides that are None or empty are left out; a mapping of overrides is laid over the file's own. Raises
-    ConfigError that names the wrong key.
+    Overrides that are None or empty are ignored. An override that is a mapping replaces single keys of the file's
+    mapping. Raises ConfigError, which names the wrong keys.
     """
     values: Any = {}
     if path is not None:
@@ -406,6 +414,6 @@ def validated(kind: type[ConfigT], values: Any) -> ConfigT:
 
 
 def stable_hash(*parts: Config | dict[str, Any] | str) -> str:
-    """16 hex digits that change when any value in `parts` does, and not with key order or machine."""
+    """Hash of `parts` as 16 hex digits. It does not depend on the order of keys or on the machine."""
     plain = [part.model_dump(mode="json") if isinstance(part, Config) else part for part in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""A first audit without any data of one's own: photographs that packages ship, in an embedded S3 server.
+"""A first audit that needs no data: sample photographs of installed packages, in an embedded S3 server.
 
 The server is moto's, in its own process on a free loopback port. The bucket holds each photograph as it is, several
-native crops of it, a twin of each crop changed by a strong spectral edit, and a few broken files.
+crops of it at native resolution, a copy of each crop with a strong spectral edit, and a few broken files.
 """
 
 import io
@@ -28,7 +28,7 @@ BUCKET: Final = "clipflow-demo"
 _CROP: Final = 384
 _CROPS: Final = 2
 _START_SECONDS: Final = 60
-# Far stronger than anything training uses: the demo's twins are meant to stand out.
+# Far stronger than in training, so that the edited crops stand out.
 _STRONG: Final[dict[str, dict[str, tuple[float, ...]]]] = {
     "radial_gain_up": {"start": (0.1, 0.15), "log_gain": (2.2, 2.6)},
     "phase_jitter": {"start": (0.1, 0.2), "sigma": (1.2, 1.5)},
@@ -38,9 +38,10 @@ _STRONG: Final[dict[str, dict[str, tuple[float, ...]]]] = {
 
 @contextmanager
 def s3_server() -> Iterator[Place]:
-    """A moto S3 server process on a free loopback port with an empty bucket, which is the place that this yields.
+    """Run a moto S3 server process on a free loopback port, and yield the place of an empty bucket in it.
 
-    The server ends with the context. Sets throw-away credentials in this process's environment.
+    The server ends with the context. Sets dummy credentials in this process's environment. Raises ClipflowError if the
+    server does not start.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""What a user runs first when something is wrong: one line per thing that has to be in order."""
+"""Checks of this machine, for a user who has a problem; one line per check."""
 
 import io
 import platform
@@ -20,7 +20,7 @@ _VERSIONS = ("ray", "torch", "open_clip_torch", "pillow", "pyarrow")
 
 
 def checks(checkpoint: str) -> Iterator[tuple[str, str, bool]]:
-    """(what, outcome, whether it is fine); a check after a failed one may fail for the same reason."""
+    """(name, outcome, whether it passed) of each check. A check after a failed one may fail for the same reason."""
     yield "versions", ", ".join(f"{name} {metadata.version(name)}" for name in _VERSIONS), True
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
     yield "machine", f"clipflow-ray {__version__}, Python {platform.python_version()}, {cores()} cores, {device}", True

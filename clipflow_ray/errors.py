@@ -24,33 +24,33 @@ ItemCode = Literal[
 # What each code means and what to do; docs/formats.md shows these sentences.
 ITEM_CODES: Final[dict[ItemCode, str]] = {
     "bad_uri": "The URI is neither `s3://` nor a local path without `..`. Correct the input.",
-    "not_found": "The object is not there, or no longer. Correct the input, or list it again into a new output.",
-    "access_denied": "The credentials do not allow reading the object. Allow it, or audit what they may read.",
-    "read_timeout": "The object did not arrive in time. Check the store and repeat the audit on a new output.",
-    "read_failed": "The store or the file system gave an error on every attempt. Check it, then use a new output.",
-    "changed": "The object changed after it was listed. Repeat the audit on a new output.",
+    "not_found": "The object does not exist, or no longer. Correct the input, or list it again with a new output.",
+    "access_denied": "The credentials do not allow reading the object. Grant access, or leave the object out.",
+    "read_timeout": "The object did not arrive in time. Check the store and repeat the audit with a new output.",
+    "read_failed": "Every attempt to read the object failed. Check the store and repeat the audit with a new output.",
+    "changed": "The object changed after it was listed. Repeat the audit with a new output.",
     "empty": "The object has no bytes, or the row of the parquet file holds no image. Restore it or leave it out.",
-    "unsupported_format": "By its first bytes it is no JPEG, PNG, WebP or GIF. Convert it or leave it out.",
+    "unsupported_format": "The first bytes are not those of a JPEG, PNG, WebP or GIF. Convert the file or omit it.",
     "decode_failed": "The image is damaged, or decoding needs more memory or JPEG scans than allowed. Replace it.",
     "decode_timeout": "Decoding took longer than allowed. Raise `limits.max_seconds` if you trust the image.",
-    "decoder_crash": "The decoder process died on this image at each attempt. Treat the image as damaged or hostile.",
+    "decoder_crash": "The decoder process died on this image on every attempt. Treat the image as damaged or hostile.",
     "truncated": "The file ends before its end marker. Fetch it again.",
     "too_large_bytes": "The file is larger than allowed. Raise `limits.max_bytes` or shrink the file.",
     "too_large_pixels": "The image has more pixels than allowed. Raise `limits.max_pixels` or `limits.max_side`.",
     "too_small": "The shorter side is below `limits.min_side`. Use a larger image.",
     "non_finite": "The encoder gave no finite embedding. Check the encoder's weights if this is frequent.",
-    "internal": "A fault of this program, such as a decoder process that does not start. See the log and report it.",
+    "internal": "An error in this program, such as a decoder process that does not start. See the log and report it.",
 }
 
 
 class ClipflowError(Exception):
-    """Base of all errors that this package raises on purpose. By itself: a fault that no other code names."""
+    """Base of all errors that this package raises on purpose. The class itself: an error without a code of its own."""
 
     code: str = "internal"
 
 
 class ItemError(ClipflowError):
-    """One object cannot be scored; the others go on. `item_code` is the ledger's `error_code`."""
+    """One object cannot be scored; the others still are. `item_code` is the `error_code` in the ledger."""
 
     def __init__(self, item_code: ItemCode, message: str) -> None:
         super().__init__(message)
@@ -61,7 +61,7 @@ class ItemError(ClipflowError):
 
 
 class ImageError(ItemError):
-    """The bytes are not an image that we score."""
+    """The bytes are not an image that can be scored."""
 
 
 class ReadError(ItemError):
@@ -75,7 +75,7 @@ class ConfigError(ClipflowError):
 
 
 class InputError(ClipflowError):
-    """The input holds nothing that can be read, or is not in the format that was named."""
+    """The input holds nothing that can be read, or is not in the given format."""
 
     code = "invalid_input"
 
@@ -99,19 +99,19 @@ class CheckpointError(ClipflowError):
 
 
 class CalibrationError(ClipflowError):
-    """The checkpoint has no calibration, or it has too few images for the alpha that was asked for."""
+    """The checkpoint has no calibration, or it has too few images for the requested alpha."""
 
     code = "not_calibrated"
 
 
 class ResourceError(ClipflowError):
-    """The cluster is too small for the run, which would wait for ever."""
+    """The cluster is too small for the run, which would wait forever."""
 
     code = "plan_does_not_fit"
 
 
 class RunConflictError(ClipflowError):
-    """The output holds a run of other inputs or settings, or another run writes to it now."""
+    """The output holds a run with other inputs or settings, or another run writes to it now."""
 
     code = "run_conflict"
 

@@ -1,8 +1,9 @@
-"""A place: a URI together with what it takes to reach it. This is the only file that knows how a store is spoken to.
+"""A place: a URI together with the options to reach it. Only this file uses the interfaces of a store.
 
-Objects go through boto3 on `s3://` (any key, typed refusals) and through the operating system on disk. Parquet files
-and file objects go through pyarrow's file systems, which Ray Data takes as well. Credentials come from boto3's and
-pyarrow's own chains and are never part of a place. URIs stay `str`: a `Path` would drop the second slash of `s3://`.
+Objects on `s3://` are read and written by boto3, which takes any key and has typed errors. Objects on disk are read and
+written by the operating system. Parquet files and file objects use pyarrow's file systems, which Ray Data takes as
+well. Credentials come from the credential chains of boto3 and pyarrow and are never part of a place. URIs stay `str`,
+because a `Path` would drop the second slash of `s3://`.
 """
 
 import os
@@ -35,11 +36,11 @@ READ_SECONDS: Final = 30.0
 _READ_ATTEMPTS: Final = 5
 _FIRST_PAUSE: Final = 0.1
 _BODY_SECONDS: Final = 5.0
-_SLOWEST: Final = 1e6  # bytes a second
+_SLOWEST: Final = 1e6  # bytes per second; a slower body is given up
 _DENIED: Final = {"AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
 _BUSY: Final = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded"}
 _MISSING: Final = {"NoSuchKey", "NoSuchBucket", "404", "NotFound"}
-# What a store answers if the condition of a write does not hold; NoSuchKey if the object to be matched is gone.
+# Codes of a store if the condition of a write does not hold; NoSuchKey if the object to be matched is gone.
 _UNMET: Final = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchKey", "404"}
 _CLIENTS: Final = threading.Lock()
 _DEFAULT: Final = S3Options()
@@ -49,7 +50,7 @@ ConfigT = TypeVar("ConfigT", AuditConfig, EvaluateConfig, TrainConfig)
 
 @dataclass(frozen=True)
 class Place:
-    """An object, a folder or an s3 prefix, and the options to reach it. Hashable, picklable; its repr is the URI alone.
+    """An object, a folder or an s3 prefix, and the options to reach it. Hashable, picklable; its repr is only the URI.
 
     Use `at` for a URI that a user gave. The constructor takes the URI as it is.
     """
@@ -61,8 +62,8 @@ class Place:
     def at(cls, uri: str | os.PathLike[str], options: S3Options = _DEFAULT) -> "Place":
         """The place of an s3 URI, which stays as it is, or of a local path, which is made absolute.
 
-        Fills the options in from this process's environment, so that workers elsewhere see the same endpoint. Raises
-        InputError for any other scheme.
+        Takes missing options from this process's environment, so that workers on other machines see the same endpoint.
+        Raises InputError for any other scheme.
         """
         return cls(_normalized(os.fspath(uri)), _resolved(options))
 
@@ -79,7 +80,7 @@ class Place:
         return self.with_uri(f"{self.uri.rstrip('/')}/{name}")
 
     def with_uri(self, uri: str) -> "Place":
-        """The place of another URI, as it is, reached with the same options."""
+        """The place of another URI, which is taken as it is, with the same options."""
         return Place(uri, self.options)
 
     @property
@@ -103,13 +104,13 @@ class Place:
             return f"{other.uri}/".startswith(f"{self.uri.rstrip('/')}/")
         return other.uri.startswith(self.uri)
 
-    # Objects of an input. They may be anything, so each read has a limit and every failure has a code.
+    # Objects of an input. They are untrusted, so each read has a size limit and every failure has a code.
 
     def objects(self, required: bool = True) -> Iterator["StoredObject"]:
         """Every object under a folder or a prefix, or the one object that the URI names; sorted within a folder.
 
         Hidden names (leading dot) and empty folder markers are left out. Raises InputError if the store refuses the
-        listing, or if something is `required` and nothing is there.
+        listing, or if there is no object and `required` is true.
         """
         found = False
         for item in _list_local(self) if self.is_local else _list_s3(self):
@@ -120,9 +121,9 @@ class Place:
             raise InputError(f"{self.uri} holds no objects: check the path, or the prefix and its bucket.")
 
     def folders(self) -> list["Place"]:
-        """The first folders under an s3 prefix, to be listed at the same time; together they hold all its objects.
+        """The first folders under an s3 prefix, to be listed in parallel; together they hold all its objects.
 
-        The place itself if objects lie between the folders, if there are fewer than two, and on disk.
+        Only the place itself on disk, if there are fewer than two folders, or if there are objects beside the folders.
         """
         return [self] if self.is_local else _folders_s3(self)
 
@@ -130,8 +131,8 @@ class Place:
         """The object's bytes, or those of `span` (offset, size).
 
         Raises ReadError with bad_uri, not_found, access_denied, read_timeout, read_failed or too_large_bytes, and
-        with changed if the object has another ETag than `etag`. On s3, faults (in mid-body too) and bodies that differ
-        from the checksum that the store sends are retried: five attempts within 30 seconds.
+        with changed if the object's ETag is not `etag`. On s3, errors of the store, incomplete bodies and bodies with a
+        wrong checksum are retried: five attempts within 30 seconds.
         """
         if "\0" in self.uri or ".." in self.uri.split("/") or (self.is_local and not self.uri.startswith("/")):
             raise ReadError("bad_uri", "Only s3:// URIs and local paths without `..` are read.")
@@ -139,15 +140,15 @@ class Place:
             raise ReadError("too_large_bytes", f"{span[1]} bytes; the limit is {max_bytes}.")
         return _read_local(self.uri, max_bytes, span) if self.is_local else _read_s3(self, max_bytes, etag, span)
 
-    # Files of our own, and containers. A failure is an OSError, and FileNotFoundError if the file is missing.
+    # Files that this package writes, and containers. A failure is an OSError; FileNotFoundError if the file is missing.
 
     def read_text(self) -> str:
-        """A small UTF-8 object."""
+        """The text of a small UTF-8 object."""
         with self.stream() as file:
             return file.read().decode()
 
     def write(self, data: bytes | str) -> None:
-        """Write an object whole: readers see the old one or the new one. Text is written as UTF-8."""
+        """Write an object atomically: readers see the old one or the new one. Text is written as UTF-8."""
         content = data.encode() if isinstance(data, str) else data
         if self.is_local:
             _write_local(Path(self.uri), content)
@@ -164,7 +165,7 @@ class Place:
                 _client(self.options).delete_object(**_address(self.uri))
 
     def exists(self) -> bool:
-        """Whether an object (not a folder) is there."""
+        """Whether the object exists. A folder is not an object."""
         fs, path = self._file_system()
         return bool(fs.get_file_info(path).type == pafs.FileType.File)
 
@@ -174,7 +175,7 @@ class Place:
         return cast(BinaryIO, fs.open_input_file(path))
 
     def stream(self) -> BinaryIO:
-        """A file object to be read from its start to its end; the caller closes it."""
+        """A file object for reading from start to end; the caller closes it."""
         fs, path = self._file_system()
         return cast(BinaryIO, fs.open_input_stream(path))
 
@@ -189,11 +190,11 @@ class Place:
         fs.create_dir(path, recursive=True)
 
     def write_folder(self, files: Mapping[str, bytes]) -> None:
-        """Replace this folder by one with these `files`, by name.
+        """Replace this folder by one with `files`, which maps names to contents.
 
         On disk, readers see the old folder or the new one, except for the moment between two renames. On s3, the
-        objects are written in their order and an old object of another name stays: the last one should vouch for the
-        others.
+        objects are written in their order, and an old object of another name stays. So the last object should hold
+        what a reader needs to check the others.
         """
         if self.is_local:
             _write_folder_local(Path(self.uri), files)
@@ -201,7 +202,7 @@ class Place:
             for name, data in files.items():
                 (self / name).write(data)
 
-    # Parquet, and what libraries take.
+    # Parquet, and arguments for libraries.
 
     def parquet(self, names: Sequence[str]) -> pads.Dataset:
         """The parquet files `names` of this folder as one dataset, in their order."""
@@ -209,25 +210,25 @@ class Place:
         return pads.dataset([f"{path.rstrip('/')}/{name}" for name in names], filesystem=fs, format="parquet")
 
     def read_parquet(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """A parquet file, or the `columns` of it. Raises ArrowInvalid if it is no parquet file."""
+        """The table in a parquet file, or only its `columns`. Raises ArrowInvalid if it is no parquet file."""
         with self.open() as file:
             return pq.read_table(file, columns=None if columns is None else [*columns])
 
     def write_parquet(self, table: pa.Table, row_group_size: int | None = None) -> None:
-        """Write a table whole, as `write` does."""
+        """Write a table as one parquet file, atomically."""
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, row_group_size=row_group_size)
         self.write(sink.getvalue().to_pybytes())
 
     def arguments(self, path: str, filesystem: str) -> dict[str, Any]:
-        """Keyword arguments for a library that takes a path and a pyarrow file system, by the names that it gives them.
+        """Keyword arguments for a library that takes a path and a pyarrow file system, such as Ray Data or Ray Train.
 
-        Ray Data and Ray Train are such libraries. Nothing else needs a file system.
+        `path` and `filesystem` are the library's names for these arguments. Nothing else needs a file system.
         """
         fs, at = self._file_system()
         return {path: at, filesystem: fs}
 
-    # Conditional writes to an object store, for a lease. On disk a lease is a lock of the kernel instead.
+    # Conditional writes to an object store, for a lease. On disk, a lease is a file lock instead.
 
     def read_with_etag(self) -> tuple[bytes, str] | None:
         """A small object of an object store and its ETag, or None if there is none."""
@@ -269,7 +270,7 @@ class Place:
 
 @dataclass(frozen=True)
 class StoredObject:
-    """A listed object: where it is, its size in bytes, and its ETag if the store has one."""
+    """A listed object: its place, its size in bytes, and its ETag if the store has one."""
 
     place: Place
     bytes: int
@@ -289,7 +290,7 @@ def places(uris: Sequence[str], options: S3Options) -> list[Place]:
 def settled(config: ConfigT, *names: str) -> ConfigT:
     """The config with absolute URIs in the fields `names` and the environment's options in `s3`.
 
-    Workers elsewhere then see the same places. Raises InputError for a URI that is neither local nor on s3.
+    Workers on other machines then see the same places. Raises InputError for a URI that is neither local nor on s3.
     """
     values = {name: getattr(config, name) for name in names}
     absolute = {
@@ -341,9 +342,9 @@ def _read_local(path: str, max_bytes: int, span: tuple[int, int] | None) -> byte
             raise ReadError("too_large_bytes", f"{size} bytes; the limit is {max_bytes}.")
         return Path(path).read_bytes()
     except FileNotFoundError as error:
-        raise ReadError("not_found", "The file is not there.") from error
+        raise ReadError("not_found", "The file does not exist.") from error
     except PermissionError as error:
-        raise ReadError("access_denied", "The file may not be read.") from error
+        raise ReadError("access_denied", "This process may not read the file.") from error
     except OSError as error:
         raise ReadError("read_failed", f"Reading failed: {error.strerror}.") from error
 
@@ -369,7 +370,7 @@ def _write_folder_local(target: Path, files: Mapping[str, bytes]) -> None:
 
 def _client(options: S3Options, attempts: int = 3) -> Any:
     """This process's boto3 client for `options`, safe for threads, with bounded timeouts and standard retries."""
-    with _CLIENTS:  # threads that start at once would make one each
+    with _CLIENTS:  # without the lock, threads that start together would make one each
         return _new_client(options, attempts)
 
 
@@ -439,23 +440,23 @@ def _read_s3(place: Place, max_bytes: int, etag: str | None, span: tuple[int, in
                 code = "read_timeout"
         pause = random.uniform(0.5, 1.0) * _FIRST_PAUSE * 2**attempt
         if time.monotonic() + pause >= deadline:
-            raise ReadError("read_timeout", f"The object did not come within {READ_SECONDS:g} s.") from reason
+            raise ReadError("read_timeout", f"The object did not arrive within {READ_SECONDS:g} s.") from reason
         if attempt + 1 < _READ_ATTEMPTS:
             time.sleep(pause)
     raise ReadError(code, f"Reading failed {_READ_ATTEMPTS} times: {type(reason).__name__}.") from reason
 
 
 def _get(place: Place, max_bytes: int, etag: str | None, span: tuple[int, int] | None, deadline: float) -> bytes:
-    client = _client(place.options, attempts=1)  # the caller retries, so that attempts do not multiply
+    client = _client(place.options, attempts=1)  # one attempt, because the caller retries
     condition = {"IfMatch": etag} if etag else {}
     if span:
         condition["Range"] = f"bytes={span[0]}-{span[0] + span[1] - 1}"
     response = client.get_object(**_address(place.uri), **condition)
     body = response["Body"]
-    with body as stream:  # the stream below `body`, which checks length and checksum
+    with body as stream:  # the raw stream; `body` checks length and checksum
         if response["ContentLength"] > max_bytes:
             raise ReadError("too_large_bytes", f"{response['ContentLength']} bytes; the limit is {max_bytes}.")
-        # A sender that dribbles never hits a socket timeout, so the time of the whole body is limited.
+        # A slow sender never causes a socket timeout, so the time for the whole body is limited.
         patience = _BODY_SECONDS + response["ContentLength"] / _SLOWEST
         limit = threading.Timer(max(0.0, min(patience, deadline - time.monotonic())), _cut, [stream])
         limit.start()
@@ -466,7 +467,7 @@ def _get(place: Place, max_bytes: int, etag: str | None, span: tuple[int, int] |
 
 
 def _cut(stream: Any) -> None:
-    with suppress(RuntimeError, ValueError, OSError):  # it ended meanwhile
+    with suppress(RuntimeError, ValueError, OSError):  # the body ended in the meantime
         stream.shutdown()
 
 
@@ -483,7 +484,7 @@ def _code(error: ClientError) -> str:
 
 
 def _transient(error: ClientError) -> bool:
-    """Whether the store may answer the same request otherwise in a moment."""
+    """Whether the same request may succeed a moment later."""
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     return status >= 500 or status == 429 or _code(error) in _BUSY
 
@@ -491,9 +492,9 @@ def _transient(error: ClientError) -> bool:
 def _refusal(error: ClientError) -> ReadError:
     code = _code(error)
     if code in _MISSING:
-        return ReadError("not_found", "The object is not there.")
+        return ReadError("not_found", "The object does not exist.")
     if code in _DENIED:
-        return ReadError("access_denied", "The credentials at hand may not read this object.")
+        return ReadError("access_denied", "The credentials do not allow reading this object.")
     if code in {"PreconditionFailed", "412"}:
-        return ReadError("changed", "The object changed after it was listed; run again on a new output.")
+        return ReadError("changed", "The object changed after it was listed; run again with a new output.")
     return ReadError("read_failed", f"The store answered {code or 'an error'}.")

@@ -1,4 +1,4 @@
-"""Statistics that several parts of the package report: AUROC, Wilson intervals, and the share that is flagged."""
+"""Statistics that several parts of the package report: AUROC, Wilson intervals and rates of flagged images."""
 
 from typing import Any
 
@@ -26,9 +26,9 @@ def wilson(count: int, of: int) -> tuple[float, float]:
 
 
 class FlaggedRate(Closed):
-    """How many of some scored images are flagged at one alpha. Without scored images, the last three are null.
+    """Number and share of flagged images at one alpha. If no image is scored, the last three fields are null.
 
-    AI-generated images raise the excess over alpha, and so does a shift of domain.
+    AI-generated images raise the excess over alpha. A domain shift raises it too.
     """
 
     count: int = Field(description="Images with verdict `likely_ai`.")
@@ -36,7 +36,7 @@ class FlaggedRate(Closed):
     share: float | None = Field(description="`count / of`.")
     wilson_95: tuple[float, float] | None = Field(description="95 % Wilson interval of `share`.")
     excess_lower_bound: float | None = Field(
-        description="`(low - alpha) / (1 - alpha)`, at least 0, where low is the lower end of `wilson_95`."
+        description="`(low - alpha) / (1 - alpha)`, at least 0; low is the lower end of `wilson_95`."
     )
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A head and two workers on this machine, as three Ray nodes with their own raylets; Ctrl-C ends them.
-#   cluster/local.sh            then, elsewhere, with the two variables that it prints:
+# A head and two workers on this machine, as three Ray nodes with their own raylets; Ctrl-C stops them.
+#   cluster/local.sh            then, in another shell, with the variables that it prints:
 #   ray job submit --working-dir . -- python jobs/audit.py --input s3://bucket/images/ --output s3://bucket/audit/
 set -euo pipefail
 
@@ -22,7 +22,7 @@ export RAY_AUTH_TOKEN_PATH=${RAY_AUTH_TOKEN_PATH:-$folder/token}
 nodes=()
 stop() {
   trap - EXIT INT TERM
-  for node in "${nodes[@]:1}" "${nodes[0]}"; do  # the head last: workers without one wait for it
+  for node in "${nodes[@]:1}" "${nodes[0]}"; do  # the head last, because a worker without a head waits for one
     kill -TERM "$node" 2>/dev/null || true
     wait "$node" || true
   done
@@ -30,7 +30,7 @@ stop() {
 }
 trap stop EXIT INT TERM
 
-await() {  # until the node of this log and process runs
+await() {  # wait until the node with log file $1 and process id $2 runs
   for _ in $(seq 240); do
     grep -q "Ray runtime started" "$1" && return
     kill -0 "$2" 2>/dev/null || break
@@ -45,7 +45,7 @@ $RAY start --head "${common[@]}" --node-ip-address 127.0.0.1 --port "$PORT" \
   --dashboard-host 127.0.0.1 --dashboard-port "$DASHBOARD_PORT" --ray-client-server-port "$CLIENT_PORT" > "$folder/head.log" 2>&1 &
 nodes+=($!)
 await "$folder/head.log" "${nodes[0]}"
-for number in 1 2; do  # one after the other: two that start at once take the same sockets, and both die
+for number in 1 2; do  # one by one: two nodes that start at once would take the same sockets and fail
   $RAY start --address "127.0.0.1:$PORT" "${common[@]}" --node-ip-address 127.0.0.1 > "$folder/worker-$number.log" 2>&1 &
   nodes+=($!)
   await "$folder/worker-$number.log" "${nodes[$number]}"

@@ -1,4 +1,4 @@
-"""`python cluster/render.py`: write the KubeRay files of this folder. Their pods are described once, in base.yaml."""
+"""`python cluster/render.py`: write the KubeRay files of this folder. All of them use the pods in base.yaml."""
 
 from pathlib import Path
 from typing import Any, Final
@@ -37,7 +37,7 @@ def documents() -> dict[str, str]:
             standing,
         ),
         "rayjob-audit.yaml": _document(
-            "# One audit on a cluster of its own. A retried job continues where the last attempt stopped.\n" + _SECRETS,
+            "# One audit on a cluster of its own. A retried job continues the audit of the last attempt.\n" + _SECRETS,
             "RayJob",
             "clipflow-audit",
             _job(audit, _cluster(base, gpu=(1, 1), cpu=(1, 1), s3=True)),
@@ -79,7 +79,7 @@ def _cluster(
 ) -> dict[str, Any]:
     """A RayCluster's spec. `gpu` and `cpu` are the (replicas, minReplicas) of the two worker groups.
 
-    The head of a `standing` cluster can be reached, and idle workers leave. `s3` gives the pods the S3 secret.
+    The head of a `standing` cluster has open ports, and its idle workers are removed. `s3` adds the S3 secret to pods.
     """
     pods = {name: _pod(base, name, env or [], s3) for name in ("head", "cpu", "gpu")}
     spec: dict[str, Any] = {"rayVersion": ray.__version__, "enableInTreeAutoscaling": True}
@@ -117,7 +117,7 @@ def _pod(base: dict[str, Any], name: str, env: list[dict[str, Any]], s3: bool) -
 
 
 class _Dumper(yaml.SafeDumper):
-    """No anchors, because a reader has to follow them, and long texts as blocks."""
+    """Writes no anchors, because they are hard to read, and writes texts of several lines as blocks."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

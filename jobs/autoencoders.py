@@ -1,4 +1,4 @@
-"""`python jobs/autoencoders.py --config FILE --input DIR --output DIR`: the auto-encoders of the learned proxies."""
+"""`python jobs/autoencoders.py --config FILE --input DIR --output DIR`: fit the auto-encoders of the proxies."""
 
 import logging
 from typing import Annotated
@@ -12,10 +12,12 @@ from clipflow_ray.lab.autoencoders import make
 def main(
     inputs: Annotated[list[str], typer.Option("--input", help="Natural images, as for training.")],
     output: Annotated[str, typer.Option("--output", help="Local folder for three .safetensors files.")],
-    config: Annotated[str | None, typer.Option("--config", help="The training's: its split leaves out.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps for each.")] = 3000,
+    config: Annotated[
+        str | None, typer.Option("--config", help="Training config; sources that its split reserves are skipped.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps per auto-encoder.")] = 3000,
 ) -> None:
-    """Fit the auto-encoders on the photographs that train a flow; some minutes each."""
+    """Fit the auto-encoders on the natural images that train a flow. Each takes some minutes."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     count = make(load_yaml(TrainConfig, config, {"input": tuple(inputs), "output": output}), steps)
     print(f"{output}: fitted on {count} images")

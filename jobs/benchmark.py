@@ -1,4 +1,4 @@
-"""`python jobs/benchmark.py audit|pipeline|sandbox|serve|listing|proxies`: ratios of one run, JSON on the last line."""
+"""`python jobs/benchmark.py audit|pipeline|sandbox|serve|listing|proxies`: a ratio of two rates, and a JSON line."""
 
 import sys
 from collections.abc import Callable
@@ -16,48 +16,48 @@ from clipflow_ray.lab.benchmark.sandbox import sandboxed_decoding
 from clipflow_ray.lab.benchmark.serve import serving
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-Rounds = Annotated[int, typer.Option(min=5, help="Interleaved rounds; the median counts.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the JSON line alone.")]
+Rounds = Annotated[int, typer.Option(min=5, help="Interleaved rounds; the ratio is the median over them.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print only the JSON line.")]
 
 
 @app.command()
 def audit(objects: int = 512, rounds: Rounds = 5, as_json: AsJson = False) -> None:
-    """Whole audits from S3 over a bare encoder loop."""
+    """Rate of whole audits from S3, relative to a bare encoder loop."""
     _print(lambda: audit_against_bare_encoder(objects, rounds), as_json)
 
 
 @app.command()
 def pipeline(objects: int = 8192, rounds: Rounds = 5, as_json: AsJson = False) -> None:
-    """Reading, decoding and scoring with the test tower over plain loops of Pillow and open_clip."""
+    """Rate of reading, decoding and scoring with the test tower, relative to plain loops of Pillow and open_clip."""
     _print(lambda: pipeline_against_plain_loops(objects, rounds), as_json)
 
 
 @app.command()
 def sandbox(rounds: Rounds = 41, as_json: AsJson = False) -> None:
-    """Decoding in the killable child process over decoding in place."""
+    """Rate of decoding in the sandbox process, relative to decoding in this process."""
     _print(lambda: sandboxed_decoding(rounds), as_json)
 
 
 @app.command()
 def serve(images: int = 128, rounds: Rounds = 5, as_json: AsJson = False) -> None:
-    """The endpoint at saturation over a bare encoder loop, and what HTTP adds to the time of one image."""
+    """Rate of the saturated endpoint, relative to a bare encoder loop; and the time that HTTP adds to one image."""
     _print(lambda: serving(images, rounds), as_json)
 
 
 @app.command()
 def listing(keys: int = 1_000_000, rounds: Rounds = 5, as_json: AsJson = False) -> None:
-    """Keys per second of a long list over those of an eighth of it, and the driver's peak memory."""
+    """Rate of listing many keys, relative to an eighth of them; and the peak memory of the driver."""
     _print(lambda: long_list(keys, rounds), as_json)
 
 
 @app.command()
 def proxies(rounds: Rounds = 5, as_json: AsJson = False) -> None:
-    """The slowest proxy family on one core over the rate that training asks for."""
+    """Rate of the slowest proxy family on one core, relative to the rate that training needs."""
     _print(lambda: slowest_proxy_family(rounds), as_json)
 
 
 def _print(benchmarked: Callable[[], Benchmark], as_json: bool) -> None:
-    with redirect_stdout(sys.stderr):  # Ray prints what it has to say while it works
+    with redirect_stdout(sys.stderr):  # Ray prints messages to stdout
         result = benchmarked()
     if not as_json:
         print(f"{result.name}: ratio {result.ratio:.3f}, median of {result.n}, spread {list(result.spread)}")

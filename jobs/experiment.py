@@ -1,4 +1,4 @@
-"""`python jobs/experiment.py --config candidates.yaml`: held-out figures of many candidates; see `ExperimentConfig`."""
+"""`python jobs/experiment.py --config FILE`: compare candidates on held-out proxy families; see `ExperimentConfig`."""
 
 import logging
 from typing import Annotated
@@ -10,8 +10,8 @@ from clipflow_ray.lab.experiment import experiment
 
 
 def main(
-    config: Annotated[str, typer.Option(help="YAML: `train` as for `clipflow-ray train`, and `candidates`.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON alone.")] = False,
+    config: Annotated[str, typer.Option(help="YAML: `train` as for `clipflow-ray train`, `candidates`.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print only the summary, as JSON.")] = False,
 ) -> None:
     """Fit every candidate with each proxy family held out in turn; writes results.parquet and experiment.html."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -13,7 +13,7 @@ _P_BINS: Final = 20
 
 
 class Distribution:
-    """Counts of scores and p-values over bins, and of scores between the calibration scores, which are ascending."""
+    """Counts of scores and p-values over bins, and of scores between the ascending scores of the calibration."""
 
     def __init__(self, calibration: NDArray[np.float32]) -> None:
         self._calibration = calibration
@@ -88,6 +88,6 @@ def _ordered(scores: NDArray[np.float32]) -> NDArray[np.uint32]:
 
 
 def _from_ordered(numbers: NDArray[np.uint32]) -> NDArray[np.float64]:
-    """The floats of such integers."""
+    """The floats that `_ordered` turns into these integers."""
     bits = np.where(numbers >> 31, numbers & np.uint32(0x7FFFFFFF), ~numbers)
     return bits.astype(np.uint32).view(np.float32).astype(np.float64)

@@ -27,12 +27,12 @@ LEDGER: Final = "ledger"
 
 
 def finalize(run: Run, alpha: float, constants: dict[str, str], dedupe: bool = False) -> Judged:
-    """Write `ledger/` from `scored/` at `alpha` and return what its rows add up to.
+    """Write `ledger/` from `scored/` at `alpha` and return the totals over its rows.
 
     `constants` holds model_id, calibration_id and tool_version. `dup_of` is the smallest id among the rows with the
-    same bytes. With `dedupe`, a row that has a `dup_of` gets the status skipped_duplicate: it keeps its scores and
-    counts in no verdict, q-value or rate. Each file of scores gives one ledger file of the same name, so a second call
-    replaces the files of the first.
+    same bytes. With `dedupe`, a row that has a `dup_of` gets the status skipped_duplicate: it keeps its scores, has no
+    verdict and counts in no q-value or rate. Each file of scores gives one ledger file of the same name, so a second
+    call replaces the files of the first.
     """
     counts: dict[str, Counter[str]] = {"status": Counter(), "error_code": Counter(), "verdict": Counter()}
     start = 0

@@ -1,4 +1,4 @@
-"""What an audit writes as json: `run.json`, `report.json`, and the plan that `--dry-run` prints."""
+"""The JSON of an audit: `run.json`, `report.json`, and the plan that `--dry-run` prints."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ from clipflow_ray.statistics import FlaggedRate
 
 
 class AuditIdentity(Closed):
-    """What shapes the scores of an audit: an output takes no audit of another identity."""
+    """Everything that determines the scores of an audit. An output accepts no audit of another identity."""
 
     input: tuple[str, ...] = Field(description="URIs of the inputs.")
     encoder_fingerprint: str = Field(description="Fingerprint of the encoder.")
@@ -31,29 +31,29 @@ class Timing(Closed):
 
 
 class CalibrationCard(Closed):
-    """What alpha means with the calibration at hand."""
+    """What alpha means with the calibration of the checkpoint."""
 
     calibration_n: int = Field(description="Number of calibration photographs.")
     threshold: float = Field(description="Images with a higher score are flagged.")
     false_positive_rate_95: tuple[float, float] = Field(
-        description="95 % interval of the share that is flagged of photographs like those of the calibration."
+        description="95 % interval of the false-positive rate on photographs like those of the calibration."
     )
 
 
 class Judged(Closed):
-    """What the rows of the ledger add up to at one alpha."""
+    """Totals over the rows of the ledger, at one alpha."""
 
     rows: int = Field(description="Rows of the ledger, one for each listed object.")
     by_status: dict[str, int] = Field(description="Rows by `status`.")
-    by_error_code: dict[str, int] = Field(description="Rows by `error_code`, of those that have one.")
-    by_verdict: dict[str, int] = Field(description="Rows by `verdict`, of those that have one.")
+    by_error_code: dict[str, int] = Field(description="Rows that have an `error_code`, by its value.")
+    by_verdict: dict[str, int] = Field(description="Rows that have a `verdict`, by its value.")
     flagged: FlaggedRate = Field(description="How many of the scored images are flagged.")
 
 
 class AuditRecord(Judged, FinishedRecord[AuditIdentity]):
     """`run.json` of a finished audit, and what `audit --json` prints."""
 
-    config: AuditConfig = Field(description="Settings of the command that scored; `finalize` leaves them as they are.")
+    config: AuditConfig = Field(description="Settings of the `audit` command; `finalize` does not change them.")
     timing: Timing = Field(description="How long the scoring took.")
     alpha: float = Field(description="False-positive rate that the verdicts are for.")
     dedupe: Literal["sha256", "none"] = Field(description="Whether equal files count once.")
@@ -70,11 +70,13 @@ class AuditRecord(Judged, FinishedRecord[AuditIdentity]):
 
 
 class AuditPlan(Closed):
-    """What `audit --dry-run` prints: what there is to do, and how long it takes at the speed of one batch."""
+    """What `audit --dry-run` prints: the amount of work, and its duration at the speed of one batch."""
 
     objects: int = Field(description="Listed objects.")
-    to_score: int = Field(description="Objects that the sample leaves.")
-    bytes: int = Field(description="Their total size where the listing tells it.")
+    to_score: int = Field(description="Objects in the sample.")
+    bytes: int = Field(
+        description="Total bytes of the listed objects; an object whose size the listing does not give counts 0."
+    )
     by_suffix: dict[str, int] = Field(description="Objects by the suffix of their names, most frequent first.")
     encoders: int = Field(description="Encoders that the cluster has room for.")
     images_per_second: float = Field(description="Speed of all encoders, measured on one batch.")
@@ -82,7 +84,7 @@ class AuditPlan(Closed):
 
 
 class ReportCard(Closed):
-    """What was audited, and with what."""
+    """Inputs, checkpoint and settings of the audit."""
 
     input: tuple[str, ...] = Field(description="URIs of the inputs.")
     checkpoint: str = Field(description="Id of the checkpoint.")
@@ -90,7 +92,7 @@ class ReportCard(Closed):
     calibration_n: int = Field(description="Number of calibration photographs.")
     alpha: float = Field(description="False-positive rate that the verdicts are for.")
     false_positive_rate_95: tuple[float, float] = Field(
-        description="95 % interval of the share that is flagged of photographs like those of the calibration."
+        description="95 % interval of the false-positive rate on photographs like those of the calibration."
     )
     tool_version: str = Field(description="Version of this package.")
     encoder: str = Field(description="Fingerprint of the encoder.")
@@ -99,11 +101,11 @@ class ReportCard(Closed):
 
 
 class Counts(Closed):
-    """Rows of the ledger by what became of them."""
+    """Numbers of rows of the ledger."""
 
     status: dict[str, int] = Field(description="Rows by `status`.")
-    verdict: dict[str, int] = Field(description="Rows by `verdict`, of those that have one.")
-    error_code: dict[str, int] = Field(description="Rows by `error_code`, of those that have one.")
+    verdict: dict[str, int] = Field(description="Rows that have a `verdict`, by its value.")
+    error_code: dict[str, int] = Field(description="Rows that have an `error_code`, by its value.")
     rows: int = Field(description="All rows.")
 
 
@@ -130,7 +132,7 @@ class ErrorGroup(Closed):
 
 
 class ScoreHistogram(Closed):
-    """Shares of images by score, in bins around the bulk of the calibration; the end bins hold what lies beyond."""
+    """Shares of images by score, in bins over most of the calibration scores; the end bins hold all scores beyond."""
 
     edges: tuple[float, ...] = Field(description="Edges of the bins, one more than there are bins.")
     audit: tuple[float, ...] = Field(description="Share of the audit's scored images in each bin.")
@@ -158,6 +160,6 @@ class AuditReport(Record):
     groups: tuple[NamedRate, ...] = Field(description="Rates of the groups, most flagged first.")
     strata: tuple[NamedRate, ...] = Field(description="Rates of the strata of format and size, most flagged first.")
     errors: dict[str, ErrorGroup] = Field(description="Objects that could not be scored, by error code.")
-    scores: ScoreHistogram = Field(description="Scores against those of the calibration.")
+    scores: ScoreHistogram = Field(description="Histogram of the scores beside that of the calibration.")
     p_values: tuple[int, ...] = Field(description="Scored images by p-value, in 20 equal bins from 0 to 1.")
     drift: Drift | None = Field(description="Distance from the calibration; null if no image was scored.")

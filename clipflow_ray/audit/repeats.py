@@ -29,10 +29,10 @@ class Rows:
     def repeated(self, start: int, count: int) -> list[str | None]:
         """For `count` rows from number `start`: the id of the first row with the same bytes; None for that row itself.
 
-        First means smallest id: a resumed run may write its rows in another order than an uninterrupted one.
+        The first row is that with the smallest id, because a resumed run may write its rows in another order.
         """
-        where = "SELECT number, first FROM repeats WHERE number BETWEEN ? AND ?"
-        found = dict(self._database.execute(where, (start, start + count - 1)).fetchall())
+        query = "SELECT number, first FROM repeats WHERE number BETWEEN ? AND ?"
+        found = dict(self._database.execute(query, (start, start + count - 1)).fetchall())
         return [found.get(number) for number in range(start, start + count)]
 
     def q_values(self, dedupe: bool) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
@@ -60,7 +60,8 @@ class Rows:
 def numbered(scored: Iterable[pads.Dataset]) -> Iterator[Rows]:
     """The rows of all parts of `scored`, numbered from 0 in their order.
 
-    While the block runs, a row takes about 250 bytes in the temporary directory. Raises ClipflowError if that is full.
+    While the block runs, a row takes about 250 bytes in the temporary directory. Raises ClipflowError if the directory
+    is full.
     """
     database = sqlite3.connect("")  # the empty name means a temporary file, deleted on close
     try:
@@ -72,7 +73,7 @@ def numbered(scored: Iterable[pads.Dataset]) -> Iterator[Rows]:
         database.execute(_REPEATS)
         yield Rows(database)
     except sqlite3.OperationalError as error:
-        raise ClipflowError(f"Looking for equal files failed: {error}. Set TMPDIR to a larger disk.") from error
+        raise ClipflowError(f"Finding equal files failed: {error}. Set TMPDIR to a larger disk.") from error
     finally:
         database.close()
 

@@ -1,7 +1,7 @@
 """The report of an audit: one self-contained HTML page, and the same facts as markdown and json.
 
-Everything in it is derived from the ledger, `run.json` and the checkpoint's calibration; thumbnails are read from the
-input again, small and few.
+Its content comes from the ledger, `run.json` and the checkpoint's calibration. For a few small thumbnails, the input is
+read again.
 """
 
 import shlex
@@ -27,7 +27,7 @@ from clipflow_ray.audit.record import (
     ReportCard,
 )
 from clipflow_ray.columns import LEDGER_SCHEMA
-from clipflow_ray.config import DISCLAIMER, AuditConfig, InventoryOptions
+from clipflow_ray.config import DISCLAIMER, AuditConfig, Config, InventoryOptions
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.reports import pages
 from clipflow_ray.reports.pages import Picture
@@ -39,10 +39,9 @@ _EXAMPLES: Final = 3
 _MAX_GROUPS: Final = 200
 _FDR: Final = 0.05
 _OK: Final = pc.field("status") == "ok"
-_FLAGS: Final = (
-    *("input_format", "group_by", "uri_column", "bytes_column", "group_column", "label_column"),
-    *("sample", "dedupe", "max_error_rate", "gallery", "endpoint_url", "region", "unsigned"),
-)
+# Settings that only a config file can change. Every other setting of an audit has a flag: its name with dashes.
+CONFIG_FILE_ONLY: Final = frozenset({"limits", "generator_column", "batch_size", "rows_per_task"})
+_ALWAYS_SHOWN: Final = ("output", "checkpoint", "alpha")
 
 
 def write_report(
@@ -59,7 +58,7 @@ def write_report(
 
 
 def report_of(run: Run, record: AuditRecord, calibration: Calibration) -> AuditReport:
-    """All that the report says."""
+    """The content of the report."""
     counts: Counter[tuple[str, str, str, str]] = Counter()
     examples: dict[str, list[ErrorExample]] = defaultdict(list)
     columns = ["group", "stratum", "status", "verdict", "error_code", "error_message", "uri", "member"]
@@ -88,7 +87,7 @@ def report_of(run: Run, record: AuditRecord, calibration: Calibration) -> AuditR
             sample=record.config.sample,
             dedupe=record.dedupe,
         ),
-        command=_command(record.config, record.alpha),
+        command=command_line(record.config.model_copy(update={"alpha": record.alpha})),
         counts=Counts(
             status=record.by_status, verdict=record.by_verdict, error_code=record.by_error_code, rows=record.rows
         ),
@@ -148,7 +147,7 @@ def _drift(scores: Distribution, calibration: Calibration) -> Drift | None:
 def _gallery(run: Run, record: AuditRecord, size: int, options: InventoryOptions) -> dict[str, list[Picture]]:
     """Thumbnails as data URIs: the `size` most suspicious images, and as many unflagged ones by row id."""
     suspicious = _first(run, _OK, "score", "descending", size)
-    # ids are hashes: their order is random and stable
+    # ids are hashes, so their order is random and the same in every run
     random = _first(run, _OK & (pc.field("verdict") != "likely_ai"), "row_id", "ascending", size)
     limits = record.identity.limits
     return {
@@ -158,7 +157,7 @@ def _gallery(run: Run, record: AuditRecord, size: int, options: InventoryOptions
 
 
 def _first(run: Run, only: pc.Expression, column: str, order: str, size: int) -> list[Picture]:
-    """The first `size` rows in that order; a batch at a time, for a ledger may be long."""
+    """The first `size` rows in that order. Reads one batch at a time, because a ledger may be larger than memory."""
     columns = ["row_id", "uri", "member", "p_value", "score", "verdict"]
     best = pa.schema([LEDGER_SCHEMA.field(name) for name in columns]).empty_table()
     for batch in _batches(run, columns, only):
@@ -175,23 +174,28 @@ def _charts(report: AuditReport) -> dict[str, str]:
             found.calibration, found.edges, fill=True, color=pages.NATURAL_COLOUR, alpha=0.6, label="calibration"
         )
         axes.stairs(found.audit, found.edges, color=pages.SUSPICIOUS_COLOUR, linewidth=2, label="this audit")
-        axes.set_xlabel("score: negative log-likelihood per dimension (the ends hold what lies beyond)")
+        axes.set_xlabel("score: negative log-likelihood per dimension (the end bins hold all scores beyond)")
         axes.set_ylabel("share of images")
         axes.legend(frameon=False)
 
     return {"scores": pages.chart(scores), "p_values": pages.p_value_chart(report.p_values)}
 
 
-def _command(config: AuditConfig, alpha: float) -> str:
-    """The command line that repeats the audit, with every setting that has a flag and is not the default."""
+def settings_with_flags(config: Config) -> Iterator[tuple[str, Any]]:
+    """(name, value) of each setting that has a flag, including those of `inventory` and `s3`."""
+    for name, value in config:
+        if isinstance(value, Config) and name not in CONFIG_FILE_ONLY:
+            yield from settings_with_flags(value)
+        elif name not in CONFIG_FILE_ONLY:
+            yield name, value
+
+
+def command_line(config: AuditConfig) -> str:
+    """The command line that repeats the audit: every setting that has a flag and is not the default."""
     parts = ["clipflow-ray", "audit"]
-    for uri in config.input:
-        parts += ["--input", uri]
-    parts += ["--output", config.output, "--checkpoint", config.checkpoint, "--alpha", f"{alpha:g}"]
-    default = AuditConfig(output="")
-    for part, usual in ((config.inventory, default.inventory), (config, default), (config.s3, default.s3)):
-        here, there = dict(part), dict(usual)
-        for name in _FLAGS:
-            if name in here and here[name] != there[name]:
-                parts += [f"--{name.replace('_', '-')}", *([] if here[name] is True else [str(here[name])])]
+    defaults = dict(settings_with_flags(AuditConfig(output="")))
+    for name, value in settings_with_flags(config):
+        if name in _ALWAYS_SHOWN or value != defaults[name]:
+            for each in value if isinstance(value, tuple) else (value,):
+                parts += [f"--{name.replace('_', '-')}", *([] if each is True else [str(each)])]
     return shlex.join(parts)

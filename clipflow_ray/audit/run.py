@@ -42,8 +42,8 @@ _TRIED_FIRST: Final = 3
 def audit(config: AuditConfig) -> AuditRecord:
     """Score every object of the input and return the run's record, as `run.json` holds it.
 
-    A run that was cut off continues. A finished run is returned as it is; if alpha or dedupe differ, only its verdicts
-    are computed again. Raises ClipflowError before scoring starts if the checkpoint, the weights, the input or the
+    An interrupted run continues. A finished run is returned as it is; if alpha or dedupe differ, only its verdicts are
+    computed again. Raises ClipflowError before scoring starts if the checkpoint, the weights, the input or the
     cluster is unusable, or if another run holds the output.
     """
     if not config.input:
@@ -159,7 +159,7 @@ def judge_again(changes: AuditConfig) -> AuditRecord:
 
 
 def _check_readable(config: AuditConfig, run: Run) -> None:
-    """Raise InputError if access to the first few objects is denied: all the others would probably fail as well."""
+    """Raise InputError if access to the first few objects is denied, because all others would probably fail too."""
     few = run.table(MANIFEST).head(_TRIED_FIRST)
     tried = read_bytes(few, run.place, config.limits, config.inventory)
     if all(isinstance(outcome, ReadError) and outcome.item_code == "access_denied" for outcome in tried):
@@ -183,7 +183,7 @@ def _score(
     constants: dict[str, str],
     listed: int,
 ) -> Timing:
-    """Write `scored/`, one row for each of the `listed` objects; rows of a run that was cut off are kept."""
+    """Write `scored/`, one row for each of the `listed` objects; rows of an interrupted run are kept."""
     resources.connect()
     left = listed - run.committed(SCORED)
     share = resources.plan_scoring(left, config.batch_size)

@@ -1,7 +1,7 @@
 """The command line, one file for each group of commands.
 
 stdout carries data, stderr carries progress; exit codes are in `exits.py`. A command imports its heavy modules itself,
-after it has checked its settings, so that `--help` and a wrong flag are answered at once.
+after it has checked its settings, so that `--help` and usage errors take no time.
 """
 
 import logging
@@ -51,7 +51,7 @@ def _program(
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    """Hold the options that come before a command. The program's help text is the application's."""
+    """Options that come before a command. The help text of the program is that of `app`."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -69,5 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _terminated(*_: object) -> None:
     """Exit by SystemExit, so that every `finally` runs. Ray Data would print a ClipflowError with a traceback."""
-    print("error [terminated]: Stopped by SIGTERM; what is finished is kept. Repeat to go on.", file=sys.stderr)
+    print(
+        "error [terminated]: Stopped by SIGTERM. Finished work is kept; repeat the command to continue.",
+        file=sys.stderr,
+    )
     sys.exit(FAILED)

@@ -47,20 +47,24 @@ def audit(
     region: Region = None,
     unsigned: Unsigned = False,
     gallery: Annotated[
-        int | None, typer.Option("--gallery", help="Images in each gallery; 0: none; default 24.")
+        int | None, typer.Option("--gallery", help="Images in each gallery of the report; default 24; 0 for none.")
     ] = None,
     sample: Annotated[
-        float | None, typer.Option("--sample", help="Share of the objects to score, such as 0.01.")
+        float | None, typer.Option("--sample", help="Share of the objects to score, such as 0.01; default 1.")
     ] = None,
     dedupe: Dedupe = None,
-    max_error_rate: Annotated[float | None, typer.Option("--max-error-rate", help="Exit 3 above it.")] = None,
-    fail_above: Annotated[
-        float | None, typer.Option("--fail-if-flag-rate-above", help="Exit 4 when a larger share is flagged.")
+    max_error_rate: Annotated[
+        float | None, typer.Option("--max-error-rate", help="Exit with code 3 if a larger share fails; default 1.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what there is to do, and do nothing.")] = False,
+    fail_above: Annotated[
+        float | None, typer.Option("--fail-if-flag-rate-above", help="Exit with code 4 if a larger share is flagged.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the amount of work and its duration, and stop.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score every image of a dataset and write a ledger. A run that was cut off goes on where it stopped."""
+    """Score every image of a dataset and write a ledger. To continue an interrupted audit, repeat its command."""
     settings = load_yaml(
         AuditConfig,
         config,
@@ -94,25 +98,30 @@ def audit(
     print(record.model_dump_json(indent=1) if as_json else summary(record))
     if record.error_rate > settings.max_error_rate:
         print(
-            f"{record.error_rate:.1%} of the objects are errors, above {settings.max_error_rate:.1%}.", file=sys.stderr
+            f"{record.error_rate:.1%} of the objects failed; the limit is {settings.max_error_rate:.1%}.",
+            file=sys.stderr,
         )
         sys.exit(TOO_MANY_ERRORS)
     share = record.flagged.share
     if fail_above is not None and share is not None and share > fail_above:
-        print(f"{share:.1%} of the scored images are flagged, above {fail_above:.1%}.", file=sys.stderr)
+        print(f"{share:.1%} of the scored images are flagged; the limit is {fail_above:.1%}.", file=sys.stderr)
         sys.exit(TOO_MANY_FLAGGED)
 
 
 def finalize(
     output: Annotated[str, typer.Option("--output", help="Folder or s3:// prefix of a finished audit.")],
-    alpha: Alpha = None,
-    dedupe: Dedupe = None,
+    alpha: Annotated[
+        float | None, typer.Option("--alpha", help="False-positive rate to flag at; default: the audit's.")
+    ] = None,
+    dedupe: Annotated[
+        str | None, typer.Option("--dedupe", help="sha256: count equal files once; none; default: the audit's.")
+    ] = None,
     endpoint_url: Endpoint = None,
     region: Region = None,
     unsigned: Unsigned = False,
     as_json: AsJson = False,
 ) -> None:
-    """Judge a finished audit again from its stored scores: verdicts, q-values and rates, without the encoder."""
+    """Write the verdicts, q-values and report of a finished audit again, from its stored scores."""
     changes = load_yaml(
         AuditConfig,
         None,
@@ -138,7 +147,7 @@ def summary(record: "AuditRecord") -> str:
             f"{flagged.share:.1%} (95 % interval {low:.1%} to {high:.1%})"
         )
         lines.append(
-            f"on photographs like the {calibration.calibration_n} of the calibration, "
+            f"of photographs like the {calibration.calibration_n} of the calibration set, "
             f"{low_fpr:.1%} to {high_fpr:.1%} would be flagged"
         )
     lines.append(f"{timing.objects_per_second:.1f} images/s over {timing.seconds:.0f} s, start-up included")

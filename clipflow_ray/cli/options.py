@@ -7,25 +7,29 @@ import typer
 from clipflow_ray.inputs.registry import FORMATS
 
 Inputs = Annotated[
-    list[str] | None, typer.Option("--input", help="Folder, s3:// prefix, parquet, tar or list; repeatable.")
+    list[str] | None, typer.Option("--input", help="Folder, s3:// prefix, parquet file, tar or list; repeatable.")
 ]
 Output = Annotated[str | None, typer.Option("--output", help="Folder or s3:// prefix to write to.")]
-Checkpoint = Annotated[str | None, typer.Option("--checkpoint", help="Checkpoint directory; default: packaged.")]
-ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file; flags override it.")]
+Checkpoint = Annotated[
+    str | None, typer.Option("--checkpoint", help="Checkpoint directory; default: the packaged one.")
+]
+ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file with settings; flags override it.")]
 Endpoint = Annotated[str | None, typer.Option("--endpoint-url", help="S3 endpoint; default: AWS_ENDPOINT_URL.")]
 Region = Annotated[str | None, typer.Option("--region", help="S3 region.")]
 Unsigned = Annotated[bool, typer.Option("--unsigned", help="Read public buckets without credentials.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print json.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Alpha = Annotated[float | None, typer.Option("--alpha", help="False-positive rate to flag at; default 0.01.")]
 Format = Annotated[str | None, typer.Option("--input-format", help=f"One of auto, {', '.join(FORMATS)}; default auto.")]
-GroupBy = Annotated[str | None, typer.Option("--group-by", help="prefix:N, the first N folders; default prefix:1.")]
+GroupBy = Annotated[str | None, typer.Option("--group-by", help="prefix:N: by the first N folders; default prefix:1.")]
 UriColumn = Annotated[str | None, typer.Option("--uri-column", help="Column with URIs; default uri.")]
-BytesColumn = Annotated[str | None, typer.Option("--bytes-column", help="Column with image bytes; default: the first.")]
+BytesColumn = Annotated[
+    str | None, typer.Option("--bytes-column", help="Column with image bytes; default: the first column of bytes.")
+]
 GroupColumn = Annotated[str | None, typer.Option("--group-column", help="Column with groups; default group.")]
-Dedupe = Annotated[str | None, typer.Option("--dedupe", help="sha256 counts equal files once; default none.")]
+Dedupe = Annotated[str | None, typer.Option("--dedupe", help="sha256: count equal files once; default none.")]
 LabelColumn = Annotated[str | None, typer.Option("--label-column", help="Column with labels; default label.")]
 
 
 def s3_options(endpoint_url: str | None, region: str | None, unsigned: bool) -> dict[str, Any]:
-    """The settings `s3` that the flags name; None for a flag that was not given."""
+    """The `s3` settings that the flags give; None for a flag that was not given."""
     return {"endpoint_url": endpoint_url, "region": region, "unsigned": unsigned or None}

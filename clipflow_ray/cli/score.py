@@ -1,4 +1,4 @@
-"""`score`: a few files, on this machine or by a server."""
+"""`score`: a few files, on this machine or on a server."""
 
 import json
 import sys
@@ -8,32 +8,35 @@ from typing import Annotated, Any
 
 import typer
 
-from clipflow_ray.cli.options import Alpha, AsJson, Checkpoint
+from clipflow_ray.cli.options import AsJson, Checkpoint
 from clipflow_ray.config import DISCLAIMER
 from clipflow_ray.errors import ConfigError
 
-_Said = tuple[dict[str, Any], str]  # what --json prints of an image, and what is printed without --json
+_Result = tuple[dict[str, Any], str]  # of one image: what is printed with --json, and without
 
 
 def score(
     files: Annotated[list[Path], typer.Argument(help="Image files.")],
     checkpoint: Checkpoint = None,
-    alpha: Alpha = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option("--alpha", help="False-positive rate to flag at; default 0.01, or the server's with --url."),
+    ] = None,
     url: Annotated[
-        str | None, typer.Option("--url", help="Ask this server instead; its token is read from CLIPFLOW_TOKEN.")
+        str | None, typer.Option("--url", help="Score on this server. Its token is read from CLIPFLOW_TOKEN.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Judge a few image files on this machine without Ray, or on a server."""
+    """Score a few image files on this machine without Ray, or on a server."""
     if url and checkpoint:
-        raise ConfigError("--url asks a server, which has its own checkpoint: leave out one of --url and --checkpoint.")
-    said = _asked(url, files, alpha) if url else _detected(files, checkpoint, alpha)
-    for path, (record, sentence) in zip(files, said, strict=True):
+        raise ConfigError("Give --url or --checkpoint, not both: a server has its own checkpoint.")
+    results = _score_on_server(url, files, alpha) if url else _score_here(files, checkpoint, alpha)
+    for path, (record, sentence) in zip(files, results, strict=True):
         print(json.dumps({"file": str(path), **record}) if as_json else f"{path}: {sentence}")
     print(DISCLAIMER, file=sys.stderr)
 
 
-def _detected(files: list[Path], checkpoint: str | None, alpha: float | None) -> list[_Said]:
+def _score_here(files: list[Path], checkpoint: str | None, alpha: float | None) -> list[_Result]:
     from clipflow_ray import load_detector
 
     try:
@@ -53,7 +56,7 @@ def _detected(files: list[Path], checkpoint: str | None, alpha: float | None) ->
     ]
 
 
-def _asked(url: str, files: list[Path], alpha: float | None) -> list[_Said]:
+def _score_on_server(url: str, files: list[Path], alpha: float | None) -> list[_Result]:
     from clipflow_ray.client import Client
 
     with Client(url) as client:

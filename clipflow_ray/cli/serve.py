@@ -8,8 +8,8 @@ import typer
 from clipflow_ray.cli.options import Alpha, Checkpoint, ConfigFile
 from clipflow_ray.config import ServeConfig, load_yaml
 
-app = typer.Typer(help="Answer over HTTP, with a page for people.", invoke_without_command=True)
-token_app = typer.Typer(help="Bearer tokens of the server.", no_args_is_help=True)
+app = typer.Typer(help="Serve the detector over HTTP, with a web page.", invoke_without_command=True)
+token_app = typer.Typer(help="Make bearer tokens for the server.", no_args_is_help=True)
 app.add_typer(token_app, name="token")
 
 
@@ -20,10 +20,12 @@ def serve(
     alpha: Alpha = None,
     config: ConfigFile = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="Port; the next one is used too, on loopback.")] = 8000,
-    tokens: Annotated[str | None, typer.Option("--tokens", help="File with the hashes of accepted tokens.")] = None,
+    port: Annotated[int, typer.Option("--port", help="Port. The next port is used too, on loopback only.")] = 8000,
+    tokens: Annotated[
+        str | None, typer.Option("--tokens", help="File with the hashes of accepted tokens; default: no token needed.")
+    ] = None,
 ) -> None:
-    """Answer over HTTP until stopped, and then finish what is under way; prints its URL."""
+    """Serve over HTTP until stopped, then finish the requests in progress. Prints the URL."""
     if context.invoked_subcommand:
         return
     from clipflow_ray.serve.tokens import read_hashes
@@ -37,7 +39,7 @@ def serve(
 
 @token_app.command("new")
 def new_token() -> None:
-    """Make a token: its two lines on stdout are the token, shown this once, and its hash for the tokens file."""
+    """Make a token. Prints two lines: the token, which is stored nowhere, and its hash for the tokens file."""
     from clipflow_ray.serve.tokens import new_token as make
 
     token, digest = make()

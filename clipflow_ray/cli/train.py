@@ -17,8 +17,8 @@ def train(
     endpoint_url: Endpoint = None,
     region: Region = None,
     unsigned: Unsigned = False,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the fit.")] = None,
-    workers: Annotated[int | None, typer.Option("--workers", help="Ray Train workers.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Random seed of the fit; default 0.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", help="Number of Ray Train workers; default 1.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train on natural images: encode views and proxies, fit the flow, calibrate, write a checkpoint."""
@@ -41,7 +41,7 @@ def train(
 def proxies(
     inputs: Annotated[
         list[str],
-        typer.Option("--input", help="Natural images: folder, s3:// prefix, parquet, tar or list; repeatable."),
+        typer.Option("--input", help="Natural images: folder, s3:// prefix, parquet file, tar or list; repeatable."),
     ],
     output: Annotated[str, typer.Option("--output", help="PNG file to write.")],
 ) -> None:

@@ -18,12 +18,12 @@ def read_then_encode(
     encoder: type,
     encoder_arguments: dict[str, Any],
 ) -> Dataset:
-    """Manifest rows -> rows with what `encoder` makes of their views, one for one.
+    """Manifest rows -> the same number of rows, with the output of `encoder` for their views.
 
     `read` is a function Table -> Table that runs in tasks of half a CPU; `encoder` is an actor class whose instances
     hold the plan's CPUs and GPUs. Both see batches of about `batch_size` rows.
     """
-    stage: Any = read  # Ray Data's own annotation does not admit keyword arguments beside the batch
+    stage: Any = read  # Ray Data's annotation allows no keyword arguments besides the batch
     return manifest.map_batches(
         stage,
         batch_format="pyarrow",

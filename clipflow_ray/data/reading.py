@@ -1,7 +1,7 @@
 """Ray Data tasks that read and decode: manifest rows in, described rows with a view out.
 
 Batches are Arrow tables. A row that cannot be read or decoded keeps its place with status `error`; its view is null.
-Nothing here imports torch: a task's process would spend seconds on it before its first image.
+Nothing here imports torch, which would delay the first image of a task's process by seconds.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ VIEW: Final = "view"
 
 @dataclass(frozen=True)
 class ReadImage:
-    """One object after reading and decoding: its bytes' digest, and an image, the reason why not, or None unread."""
+    """One object after reading and decoding: digest and size of its bytes; its image, error, or None if unread."""
 
     sha256: str | None
     bytes: int | None
@@ -56,7 +56,7 @@ def read_images(
 
 
 def described(table: pa.Table, outcomes: Sequence[ReadImage], views: Sequence[bytes | None]) -> pa.Table:
-    """Manifest rows -> the same rows with the columns of the reading stage, from one outcome and `view` a row."""
+    """Manifest rows -> the same rows with the columns of the reading stage; one of `outcomes` and `views` per row."""
     facts = [FileFacts.of(o.image) if isinstance(o.image, DecodedImage) else None for o in outcomes]
     errors = [o.image if isinstance(o.image, ItemError) else None for o in outcomes]
     values: dict[str, Sequence[Any]] = {
@@ -82,8 +82,8 @@ def read_and_decode(
 ) -> pa.Table:
     """Manifest rows -> described rows with the encoder's view as bytes (uint8 S x S x 3), null on error.
 
-    Of all rows the share `sample` is read, by row id: the same ones in every run, and a larger sample holds a
-    smaller one. The others come out as skipped_sample.
+    Only the share `sample` of the rows is read. The row id decides, so every run reads the same rows, and a larger
+    sample includes a smaller one. The other rows get the status skipped_sample.
     """
     chosen = np.array([int(identity[:8], 16) < sample * 2**32 for identity in table["row_id"].to_pylist()], bool)
     outcomes = [ReadImage(None, None, None)] * len(table)

@@ -84,15 +84,15 @@ def scored(table: pa.Table, scores: Scores | None, calibration: Calibration) -> 
 
 
 class Embed:
-    """Actor: several views a row -> one flat float32 list a row and named feature, [views x width]."""
+    """Actor: rows with one or more views -> one flat float32 list per row and feature, [views x width]."""
 
     def __init__(self, encoder: EncoderConfig, features: tuple[str, ...], fingerprint: str, cpus: int) -> None:
         torch.set_num_threads(1)
         self._encoder = Encoder(encoder, features=features, threads=cpus)
         if self._encoder.fingerprint != fingerprint:
             raise EncoderMismatchError(
-                f"This node's encoder is {self._encoder.fingerprint}, the driver's {fingerprint}: other weights. "
-                "Give every node the same weights."
+                f"This node's encoder is {self._encoder.fingerprint}, the driver's is {fingerprint}. "
+                "Their weights differ: give every node the same weights."
             )
 
     def __call__(self, table: pa.Table) -> pa.Table:

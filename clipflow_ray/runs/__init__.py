@@ -1,1 +1,1 @@
-"""A run: one output folder, who may write to it, and what it records."""
+"""A run: its output folder, the lease of its writer, and its record."""

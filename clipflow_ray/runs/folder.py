@@ -1,6 +1,6 @@
-"""A resumable Ray Data run: one folder with a fingerprint, a manifest, and parts that are written exactly once.
+"""A resumable Ray Data run: one folder with a record, a manifest, and parts whose rows are written exactly once.
 
-run.json     the effective config, fingerprint and counts; written first, completed last
+run.json     identity, settings and counts; written first, completed last
 manifest/    one row per input object
 <parts>/     parquet written by Ray Data, one file per finished block
 resume/      ids of the rows in finished blocks (Ray Data's CheckpointConfig)
@@ -30,7 +30,7 @@ MANIFEST: Final = "manifest"
 _MAX_ROWS_PER_TASK: Final = 1024
 _FILES_AT_ONCE: Final = 64
 _MAX_BLOCK: Final = 16 * 2**20
-_PENDING: Final = ".pending.parquet"  # Ray Data's note of a block that is being written; it is done again
+_PENDING: Final = ".pending.parquet"  # Ray Data's mark of an unfinished block; a resumed run repeats it
 
 RecordT = TypeVar("RecordT", bound=RunRecord[Any])
 
@@ -43,13 +43,13 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether `_SUCCESS` is there."""
+        """Whether `_SUCCESS` exists."""
         return (self.place / SUCCESS).exists()
 
     def completed(self, kind: type[FinishedT], identity: Closed | None = None) -> FinishedT | None:
         """The record of the finished run, or None if there is no finished run.
 
-        Raises RunConflictError if the record is of another kind, or of another `identity` than the named one.
+        Raises RunConflictError if the record is of another kind, or if its identity is not the given `identity`.
         """
         record = self._record(kind) if self.finished else None
         if record is not None and identity is not None:
@@ -59,10 +59,10 @@ class Run:
     def begin(
         self, kind: type[RunRecord[IdentityT]], identity: IdentityT, make_manifest: Callable[[], int]
     ) -> RunRecord[IdentityT]:
-        """Start the run, or take up one that was cut off, and return its record, which is of that `kind`.
+        """Start the run, or resume an interrupted one, and return its record, which is of class `kind`.
 
-        A new run lists its inputs once; a resumed one keeps that list. Raises RunConflictError, naming what
-        differs, if the folder holds a run of another `identity`.
+        A new run calls `make_manifest`, which lists the inputs and returns their number. A resumed run keeps its
+        manifest. Raises RunConflictError, which names the differences, if the folder holds a run of another identity.
         """
         record = self._record(kind)
         if record is None:
@@ -72,7 +72,7 @@ class Run:
         return record
 
     def succeed(self, record: FinishedRecord[Any]) -> None:
-        """Write the completed record, then `_SUCCESS`, and nothing after that."""
+        """Write the completed record and then, as the last file of the run, `_SUCCESS`."""
         self._write(record)
         (self.place / SUCCESS).write("")
 
@@ -85,7 +85,7 @@ class Run:
         except ValidationError as error:
             first = error.errors()[0]
             raise RunConflictError(
-                f"{place.uri} is not a record that this command reads "
+                f"{place.uri} is not a record that this command can read "
                 f"({'.'.join(map(str, first['loc'])) or 'json'}: {first['msg']}). Name another output, or use the "
                 "command and the version that wrote it."
             ) from error
@@ -98,7 +98,7 @@ class Run:
         if differing:
             raise RunConflictError(
                 f"{self.place.uri} holds a run with other {', '.join(differing)}. Name another output, or repeat "
-                "the command that began it."
+                "the command that started the run."
             )
 
     def files(self, name: str) -> list[str]:
@@ -112,17 +112,20 @@ class Run:
         return (self.place / name).parquet(self.files(name))
 
     def parts(self, name: str) -> Iterator[pads.Dataset]:
-        """The same files in their order, some at a time: a dataset keeps the footer of every file that it read."""
+        """The finished parquet files of one part, in their order, as datasets of at most 64 files.
+
+        A dataset keeps the footer of every file that it read, so one dataset of all files would take too much memory.
+        """
         files = self.files(name)
         for at in range(0, len(files), _FILES_AT_ONCE):
             yield (self.place / name).parquet(files[at : at + _FILES_AT_ONCE])
 
     def rows(self, name: str) -> int:
-        """How many rows the finished files of one part hold."""
+        """Number of rows in the finished files of one part."""
         return sum(int(part.count_rows()) for part in self.parts(name))
 
     def committed(self, name: str) -> int:
-        """How many rows of one part a resumed run will not do again."""
+        """Number of rows of one part that a resumed run skips, because they are finished."""
         return self.rows(f"resume/{name}")
 
     def write(
@@ -130,30 +133,32 @@ class Run:
     ) -> None:
         """Write `stages(manifest)` as parquet under `name`; a repeated call writes only the rows that are missing.
 
-        `rows_per_task` manifest rows are one unit of work and of resume. `stages` keeps `row_id` and one row per
-        manifest row. Raises ClipflowError where rows out differ from rows in.
+        A task processes `rows_per_task` manifest rows, and a resumed run repeats unfinished tasks. `stages` must keep
+        `row_id` and return one row per manifest row. Raises ClipflowError if the part does not end with `rows` rows.
         """
         part = self.place / name
         part.make_folder()
         size = rows_per_task or max(8, min(_MAX_ROWS_PER_TASK, rows // 32))
-        with self._resuming(name):  # a dataset keeps the context it was made in, so it is made in here
+        with self._resuming(name):  # a dataset keeps the DataContext in which it was made
             stages(self._manifest(size)).write_parquet(
                 **part.arguments("path", "filesystem"),
                 min_rows_per_file=size,
-                # A write is short. Where it has to wait for a CPU, readers and encoders take all until they are done,
-                # and what was scored by then is lost with the run.
+                # A write takes no CPU slot. If it needed one, it would wait until all readers and encoders are done,
+                # and a run that is interrupted before that would lose all its scores.
                 ray_remote_args={"num_cpus": 0},
                 concurrency=max(2, int(ray.cluster_resources().get("CPU", 0)) // 4),
             )
         written = self.rows(name)
         if written != rows:
-            raise ClipflowError(f"{written} rows came out for {rows} objects in {part.uri}; keep it and report it.")
+            raise ClipflowError(
+                f"{part.uri} has {written} rows for {rows} objects. Keep the folder and report this error."
+            )
 
     def _manifest(self, rows_per_task: int) -> Dataset:
         """The manifest as a Ray dataset.
 
-        Read from files and repartitioned right away: Ray Data's resume filters nothing on in-memory sources, and one
-        small file would otherwise be one block.
+        It is read from files, because Ray Data's resume skips no rows of an in-memory source. It is repartitioned
+        at once, because one small file would otherwise be one block.
         """
         manifest = ray.data.read_parquet(**(self.place / MANIFEST).arguments("paths", "filesystem"))
         return manifest.repartition(target_num_rows_per_block=rows_per_task)
@@ -164,7 +169,8 @@ class Run:
         resume.make_folder()
         context = DataContext.get_current()
         context.enable_progress_bars = sys.stderr.isatty()
-        # Views pass from readers to encoders in blocks of this size, whatever the unit of work: a worker holds several.
+        # Views pass from readers to encoders in blocks of at most this size. It does not depend on `rows_per_task`,
+        # because a worker holds several blocks in memory.
         before, context.target_max_block_size = context.target_max_block_size, _MAX_BLOCK
         context.checkpoint_config = CheckpointConfig(
             id_column="row_id",

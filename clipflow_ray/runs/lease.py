@@ -1,7 +1,8 @@
-"""One run writes to an output at a time: a second one is refused.
+"""The lease of an output: only one run at a time may write to it, and a second run is refused.
 
-On disk it is a lock that the kernel releases when its holder dies. On S3 it is an object written under a condition and
-renewed while the run lives; one that is no longer renewed is taken over, and a run that finds its own taken over stops.
+On disk, the lease is a file lock, which the kernel releases when the process ends. On S3, the lease is an object that
+is written conditionally and renewed while the run lives. A lease that is no longer renewed may be taken over. A run
+stops when it finds that another run took its lease over.
 """
 
 import fcntl
@@ -32,8 +33,8 @@ _STALE_RENEWALS: Final = 3
 def exclusive(folder: Place) -> Iterator[None]:
     """Hold `folder` for the time of the block.
 
-    Raises RunConflictError where another run holds it, and in the midst of the block (on the main thread; at its end
-    on another) where another run took it over.
+    Raises RunConflictError if another run holds it. If another run takes the lease over during the block, the error is
+    raised inside the block on the main thread, and at the end of the block on any other thread.
     """
     with _file_lock(folder) if folder.is_local else _object_lease(folder):
         yield
@@ -78,9 +79,9 @@ def _object_lease(folder: Place) -> Iterator[None]:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], None]]:
-    """A function that raises KeyboardInterrupt in this block, wherever it waits; on the main thread alone.
+    """A function that raises KeyboardInterrupt in this block, even while the block waits.
 
-    Not through SIGINT: a shell's background jobs ignore that.
+    Off the main thread, the function does nothing. It does not use SIGINT, which background jobs of a shell ignore.
     """
     here = threading.current_thread()
     if here is not threading.main_thread():
@@ -96,7 +97,7 @@ def _interruptible() -> Iterator[Callable[[], None]]:
 
 @dataclass(frozen=True)
 class _Holder:
-    """Who holds a lease: host, process id and the run's token; and the ETag of the object that says so."""
+    """The run that holds a lease: its host, process id and token, and the ETag of the lease object."""
 
     host: str
     pid: int
@@ -113,14 +114,14 @@ class _ObjectLease:
         self.lost = False  # whether another run took the lease over
 
     def conflict(self) -> RunConflictError:
-        """What to say where it is lost."""
+        """The error to raise if the lease is lost."""
         return RunConflictError(
-            f"Another run{_where(self._taken_by)} took {self._folder} over while this one could not renew its lease, "
-            "so this one stopped. What it finished is kept."
+            f"Another run{_in_brackets(self._taken_by)} took {self._folder} over while this run could not renew its "
+            "lease. This run stopped; its finished work is kept."
         )
 
     def take(self) -> None:
-        """Write the lease where there is none, or where nobody renews the one that is there."""
+        """Write the lease if there is none, or take over one that nobody renews; else raise RunConflictError."""
         if self._put(None):
             return
         before = self._holder()
@@ -134,11 +135,11 @@ class _ObjectLease:
         elif before is not None and now.etag == before.etag and self._put(now.etag):
             return
         raise RunConflictError(
-            f"Another run{_where(now)} writes to {self._folder} now; wait for it or name another output."
+            f"Another run{_in_brackets(now)} writes to {self._folder} now; wait for it or name another output."
         )
 
     def renew_until(self, stop: threading.Event, taken: Callable[[], None]) -> None:
-        """Write the lease anew every few seconds, under the condition that it is still ours; call `taken` if not."""
+        """Renew the lease every RENEW_SECONDS until `stop` is set. Call `taken` and return if the lease is lost."""
         while not stop.wait(RENEW_SECONDS):
             try:
                 renewed = self._put(self._etag)
@@ -146,7 +147,7 @@ class _ObjectLease:
                 log.warning("the lease on %s was not renewed: %s", self._folder, error)
                 continue
             if not renewed:
-                log.warning("the lease on %s was not renewed: it has changed or is gone", self._folder)
+                log.warning("the lease on %s was not renewed: its object has changed or is gone", self._folder)
                 if self._is_taken():
                     taken()
                     return
@@ -166,11 +167,11 @@ class _ObjectLease:
         return written is not None
 
     def _is_taken(self) -> bool:
-        """Whether the lease is another run's, or gone; ours where only the answer to a renewal was lost."""
+        """Whether the lease is another run's, or gone. If only the answer to a renewal was lost, it is still ours."""
         try:
             holder = self._holder()
         except OSError:
-            return False  # not known yet: the next renewal asks again
+            return False  # unknown: the next renewal checks again
         if holder is not None and holder.run == self._token:
             self._etag = holder.etag
             return False
@@ -185,5 +186,5 @@ class _ObjectLease:
         return _Holder(found["host"], found["pid"], found["run"], stored[1])
 
 
-def _where(holder: _Holder | None) -> str:
+def _in_brackets(holder: _Holder | None) -> str:
     return f" ({holder.host}, process {holder.pid})" if holder else ""

@@ -1,4 +1,4 @@
-"""What `run.json` holds: the facts that every run records. A finished run's record adds facts of its own."""
+"""The fields of `run.json` that every run has. The record of a finished run adds fields of its own."""
 
 from typing import Any, Generic, TypeVar
 
@@ -11,11 +11,13 @@ FinishedT = TypeVar("FinishedT", bound="FinishedRecord[Any]")
 
 
 class RunRecord(Record, Generic[IdentityT]):
-    """The record of a run that has begun. Read from a finished run's file, it leaves out what that run added."""
+    """The record of a run that has begun. Read from the file of a finished run, it has only the common fields."""
 
     model_config = ConfigDict(extra="ignore")
 
-    identity: IdentityT = Field(description="All that shapes the rows; the folder takes no run of another identity.")
+    identity: IdentityT = Field(
+        description="Everything that determines the rows; the folder accepts no run of another identity."
+    )
     manifest_rows: int = Field(description="Number of listed objects.")
 
 

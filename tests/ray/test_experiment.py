@@ -123,7 +123,7 @@ def test_an_unknown_family_or_feature_is_refused_with_those_there_are(
 def test_two_candidates_of_one_name_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "e.yaml"
     path.write_text("train: {output: here}\ncandidates: [{name: a}, {name: a}]\n")
-    with pytest.raises(ConfigError, match="names of their own"):
+    with pytest.raises(ConfigError, match="need different names"):
         load_yaml(ExperimentConfig, str(path), {})
 
 

@@ -1,15 +1,24 @@
 """Closed configs, YAML with overrides, and the hash that names a run."""
 
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipflow_ray.audit import run
+from clipflow_ray.audit.record import AuditPlan
+from clipflow_ray.audit.report import CONFIG_FILE_ONLY, command_line, settings_with_flags
+from clipflow_ray.cli import app
 from clipflow_ray.cli.options import s3_options
 from clipflow_ray.config import (
     TEST_TOWER,
     AuditConfig,
+    Config,
     EncoderConfig,
     FlowConfig,
     ImageLimits,
@@ -105,6 +114,58 @@ def test_the_flags_of_s3_replace_what_they_name_and_keep_the_rest_of_the_file(tm
         assert (config.s3.endpoint_url, config.s3.region, config.s3.unsigned) == expected
     alone = load_yaml(AuditConfig, None, {"output": "out", "s3": s3_options(None, None, False)})
     assert alone.s3 == AuditConfig(output="out").s3
+
+
+def names(config: Config) -> Iterator[str]:
+    """The names of all settings, and of the settings that they hold."""
+    for name, value in config:
+        yield name
+        yield from names(value) if isinstance(value, Config) else ()
+
+
+def test_each_setting_of_an_audit_has_a_flag_or_is_one_of_the_config_file_only() -> None:
+    config = AuditConfig(output="")
+    program: Any = typer.main.get_command(app)  # typer carries a click of its own, which has no public name
+    options = {option for parameter in program.commands["audit"].params for option in parameter.opts}
+    missing = {name for name, _ in settings_with_flags(config) if f"--{name.replace('_', '-')}" not in options}
+    assert not missing, "add a flag, or list the setting in CONFIG_FILE_ONLY"
+    assert not {name for name in CONFIG_FILE_ONLY if f"--{name.replace('_', '-')}" in options}
+    assert set(names(config)) >= CONFIG_FILE_ONLY
+
+
+def test_the_command_line_of_a_report_gives_the_settings_of_its_audit(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = {
+        "input": ["s3://bucket/a b/", "photos"],
+        "output": "s3://bucket/out",
+        "checkpoint": "checkpoint",
+        "alpha": 0.0123456,
+        "s3": {"endpoint_url": "http://store", "region": "eu-north-1", "unsigned": True},
+        "inventory": {
+            "input_format": "parquet",
+            "group_by": "prefix:2",
+            "uri_column": "address",
+            "bytes_column": "image",
+            "group_column": "site",
+            "label_column": "kind",
+        },
+        "sample": 0.25,
+        "dedupe": "sha256",
+        "gallery": 0,
+        "max_error_rate": 0.5,
+    }
+    config = validated(AuditConfig, changed)
+    default = dict(settings_with_flags(AuditConfig(output="")))
+    assert not [name for name, value in settings_with_flags(config) if value == default[name]], "change each setting"
+    given_to_plan: list[AuditConfig] = []
+
+    def plan(settings: AuditConfig) -> AuditPlan:
+        given_to_plan.append(settings)
+        return AuditPlan(objects=0, to_score=0, bytes=0, by_suffix={}, encoders=1, images_per_second=1.0, hours=0.0)
+
+    monkeypatch.setattr(run, "plan", plan)
+    words = shlex.split(command_line(config))
+    typer.main.get_command(app).main([*words[1:], "--dry-run"], standalone_mode=False)
+    assert given_to_plan == [config]
 
 
 def test_overrides_alone_make_a_config() -> None:
