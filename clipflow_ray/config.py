@@ -275,16 +275,16 @@ class ExperimentConfig(Config):
     candidates: tuple[Candidate, ...] = Field(min_length=1)
     held_out: tuple[str, ...] = Field((), description="families to hold out in turn; all of them where none is named")
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
-    looks: dict[str, float] = Field(
-        {}, description="AUROC on AI-generated images of candidates that were looked at: plotted, chooses nothing"
+    test_auroc: dict[str, float] = Field(
+        {}, description="optional test AUROCs by candidate; plotted, never used for selection"
     )
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> "ExperimentConfig":
         names = [candidate.name for candidate in self.candidates]
-        wrong = sorted({name for name in names if names.count(name) > 1} | (set(self.looks) - set(names)))
+        wrong = sorted({name for name in names if names.count(name) > 1} | (set(self.test_auroc) - set(names)))
         if wrong:
-            raise ValueError(f"candidates must have names of their own, and `looks` must name candidates: {wrong}")
+            raise ValueError(f"candidates need different names, and `test_auroc` may name only candidates: {wrong}")
         return self
 
 
