@@ -125,10 +125,8 @@ def _robustness(config: EvaluateConfig, source: Run, scores: pa.Table, detector:
     """
     originals = scores.filter(pc.equal(scores["variant"], VARIANTS[0]))
     draws: dict[str, int] = {}
-    for generated in (
-        False,
-        True,
-    ):  # row ids are hashes, so the first ones are a random sample that is the same in every run
+    # row ids are hashes, so the first ones are a random sample that is the same in every run
+    for generated in (False, True):
         ids = originals.filter(pc.equal(originals["generated"], generated))["row_id"].to_pylist()
         draws |= {row_id: at for at, row_id in enumerate(ids[: config.robustness])}
     rows = readable(distortions(config, source, draws, detector))
