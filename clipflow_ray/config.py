@@ -277,16 +277,16 @@ class ExperimentConfig(Config):
     candidates: tuple[Candidate, ...] = Field(min_length=1)
     held_out: tuple[str, ...] = Field((), description="proxy families to hold out, one at a time; by default all")
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
-    looks: dict[str, float] = Field(
+    test_auroc: dict[str, float] = Field(
         {}, description="optional test AUROCs by candidate; plotted, never used for selection"
     )
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> "ExperimentConfig":
         names = [candidate.name for candidate in self.candidates]
-        wrong = sorted({name for name in names if names.count(name) > 1} | (set(self.looks) - set(names)))
+        wrong = sorted({name for name in names if names.count(name) > 1} | (set(self.test_auroc) - set(names)))
         if wrong:
-            raise ValueError(f"candidates need different names, and `looks` may name only candidates: {wrong}")
+            raise ValueError(f"candidates need different names, and `test_auroc` may name only candidates: {wrong}")
         return self
 
 

@@ -1,1 +1,1 @@
-"""Measuring a checkpoint on labelled images, beside its baselines."""
+"""Evaluation of a checkpoint and of its baselines on labelled images."""

@@ -1,4 +1,4 @@
-"""Simpler detectors on the same embeddings, fitted on the naturals that the checkpoint keeps for this purpose."""
+"""Simpler detectors on the same embeddings, fitted on natural embeddings that the checkpoint keeps for them."""
 
 from collections.abc import Callable
 from typing import Any, Final
@@ -24,10 +24,10 @@ _NATURAL_FIT: Final = FitConfig()
 
 
 def fit_baselines(checkpoint: Checkpoint) -> dict[str, Scorer]:
-    """Name -> scorer of raw embeddings [N, D] to suspicion [N].
+    """Return, by name, functions from raw embeddings float32 [N, D] to suspicion [N].
 
-    The probes saw proxies; the others saw naturals alone. A checkpoint that keeps no MLP gives no `mlp_probe`. Raises
-    CheckpointError where it keeps no reference embeddings.
+    The probes were trained on naturals and proxies; the other baselines are fitted on naturals alone. `mlp_probe` is
+    absent if the checkpoint keeps no MLP. Raises CheckpointError if the checkpoint keeps no reference embeddings.
     """
     if not checkpoint.reference:
         raise CheckpointError("The checkpoint keeps no reference embeddings; train it again with this version.")
@@ -55,7 +55,7 @@ def fit_baselines(checkpoint: Checkpoint) -> dict[str, Scorer]:
 
 
 def _layers(reference: dict[str, torch.Tensor]) -> torch.nn.Sequential | None:
-    """The MLP probe that the checkpoint keeps: affine layers with ReLU between them."""
+    """The MLP probe that the checkpoint keeps (affine layers with ReLU between them), or None."""
     count = sum(name.startswith("mlp.") and name.endswith(".weight") for name in reference)
     layers: list[torch.nn.Module] = []
     for at in range(count):

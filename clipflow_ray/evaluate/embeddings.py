@@ -1,4 +1,4 @@
-"""Labelled images -> embeddings of their variants and of distorted ones, encoded once and reused."""
+"""Embeddings of labelled images, as found, format-aligned and distorted: encoded once, stored and reused."""
 
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -26,11 +26,11 @@ F32 = NDArray[np.float32]
 
 EMBEDDINGS: Final = "embeddings"
 _ENCODE_ROWS: Final = 16
-_DISTORT_ROWS: Final = 4  # a row holds a view for every case
+_DISTORT_ROWS: Final = 4  # a row holds one view for each distortion
 
 
 def both_variants(config: EvaluateConfig, inputs: Sequence[Place], detector: Detector) -> Run:
-    """Every image through the encoder as found and format-aligned; returns the finished run."""
+    """Encode every image as found and format-aligned, and return the finished run."""
     identity = VariantsIdentity(
         encoder_fingerprint=detector.encoder.fingerprint,
         features=detector.encoder.names,
@@ -48,9 +48,12 @@ def both_variants(config: EvaluateConfig, inputs: Sequence[Place], detector: Det
 
 
 def distortions(config: EvaluateConfig, source: Run, draws: dict[str, int], detector: Detector) -> Run:
-    """The images of `draws` (row id -> draw) of the finished `source` through every distortion; a finished run."""
+    """Encode the images of `draws` (row id -> draw) after every distortion, and return the finished run.
+
+    `source` is the finished run of `both_variants` that lists the images.
+    """
     listed = source.completed(VariantsRecord)
-    assert listed is not None  # the caller finished it
+    assert listed is not None  # `both_variants` returns a finished run
     identity = DistortionsIdentity(
         encoder_fingerprint=detector.encoder.fingerprint,
         features=detector.encoder.names,
@@ -71,13 +74,13 @@ def distortions(config: EvaluateConfig, source: Run, draws: dict[str, int], dete
 
 
 def readable(run: Run) -> pa.Table:
-    """The rows of a finished run that have embeddings, in the order of their ids."""
+    """Return the rows of a finished run that have embeddings, sorted by row id."""
     table = run.table(EMBEDDINGS).to_table().sort_by("row_id")
     return table.filter(pc.equal(table["status"], "ok"))
 
 
 def embeddings_of(rows: pa.Table, features: Sequence[str], views: int) -> F32:
-    """float32 [views, N, D] of N readable rows: the named features, concatenated."""
+    """Return float32 [views, N, D] of N readable rows: the named features, concatenated."""
     parts = [rows[name].combine_chunks().flatten().to_numpy().reshape(len(rows), views, -1) for name in features]
     return np.ascontiguousarray(np.concatenate(parts, axis=2).swapaxes(0, 1))
 

@@ -1,8 +1,8 @@
-"""Per-image scores -> every figure of an evaluation. Nothing but the shipped tables and the calibration goes in.
+"""All figures of an evaluation, computed from the stored per-image scores and the calibration alone.
 
-Columns of the scores, one row an image and variant: `row_id`, `uri`, `variant`, `group`, `generated`, what is known of
-the file, `score` and `p_value` of the checkpoint (`score_1`, `p_value_1`, ... of its siblings by seed), and the
-suspicion by each of BASELINES that the checkpoint keeps.
+The table of scores has one row for each image and variant. Its columns are `row_id`, `uri`, `variant`, `group`,
+`generated`, the metadata of the file, `score` and `p_value` of the checkpoint (`score_1`, `p_value_1`, ... of the
+checkpoints of other seeds), and the suspicion by each available one of BASELINES.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,14 +42,17 @@ Mask = NDArray[np.bool_]
 
 
 def columns_of(table: pa.Table, **equal: Any) -> Columns:
-    """The columns as arrays [N], of the rows where each named column equals its value."""
+    """Return the columns as arrays [N], of the rows in which each named column equals its value."""
     columns: Columns = {name: np.array(table[name].to_pylist()) for name in table.column_names}
     kept = np.logical_and.reduce([columns[name] == value for name, value in equal.items()])
     return {name: values[kept] for name, values in columns.items()} if equal else columns
 
 
 def figures(scores: pa.Table, calibrations: Sequence[Calibration]) -> DerivedFigures:
-    """All figures but the robustness curves; `calibrations` of the checkpoint and its siblings."""
+    """Return all figures except the robustness curves.
+
+    `calibrations` are those of the checkpoint, then of the checkpoints of other seeds.
+    """
     variants = {name: _variant(columns_of(scores, variant=name), calibrations) for name in VARIANTS}
     found, aligned = (variants[name] for name in VARIANTS)
     return DerivedFigures(
@@ -63,7 +66,7 @@ def figures(scores: pa.Table, calibrations: Sequence[Calibration]) -> DerivedFig
 
 
 def curves(robustness: pa.Table, calibration: Calibration) -> tuple[RobustnessPoint, ...]:
-    """AUROC, recall and false-positive rate at the fixed thresholds for each distortion, the originals first."""
+    """Return AUROC, recall and false-positive rate at the fixed thresholds by distortion, the originals first."""
     points = []
     for name, level in ((ORIGINAL, 0.0), *CASES):
         rows = columns_of(robustness, distortion=name, level=level)
@@ -82,12 +85,15 @@ def curves(robustness: pa.Table, calibration: Calibration) -> tuple[RobustnessPo
 
 
 def supported(calibration: Calibration) -> list[float]:
-    """The alphas that the calibration set is large enough for; the largest is kept, to be refused in words."""
+    """Return the alphas for which the calibration set is large enough.
+
+    If it is large enough for none, return the largest, whose use raises an error that says what to do.
+    """
     return [alpha for alpha in ALPHAS if calibration.supports(alpha)] or [max(ALPHAS)]
 
 
 def _variant(rows: Columns, calibrations: Sequence[Calibration]) -> VariantFigures:
-    """One variant: flow and baselines, per generator and per source, and the spread over seeds."""
+    """The figures of one variant: flow and baselines, per generator and per source, and the spread over seeds."""
     generated, calibration = rows["generated"], calibrations[0]
     columns: dict[str, str] = {FLOW: "score", **{name: name for name in BASELINES if name in rows}}
     table = {name: _headline(rows[column], rows) for name, column in columns.items()}
@@ -109,7 +115,7 @@ def _variant(rows: Columns, calibrations: Sequence[Calibration]) -> VariantFigur
 
 
 def seed_column(name: str, seed: int) -> str:
-    """`name` for the checkpoint itself, `name_1` for its first sibling."""
+    """Return `name` for the checkpoint itself, and `name_1` for the first checkpoint of another seed."""
     return f"{name}_{seed}" if seed else name
 
 
@@ -145,7 +151,7 @@ def _ranking(values: NDArray[Any], rows: Columns, per_generator: dict[str, float
 def _of_seed(
     scores: NDArray[Any], calibration: Calibration, rows: Columns, alphas: Sequence[float]
 ) -> dict[str, float]:
-    """The figures whose spread over seeds is told."""
+    """The figures whose spread over seeds is reported."""
     generated, rate = rows["generated"], _rates(scores, calibration)
     result = _ranking(scores, rows, _per_generator(scores, rows)).model_dump()
     for alpha in alphas:
@@ -158,7 +164,7 @@ def _spread(values: list[float]) -> Spread:
 
 
 def _at_threshold(calibration: Calibration, rows: Columns, alpha: float) -> ThresholdFigures:
-    """What the calibrated threshold realises: recall per generator, false positives per natural source."""
+    """Rates at the calibrated threshold: recall per generator, false positives per natural source."""
     generated, rate = rows["generated"], _rates(rows["score"], calibration)
     true, false = rate(alpha, generated), rate(alpha, ~generated)
     together = flagged_rate(true.flagged + false.flagged, len(generated), alpha)
@@ -187,7 +193,7 @@ def _of_source(rate: Rate, calibration: Calibration, alpha: float) -> SourceRate
 
 
 def _rates(scores: NDArray[Any], calibration: Calibration) -> Callable[[float, Mask], Rate]:
-    """(alpha, mask) -> how many of the masked images are flagged at alpha, with the share's Wilson interval."""
+    """Return a function (alpha, mask) -> rate of the masked images that are flagged at alpha."""
 
     def rate(alpha: float, mask: Mask) -> Rate:
         count, of = int((scores[mask] > calibration.threshold(alpha)).sum()), int(mask.sum())

@@ -1,12 +1,12 @@
-"""The evaluation protocol: natural and generated images -> figures, with baselines on the same embeddings.
+"""The evaluation protocol: figures of a checkpoint and of baselines on the same natural and generated images.
 
-Nothing here feeds back into a checkpoint: thresholds come from its own calibration, and no choice is made.
+An evaluation changes no checkpoint and selects nothing. Thresholds come from the checkpoint's own calibration.
 
-scores.parquet       one row an image and variant: what every figure but the curves is derived from
-robustness.parquet   one row an image and distortion, where robustness was asked for
+scores.parquet       one row for each image and variant; every figure except the curves is computed from it
+robustness.parquet   one row for each image and distortion, if robustness was asked for
 calibration.parquet  the calibration scores of each checkpoint
 figures.json         the figures; report.html shows them
-evaluation/, robustness-N/   embeddings, reused when nothing changed
+evaluation/, robustness-N/   embeddings, reused if nothing changed
 """
 
 from collections import Counter
@@ -37,10 +37,10 @@ _FILE_COLUMNS: Final = ("row_id", "uri", "member", "group", "width", "height", "
 
 
 def evaluate(config: EvaluateConfig) -> EvaluationFigures:
-    """Figures of `config.checkpoint` on labelled images.
+    """Evaluate `config.checkpoint` on labelled images and return the figures.
 
-    Writes per-image scores, the figures and a page under `config.output`; embeddings there are reused when nothing
-    changed. Each of `config.seeds` is a checkpoint that differs in its seed alone, for the spread. Raises
+    Writes per-image scores, the figures and a page under `config.output`. Embeddings there are reused if nothing
+    changed. `config.seeds` names checkpoints that differ in their seed alone; they give the spread over seeds. Raises
     ClipflowError.
     """
     config = settled(config, "natural", "generated", "output")
@@ -80,18 +80,18 @@ def evaluate(config: EvaluateConfig) -> EvaluationFigures:
 
 
 def _labels(rows: pa.Table, generated: Sequence[str]) -> NDArray[np.bool_]:
-    """Which readable rows lie below a generated input; raises InputError where a class cannot be measured."""
+    """Whether each readable row lies below a generated input. Raises InputError if a class has too few images."""
     if len(rows) == 0:
-        raise InputError("No image could be read; look at the error codes of the embeddings.")
+        raise InputError("No image could be read. The column `error_code` of the embeddings says why.")
     prefixes = tuple(f"{uri.rstrip('/')}/" for uri in generated)
     labels = np.array([uri.startswith(prefixes) or uri in generated for uri in rows["uri"].to_pylist()])
     if min(labels.sum(), (~labels).sum()) < 2:
-        raise InputError("One of the two classes has fewer than two readable images.")
+        raise InputError("One class has fewer than two readable images; check --natural and --generated.")
     return labels
 
 
 def _scores(rows: pa.Table, labels: NDArray[np.bool_], detectors: Sequence[Detector]) -> pa.Table:
-    """One row an image and variant: the file, each seed's score and p-value, and the baselines' suspicion."""
+    """One row for each image and variant: the file, score and p-value of each seed, and the baselines' suspicion."""
     both = embeddings_of(rows, detectors[0].encoder.names, len(VARIANTS))
     baselines = fit_baselines(detectors[0].checkpoint)
     parts = []
@@ -112,20 +112,21 @@ def _scores(rows: pa.Table, labels: NDArray[np.bool_], detectors: Sequence[Detec
 
 
 def metadata_only(columns: dict[str, Any], labels: NDArray[np.bool_]) -> NDArray[Any]:
-    """Suspicion [N] by format, size, aspect and bytes per pixel, from the columns of those names; cross-validated."""
+    """Return the suspicion [N] by the columns `format`, `width`, `height` and `bytes`, from `metadata_scores`."""
     width, height, size = (np.array(columns[name]).astype(float) for name in ("width", "height", "bytes"))
     numbers = np.c_[np.log(width * height), np.abs(np.log(width / height)), np.log(size / (width * height))]
     return metrics.metadata_scores(np.array(columns["format"].to_pylist()), numbers, labels)
 
 
 def _robustness(config: EvaluateConfig, source: Run, scores: pa.Table, detector: Detector) -> pa.Table:
-    """One row an image and distortion, for up to `config.robustness` images of each class, and their originals.
+    """One row for each distortion, and for the original, of up to `config.robustness` images of each class.
 
     The n-th image of one class and the n-th of the other get the same draw.
     """
     originals = scores.filter(pc.equal(scores["variant"], VARIANTS[0]))
     draws: dict[str, int] = {}
-    for generated in (False, True):  # row ids are hashes: the first ones are a random sample, the same in every run
+    # row ids are hashes, so the first ones are a random sample that is the same in every run
+    for generated in (False, True):
         ids = originals.filter(pc.equal(originals["generated"], generated))["row_id"].to_pylist()
         draws |= {row_id: at for at, row_id in enumerate(ids[: config.robustness])}
     rows = readable(distortions(config, source, draws, detector))

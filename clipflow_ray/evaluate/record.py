@@ -1,4 +1,4 @@
-"""What an evaluation writes as json: `figures.json`, and `run.json` of its two runs of embeddings."""
+"""The models of `figures.json`, and of `run.json` in the two runs that hold an evaluation's embeddings."""
 
 from pydantic import Field
 
@@ -8,7 +8,7 @@ from clipflow_ray.statistics import FlaggedRate
 
 
 class ClassCounts(Closed):
-    """How many images of each class there are."""
+    """Number of images of each class."""
 
     natural: int = Field(description="Natural images.")
     generated: int = Field(description="AI-generated images.")
@@ -28,13 +28,13 @@ class DetectorFigures(Ranking):
     auroc_95: tuple[float, float] = Field(description="95 % bootstrap interval of `auroc`.")
     average_precision: float = Field(description="Average precision, with both classes weighted alike.")
     oracle_tpr: dict[str, float] = Field(
-        description="Recall at a false-positive rate, with a threshold set on the very images that it judges."
+        description="Recall at a false-positive rate, with a threshold that is set on the evaluated images themselves."
     )
     per_generator_auroc: dict[str, float] = Field(description="AUROC of each generator, worst first.")
 
 
 class Rate(Closed):
-    """How many images of one kind are flagged at a fixed threshold."""
+    """Number and share of the images of one kind that are flagged at a fixed threshold."""
 
     flagged: int = Field(description="Flagged images.")
     of: int = Field(description="Images of that kind.")
@@ -46,22 +46,22 @@ class SourceRate(Rate):
     """The false positives of one natural source."""
 
     expected_95: tuple[float, float] = Field(
-        description="Where 95 % of samples of that size lie if the source is like the calibration photographs."
+        description="Range of 95 % of samples of that size, if the source is like the calibration photographs."
     )
     inside: bool = Field(description="Whether `rate` lies in `expected_95`.")
     excess_lower_bound: float = Field(
-        description="`(low - alpha) / (1 - alpha)`, at least 0, where low is the lower end of `wilson_95`."
+        description="`(low - alpha) / (1 - alpha)`, at least 0; low is the lower end of `wilson_95`."
     )
 
 
 class RateTogether(FlaggedRate):
-    """What an audit of both classes together would report."""
+    """The figures that an audit of both classes together would report."""
 
-    generated_share: float = Field(description="Share of AI-generated images among them.")
+    generated_share: float = Field(description="Share of AI-generated images in both classes together.")
 
 
 class ThresholdFigures(Closed):
-    """What the calibrated threshold of one alpha realises."""
+    """Rates at the calibrated threshold of one alpha."""
 
     threshold: float = Field(description="Images with a higher score are flagged.")
     tpr: Rate = Field(description="Recall of the generated images.")
@@ -76,7 +76,7 @@ class ThresholdFigures(Closed):
 
 
 class Spread(Closed):
-    """How one figure differs between checkpoints of several seeds."""
+    """Spread of one figure over checkpoints of several seeds."""
 
     mean: float = Field(description="Mean over the seeds.")
     std: float = Field(description="Standard deviation over the seeds.")
@@ -85,7 +85,7 @@ class Spread(Closed):
 
 
 class Uniformity(Closed):
-    """How far p-values lie from uniform."""
+    """Distance of p-values from the uniform distribution."""
 
     ks_distance: float = Field(description="Kolmogorov-Smirnov distance from the uniform distribution.")
     p: float = Field(description="p-value of that distance.")
@@ -97,14 +97,14 @@ class VariantFigures(Closed):
     n: ClassCounts = Field(description="Readable images.")
     detectors: dict[str, DetectorFigures] = Field(description="The flow, and each baseline on the same embeddings.")
     metadata_only: DetectorFigures = Field(
-        description="Format, size, aspect and bytes per pixel alone, by a probe that is trained on the labels."
+        description="A probe on format, size, aspect and bytes per pixel alone, trained on the labels."
     )
     not_beaten: tuple[str, ...] = Field(description="Baselines whose AUROC the flow does not exceed.")
     auroc_by_seed: tuple[float, ...] = Field(description="AUROC of the flow of each seed.")
     by_seed: tuple[dict[str, float], ...] = Field(description="Figures of the flow of each seed, by name.")
-    over_seeds: dict[str, Spread] = Field(description="Spread of these figures; empty with one seed.")
-    thresholds: dict[str, ThresholdFigures] = Field(description="What each alpha's threshold realises, by alpha.")
-    p_uniformity_on_naturals: Uniformity = Field(description="How far the natural images' p-values are from uniform.")
+    over_seeds: dict[str, Spread] = Field(description="Spread of the figures of `by_seed`; empty with one seed.")
+    thresholds: dict[str, ThresholdFigures] = Field(description="Rates at each alpha's threshold, by alpha.")
+    p_uniformity_on_naturals: Uniformity = Field(description="Distance of the natural images' p-values from uniform.")
     p_values_of_naturals: tuple[int, ...] = Field(description="Natural images by p-value, in 20 equal bins.")
 
 
@@ -112,7 +112,7 @@ class RobustnessPoint(Closed):
     """The figures of one distortion at one level."""
 
     distortion: str = Field(description="Name of the distortion, or `original`.")
-    level: float = Field(description="Its level, 0 for `original`.")
+    level: float = Field(description="Level of the distortion; 0 for `original`.")
     n: ClassCounts = Field(description="Distorted images.")
     auroc: float = Field(description="AUROC of the flow.")
     tpr: dict[str, Rate] = Field(description="Recall at each fixed threshold, by alpha.")
@@ -120,13 +120,13 @@ class RobustnessPoint(Closed):
 
 
 class DerivedFigures(Closed):
-    """All that follows from the table of scores and from the calibrations."""
+    """All figures that are computed from the table of scores and the calibrations."""
 
     auroc: float = Field(description="AUROC of the flow on the images as found.")
     n: ClassCounts = Field(description="Readable images.")
     calibration_n: int = Field(description="Number of calibration photographs.")
     variants: dict[str, VariantFigures] = Field(description="The figures of `as_found` and of `format_aligned`.")
-    metadata_only_auroc: float = Field(description="AUROC of the file's metadata alone on the images as found.")
+    metadata_only_auroc: float = Field(description="AUROC of the `metadata_only` probe on the images as found.")
     format_gap_auroc: dict[str, float] = Field(
         description="AUROC as found minus AUROC format-aligned, of each detector."
     )
@@ -137,7 +137,7 @@ class EvaluationFigures(DerivedFigures, Record):
 
     disclaimer: str = Field(description="What a score is and is not.")
     model_id: str = Field(description="Id of the checkpoint.")
-    calibration_id: str = Field(description="Id of its calibration.")
+    calibration_id: str = Field(description="Id of the checkpoint's calibration.")
     seed_model_ids: tuple[str, ...] = Field(description="Ids of the checkpoints of other seeds.")
     natural: tuple[str, ...] = Field(description="URIs of the natural inputs.")
     generated: tuple[str, ...] = Field(description="URIs of the generated inputs.")
@@ -149,7 +149,7 @@ class EvaluationFigures(DerivedFigures, Record):
 
 
 class VariantsIdentity(Closed):
-    """What shapes the embeddings of the images as found and format-aligned."""
+    """All settings that affect the embeddings of the images as found and format-aligned."""
 
     encoder_fingerprint: str = Field(description="Fingerprint of the encoder.")
     features: tuple[str, ...] = Field(description="Encoder features that are stored.")
@@ -159,7 +159,7 @@ class VariantsIdentity(Closed):
 
 
 class DistortionsIdentity(Closed):
-    """What shapes the embeddings of the distorted images."""
+    """All settings that affect the embeddings of the distorted images."""
 
     encoder_fingerprint: str = Field(description="Fingerprint of the encoder.")
     features: tuple[str, ...] = Field(description="Encoder features that are stored.")

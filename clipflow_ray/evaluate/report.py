@@ -1,7 +1,6 @@
 """The page of an evaluation: one self-contained HTML file with every figure, charts and the worst errors.
 
-All of it is derived from the per-image scores and the figures; thumbnails are read from the inputs again, small and
-few.
+The page is made from the per-image scores and the figures. Only the gallery's thumbnails are read from the inputs.
 """
 
 from collections.abc import Sequence
@@ -65,7 +64,7 @@ def write_page(
 
 
 def _charts(variant: str, rows: Columns, figures: VariantFigures) -> list[dict[str, str]]:
-    """ROC and score histograms of one variant, each `svg` with its `label` in words."""
+    """ROC curves and score histograms of one variant: each has an `svg` and a `label` for screen readers."""
     title = variant.replace("_", " ")
     table = {**figures.detectors, METADATA_ONLY: figures.metadata_only}
     told = ", ".join(f"{name.replace('_', ' ')} {row.auroc:.3f}" for name, row in table.items())
@@ -110,14 +109,14 @@ def _histogram(title: str, rows: Columns, thresholds: dict[str, ThresholdFigures
                 axes.axvline(at.threshold, color=pages.GREY, linestyle="--", linewidth=1)
                 place = (at.threshold, 0.98)
                 axes.annotate(alpha, place, xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right")
-        axes.set(title=title, xlabel="score (the ends hold what lies beyond)", ylabel="share of the class")
+        axes.set(title=title, xlabel="score (the end bins include scores beyond the axis)", ylabel="share of the class")
         axes.legend(frameon=False, loc="center right")
 
     return pages.chart(draw, (5.0, 4.2))
 
 
 def _curves(points: Sequence[RobustnessPoint], alpha: str) -> list[dict[str, str]]:
-    """One chart a kind of distortion, from the original on: AUROC above, false-positive rate at `alpha` below."""
+    """One chart for each kind of distortion: AUROC above, false-positive rate at `alpha` below, by level."""
     result = []
     for name in DISTORTIONS:
         own = [point for point in points if point.distortion in (ORIGINAL, name)]
@@ -146,7 +145,7 @@ def _curve(points: Sequence[RobustnessPoint], name: str, alpha: str) -> str:
 
 
 def level_of(point: RobustnessPoint) -> str:
-    """The level of a robustness point in words."""
+    """Return the level of a robustness point as the page shows it."""
     return ORIGINAL if point.distortion == ORIGINAL else f"{point.level:g}"
 
 

@@ -1,4 +1,4 @@
-"""The figures of an evaluation as a plain-text table for people."""
+"""The figures of an evaluation as plain text."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from clipflow_ray.evaluate.record import EvaluationFigures, RobustnessPoint
 
 
 def text(result: EvaluationFigures) -> str:
-    """Headline, baselines, generators worst first, false positives per source, by variant; then the robustness."""
+    """Return tables for each variant (detectors, rates, sources, generators worst first), then the robustness."""
     lines = [
         f"checkpoint {result.model_id}, calibrated on {result.calibration_n} natural images",
         f"AUROC as found minus format-aligned: {result.format_gap_auroc[FLOW]:+.3f}",

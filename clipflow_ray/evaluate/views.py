@@ -1,5 +1,4 @@
-"""Ray Data tasks of evaluation: an image -> its view as found, after one re-encode that both classes share, and
-after each of the distortions that images meet on their way."""
+"""Ray Data tasks of evaluation: make the views of an image as found, format-aligned and distorted."""
 
 import io
 from typing import Final
@@ -21,7 +20,7 @@ _ALIGNED_QUALITY: Final = 90
 _WEB_SIDE: Final = 768
 
 DRAW: Final = "draw"
-# Qualities, factors on both sides, shares of both sides, pixels of blur; "web" is a quality after a smaller size.
+# Quality, quality, factor of each side, share of each side, sigma in pixels, and JPEG quality after a resize.
 DISTORTIONS: Final[dict[str, tuple[float, ...]]] = {
     "jpeg": (95, 80, 60, 30),
     "webp": (90, 60, 30),
@@ -36,7 +35,7 @@ CASES: Final = tuple((name, level) for name, levels in DISTORTIONS.items() for l
 def read_both(table: pa.Table, near: Place, limits: ImageLimits, spec: ViewSpec) -> pa.Table:
     """Manifest rows -> described rows with `aligned_bytes` and `view`: the bytes of one view per variant.
 
-    A row that cannot be read has no views and no bytes.
+    An unreadable row has no views, and `aligned_bytes` is null.
     """
     outcomes = read_images(table, near, limits)
     views: list[bytes] = []
@@ -65,7 +64,10 @@ def read_distorted(table: pa.Table, near: Place, limits: ImageLimits, spec: View
 
 
 def aligned(rgb: Pixels) -> bytes:
-    """Short side to 448 by bicubic, centre square, JPEG at quality 90: format and size tell nothing any more."""
+    """Return a JPEG of quality 90: the short side resized to 448 by bicubic, then the centre square.
+
+    After this, format and size of a file do not depend on its class.
+    """
     height, width = rgb.shape[:2]
     scale = ALIGNED_SIDE / min(height, width)
     size = (max(ALIGNED_SIDE, round(width * scale)), max(ALIGNED_SIDE, round(height * scale)))
@@ -77,8 +79,8 @@ def aligned(rgb: Pixels) -> bytes:
 def distorted(rgb: Pixels, name: str, level: float, draw: int) -> Pixels:
     """uint8 [H, W, 3] -> the image after the distortion `name` of DISTORTIONS at `level`.
 
-    `draw` chooses what is random (where a crop lies, relative to the image): equal draws give equal choices, so two
-    classes with the same draws are treated alike.
+    `draw` seeds the position of a crop relative to the image. Equal draws give equal positions, so two classes with
+    the same draws are treated alike.
     """
     image = Image.fromarray(rgb)
     if name == "jpeg":
@@ -92,9 +94,9 @@ def distorted(rgb: Pixels, name: str, level: float, draw: int) -> Pixels:
     if name == "web":
         smaller = _scaled(image, min(1.0, _WEB_SIDE / max(image.size)))
         return _decoded(_encoded(smaller, "JPEG", int(level)))
-    where = np.random.default_rng([draw, round(100 * level)]).random(2)
+    position = np.random.default_rng([draw, round(100 * level)]).random(2)
     height, width = (max(1, round(side * level)) for side in rgb.shape[:2])
-    top, left = (int(at) for at in where * (rgb.shape[0] - height + 1, rgb.shape[1] - width + 1))
+    top, left = (int(at) for at in position * (rgb.shape[0] - height + 1, rgb.shape[1] - width + 1))
     return rgb[top : top + height, left : left + width]
 
 
@@ -110,5 +112,5 @@ def _encoded(image: Image.Image, kind: str, quality: int) -> bytes:
 
 
 def _decoded(data: bytes) -> Pixels:
-    """Our own encoding back to pixels; what came from outside goes through the sandbox."""
+    """Decode bytes that this module encoded. Untrusted bytes go through the sandbox instead."""
     return np.array(Image.open(io.BytesIO(data)).convert("RGB"))

@@ -1,4 +1,4 @@
-"""Fitting the small auto-encoders of the learned proxy families, on the photographs that train a flow."""
+"""Fit the small auto-encoders of the learned proxy families on the photographs that train a flow."""
 
 import logging
 from pathlib import Path
@@ -23,15 +23,16 @@ log = logging.getLogger(__name__)
 
 _SIDE: Final = 64
 _BATCH: Final = 16
-_RATE: Final = 2e-3
-_EDGES: Final = 1.0
-_TOLD: Final = 200
+_LEARNING_RATE: Final = 2e-3
+_EDGE_WEIGHT: Final = 1.0
+_STEPS_PER_LOG: Final = 200
 
 
 def make(config: TrainConfig, steps: int) -> int:
-    """Fit one for each decoder on the sources that `config` trains on, and write them to its `output`, a local folder.
+    """Fit one auto-encoder for each decoder and write them to `config.output`, a local folder.
 
-    Returns on how many images; those that cannot be read are left out. Raises InputError where none can be read.
+    `config` is a training config; sources that its split reserves are skipped. Returns the number of images used.
+    Unreadable images are skipped. Raises InputError if no image is readable.
     """
     views = _training_views(config)
     for decoder in DECODERS:
@@ -40,15 +41,15 @@ def make(config: TrainConfig, steps: int) -> int:
 
 
 def fit(views: NDArray[np.uint8], decoder: Decoder, steps: int, seed: int = 0) -> Autoencoder:
-    """Fit on random squares of natural views, uint8 [N, H, W, 3]; the same for a seed on one machine.
+    """Fit on random squares of natural views, uint8 [N, H, W, 3]. Equal seeds give equal results on one machine.
 
-    The loss is the mean absolute difference of pixels, and of their differences to their neighbours.
+    The loss is the mean absolute error of the pixels plus that of the differences between neighbouring pixels.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     autoencoder = Autoencoder(decoder)
-    optimizer = torch.optim.Adam(autoencoder.parameters(), lr=_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
+    optimizer = torch.optim.Adam(autoencoder.parameters(), lr=_LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps)
     for step in range(steps):
         original = _squares(views, rng)
         loss = _difference(autoencoder(original), original)
@@ -56,13 +57,13 @@ def fit(views: NDArray[np.uint8], decoder: Decoder, steps: int, seed: int = 0) -
         loss.backward()
         optimizer.step()
         schedule.step()
-        if (step + 1) % _TOLD == 0:
-            log.info("%s, step %d of %d: %.4f", decoder, step + 1, steps, loss.item())
+        if (step + 1) % _STEPS_PER_LOG == 0:
+            log.info("auto-encoder %s, step %d of %d: loss %.4f", decoder, step + 1, steps, loss.item())
     return autoencoder
 
 
 def _training_views(config: TrainConfig) -> NDArray[np.uint8]:
-    """uint8 [N, S, S, 3] of the images whose source neither validates nor calibrates."""
+    """uint8 [N, S, S, 3] of the images whose source is neither for validation nor for calibration."""
     kept_out = {*config.split.validation, *config.split.calibration}
     inputs, options, views = places(config.input, config.s3), InventoryOptions(), []
     spec = load_record(config.encoder).view
@@ -73,7 +74,7 @@ def _training_views(config: TrainConfig) -> NDArray[np.uint8]:
             data = read_row(row, inputs[0], options, config.limits)
             views.append(sandbox.decode(data, config.limits, spec).rgb)
         except ItemError as error:
-            log.warning("%s is left out: %s", " ".join((row["uri"], row["member"])).strip(), error)
+            log.warning("skipped %s: %s", " ".join((row["uri"], row["member"])).strip(), error)
     if not views:
         raise InputError(f"No readable image to train on under {', '.join(config.input)}.")
     return np.stack(views)
@@ -81,7 +82,7 @@ def _training_views(config: TrainConfig) -> NDArray[np.uint8]:
 
 def _difference(rebuilt: Tensor, original: Tensor) -> Tensor:
     edges = sum(l1_loss(rebuilt.diff(dim=axis), original.diff(dim=axis)) for axis in (2, 3))
-    return l1_loss(rebuilt, original) + _EDGES * edges
+    return l1_loss(rebuilt, original) + _EDGE_WEIGHT * edges
 
 
 def _squares(views: NDArray[np.uint8], rng: np.random.Generator) -> Tensor:

@@ -1,8 +1,8 @@
-"""Many ideas on embeddings that are encoded once: each is fitted with every proxy family held out in turn.
+"""Compare candidate settings: each is fitted with every proxy family held out in turn.
 
-The figure is how well a candidate ranks proxies of a family that it never saw above photographs of sources that it
-never saw. No AI-generated image takes part. Fits are Ray tasks of one core each; a finished one is kept in a file of
-its own, so an experiment that was cut off, or grew, goes on where it stood.
+The figure of a fit is the AUROC of proxies of the held-out family against photographs of validation sources. No
+AI-generated image is used. Embeddings are encoded once for all candidates. Each fit is a Ray task of one core, and its
+result is a file of its own, so an experiment that was interrupted or has new candidates repeats no finished fit.
 """
 
 import logging
@@ -38,8 +38,8 @@ _FIGURES: Final = {
     "nll_median": "nll_natural_median",
     "auroc_seen": "auroc_seen",
 }
-_DEFINITION: Final = 2  # of the figures: a finished fit with an older one is done again
-# What may predict looks, and how the page calls it.
+_FIGURES_VERSION: Final = 2  # raise it if the definition of a figure changes: fits with older figures are repeated
+# Figures that may predict the test AUROC, and their names on the page.
 _SIGNALS: Final = {
     "auroc": "AUROC on held-out families",
     "tpr_5": "recall of held-out families at the calibrated 5 %",
@@ -49,7 +49,10 @@ _SIGNALS: Final = {
 
 @dataclass(frozen=True)
 class Fit:
-    """One fit to do: a candidate, the family it does not see, a seed; `key` names its result."""
+    """One fit: a candidate, the held-out family and a seed. `key` names the file of its result.
+
+    Proxies of the families in `without` do not train.
+    """
 
     key: str
     candidate: str
@@ -60,18 +63,18 @@ class Fit:
 
 
 def experiment(config: ExperimentConfig) -> ExperimentResult:
-    """Encode what is not encoded yet, do the fits that are not done yet, write `results.parquet` and `experiment.html`.
+    """Make the missing embeddings and fits, then write `results.parquet` and `experiment.html`.
 
-    Both lie under `train.output`/experiment. A candidate whose loss was not finite has a row that says so. Raises
-    ConfigError for an unknown family or feature, else what training raises.
+    Both are written to `train.output`/experiment. The row of a failed fit has its `error`. Raises ConfigError for an
+    unknown family or feature, and the errors of a training.
     """
     base = settled(config.train, "input", "output")
     resources.connect()
     run = features.extract(base)
     root = Place.at(base.output, base.s3) / "experiment"
     fits = _fits(config, base, run)
-    done = _done(root / "fits", fits)
-    log.info("%d fits, %d of them done before", len(fits), len(done))
+    done = _finished(root / "fits", fits)
+    log.info("%d fits, of which %d are finished already", len(fits), len(done))
     rows = [
         *done,
         *_fitted([each for each in fits if each.key not in {row.key for row in done}], run, root / "fits"),
@@ -86,7 +89,7 @@ def experiment(config: ExperimentConfig) -> ExperimentResult:
 
 
 def summarized(rows: Sequence[FitRow]) -> list[CandidateLine]:
-    """One line for each candidate, best first: means over held-out families and seeds, and the spread of seeds.
+    """Return one line for each candidate, best first: means over held-out families and seeds, spread over seeds.
 
     `auroc` is the macro mean over families; `auroc_sd` the standard deviation of that mean over seeds; `worst` the
     family with the lowest mean over seeds. A candidate with a failed fit has `failed` and comes last.
@@ -125,22 +128,22 @@ def _summarized(name: str, own: Sequence[FitRow]) -> CandidateLine:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """The mean, or None if a value is not known."""
+    """The mean, or None if a value is missing."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if len(known) == len(values) else None
 
 
 def rank_correlation(
-    summary: Sequence[CandidateLine], looks: dict[str, float], figure: str = "auroc"
+    summary: Sequence[CandidateLine], test_auroc: dict[str, float], figure: str = "auroc"
 ) -> tuple[float, int] | None:
-    """Spearman's rho between a figure and the AUROC of looks, and how many candidates have both.
+    """Return Spearman's rho between a figure and `test_auroc`, and the number of candidates that have both.
 
-    None below three of them, or where all have the same figure.
+    Returns None for fewer than three such candidates, or if all of them have the same figure.
     """
     pairs = [
-        (getattr(line, figure), looks[line.candidate])
+        (getattr(line, figure), test_auroc[line.candidate])
         for line in summary
-        if line.candidate in looks and getattr(line, figure) is not None
+        if line.candidate in test_auroc and getattr(line, figure) is not None
     ]
     if len(pairs) < 3 or len({value for value, _ in pairs}) == 1:
         return None
@@ -154,8 +157,8 @@ def _fits(config: ExperimentConfig, base: TrainConfig, run: Run) -> list[Fit]:
     missing = sorted({name for each in config.candidates for name in each.feature} - stored)
     if unknown or missing:
         raise ConfigError(
-            f"Unknown proxy families {unknown} or features that the training does not cache {missing}; "
-            f"there are {', '.join(families)}; name features in `train.extra_features`."
+            f"Unknown proxy families: {unknown}. Features that the training does not store: {missing}. "
+            f"The families are {', '.join(families)}. Name features in `train.extra_features`."
         )
     return [
         _fit(candidate, base, run, family, seed)
@@ -177,12 +180,12 @@ def _fit(candidate: Candidate, base: TrainConfig, run: Run, family: str, seed: i
         }
     )
     shape = changed.model_dump(mode="json", include={"encoder", "flow", "objective", "fit", "split"})
-    made = {"features": run.place.name, "without": sorted(candidate.without), "figures": _DEFINITION}
+    made = {"features": run.place.name, "without": sorted(candidate.without), "figures": _FIGURES_VERSION}
     key = stable_hash(shape | made)
     return Fit(key, candidate.name, family, seed, changed, candidate.without)
 
 
-def _done(folder: Place, fits: list[Fit]) -> list[FitRow]:
+def _finished(folder: Place, fits: list[Fit]) -> list[FitRow]:
     there = set(folder.names())
     return [
         FitRow.model_validate_json((folder / f"{each.key}.json").read_text()).model_copy(
@@ -223,14 +226,14 @@ def _held_out_figures(
 ) -> HeldOutFigures:
     torch.set_num_threads(1)
     try:
-        loop = Loop(config, _less(split(loaded, config.split), without), segments)
+        loop = Loop(config, _without_families(split(loaded, config.split), without), segments)
         figures = [loop.epoch(number) for number in range(config.fit.epochs)][-1]
-    except (ConfigError, TrainingError) as error:  # of the split: no image drew the family
+    except (ConfigError, TrainingError) as error:  # ConfigError comes from the split, if no image drew the family
         return HeldOutFigures(error=str(error))
     return HeldOutFigures(**{name: figures.get(source) for name, source in _FIGURES.items()})
 
 
-def _less(data: Split, without: tuple[str, ...]) -> Split:
+def _without_families(data: Split, without: tuple[str, ...]) -> Split:
     return Split(**(vars(data) | {"proxy": data.proxy.where(~proxies.involves(data.proxy.family, without))}))
 
 
@@ -246,12 +249,12 @@ def _page(config: ExperimentConfig, rows: Sequence[FitRow], summary: Sequence[Ca
             {"svg": _families(good), "label": "Held-out AUROC of each candidate and family, as in the table."}
         )
     correlations = {}
-    for figure, name in _SIGNALS.items() if config.looks else ():
-        correlations[name] = rank_correlation(summary, config.looks, figure)
-        if shown := [line for line in good if line.candidate in config.looks and getattr(line, figure) is not None]:
-            charts.append(
-                {"svg": _looks(shown, config.looks, figure), "label": f"{name} against looks, as in the text."}
-            )
+    for figure, name in _SIGNALS.items() if config.test_auroc else ():
+        correlations[name] = rank_correlation(summary, config.test_auroc, figure)
+        shown = [line for line in good if line.candidate in config.test_auroc and getattr(line, figure) is not None]
+        if shown:
+            chart = _against_test_auroc(shown, config.test_auroc, figure)
+            charts.append({"svg": chart, "label": f"{name} against the test AUROC, as in the text."})
     return (
         pages.environment("clipflow_ray.lab")
         .get_template("experiment.html.j2")
@@ -267,7 +270,7 @@ def _ranking(good: Sequence[CandidateLine], rows: Sequence[FitRow]) -> str:
             axes.plot(means, [at] * len(means), "o", color=pages.NATURAL_COLOUR)
             axes.plot([line.auroc], [at], "|", color=pages.SUSPICIOUS_COLOUR, markersize=14)
         axes.set_yticks(range(len(good)), [line.candidate for line in reversed(good)])
-        axes.set_xlabel("AUROC on families held out in turn: seeds, and their mean")
+        axes.set_xlabel("held-out AUROC: one dot for each seed, a bar for the mean")
 
     return pages.chart(draw, (6.4, 1.2 + 0.3 * len(good)))
 
@@ -284,13 +287,13 @@ def _families(good: Sequence[CandidateLine]) -> str:
     return pages.chart(draw, (6.4, 2.2 + 0.3 * len(good)))
 
 
-def _looks(shown: Sequence[CandidateLine], looks: dict[str, float], figure: str) -> str:
+def _against_test_auroc(shown: Sequence[CandidateLine], test_auroc: dict[str, float], figure: str) -> str:
     def draw(axes: Any) -> None:
         for line in shown:
-            at = (getattr(line, figure), looks[line.candidate])
+            at = (getattr(line, figure), test_auroc[line.candidate])
             axes.plot(*[[value] for value in at], "o", color=pages.SUSPICIOUS_COLOUR)
             axes.annotate(line.candidate, at, color=pages.GREY)
         axes.set_xlabel(_SIGNALS[figure])
-        axes.set_ylabel("AUROC on AI-generated images")
+        axes.set_ylabel("test AUROC on AI-generated images")
 
     return pages.chart(draw)

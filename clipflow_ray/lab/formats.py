@@ -1,4 +1,4 @@
-"""Writes the generated sections of `docs/formats.md` from the code: `python -m clipflow_ray.lab.formats`.
+"""Write the generated sections of `docs/formats.md` from the code: `python -m clipflow_ray.lab.formats`.
 
 A generated section stands between `<!-- generated: NAME -->` and `<!-- end -->`; the rest of the document is written by
 hand.
@@ -26,24 +26,24 @@ from clipflow_ray.serve.failures import CODES
 from clipflow_ray.train.record import FeaturesRecord
 
 DOCUMENT: Final = Path("docs/formats.md")
-_MOST_VALUES: Final = 4  # longer lists of codes have a table of their own
+_MAX_VALUES: Final = 4  # longer lists of codes have a table of their own
 _SECTION: Final = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def rendered(text: str) -> str:
-    """The document `text` with each generated section as the code gives it now; KeyError for an unknown section."""
+    """Return `text` with its generated sections made from the code. Raises KeyError for an unknown section."""
     return _SECTION.sub(lambda found: f"{found[1]}\n{SECTIONS[found[2]]()}\n{found[3]}", text)
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [list(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     lines.insert(1, ["---"] * len(lines[0]))
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def model_tables(*models: type[BaseModel]) -> str:
-    """A table of the JSON fields of each model, then of the models that its fields hold; settings are left out."""
+    """Return a table of the JSON fields of each model and of each model nested in it, except configs."""
     schemas_by_name: dict[str, Any] = {}
     for model in models:
         schema = model.model_json_schema(mode="serialization")
@@ -64,13 +64,13 @@ def _model_table(name: str, schema: dict[str, Any]) -> str:
 
 
 def json_type(schema: dict[str, Any]) -> str:
-    """The JSON type that a JSON schema describes, in words."""
+    """Return the JSON type that a JSON schema describes, in words."""
     if "$ref" in schema:
         return str(schema["$ref"]).rpartition("/")[2]
     if "anyOf" in schema:
         return " or ".join(json_type(each) for each in schema["anyOf"])
     values = schema.get("enum", [schema["const"]] if "const" in schema else [])
-    if 0 < len(values) <= _MOST_VALUES:
+    if 0 < len(values) <= _MAX_VALUES:
         return " or ".join(f"`{value}`" for value in values)
     if schema.get("type") == "array":
         if "prefixItems" in schema:
@@ -92,7 +92,7 @@ def _manifest() -> str:
 
 
 def _arrow(kind: pa.DataType) -> str:
-    """The type by the name that its constructor in pyarrow has."""
+    """The name of the function in pyarrow that makes the type."""
     return (
         f"list of {_arrow(kind.value_type)}"
         if pa.types.is_list(kind)

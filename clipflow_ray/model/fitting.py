@@ -1,4 +1,4 @@
-"""Fitting a flow on embeddings in memory: batches, objective, optimizer. Knows nothing of Ray, nor of any split."""
+"""Fit a flow on embeddings in memory: batches, objective, optimizer. Independent of Ray and of any split."""
 
 import math
 from collections.abc import Callable
@@ -20,10 +20,10 @@ _CPU: Final = torch.device("cpu")
 
 
 class Fitting:
-    """The flow, objective and optimizer of one of `world` workers; `wrap` makes the flow parallel.
+    """The flow, the objective and the optimizer of worker `rank` of `world`.
 
-    It fits on raw embeddings float32 of naturals [N, D] and of proxies [M, D]; an objective on naturals alone takes no
-    proxies, so M may be 0. `segments` are the widths of the features that make up D.
+    `natural` [N, D] and `proxy` [M, D] are raw embeddings, float32. M may be 0 if the objective uses naturals alone.
+    `segments` are the widths of the features that make up D. `wrap` makes the flow data-parallel.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Fitting:
             self.objective.anchor(self.flow(torch.from_numpy(natural).to(self.device)).per_segment)
 
     def train(self, epoch: int) -> float:
-        """One epoch; returns the mean loss of its steps. Raises TrainingError when a loss is not finite."""
+        """Train for one epoch and return the mean loss of its steps. Raises TrainingError if a loss is not finite."""
         fit = self.fit
         share = max(1, fit.batch_size // self.world)
         of_proxies = 0 if self.objective.config.kind == "natural" else share
@@ -81,7 +81,7 @@ class Fitting:
         return total / self.steps
 
     def _share(self, embedding: F32) -> Tensor:
-        """This rank's rows; a rank has none only if there are none at all."""
+        """Return this rank's rows, or all rows if there are too few for every rank to get one."""
         rows = embedding[self.rank :: self.world]
         return torch.from_numpy(np.ascontiguousarray(rows if len(rows) else embedding))
 
@@ -92,7 +92,7 @@ class Fitting:
 
 
 def learning_rate(fit: FitConfig, step: int, steps: int) -> float:
-    """Linear warm-up over a share of all steps, then a cosine to zero."""
+    """Return the rate of one step: a linear warm-up over `warmup_fraction` of all steps, then a cosine to zero."""
     warmup = max(1, round(fit.warmup_fraction * steps))
     if step < warmup:
         return fit.learning_rate * (step + 1) / warmup
@@ -100,7 +100,7 @@ def learning_rate(fit: FitConfig, step: int, steps: int) -> float:
 
 
 def _cycled(size: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` indices below `size`: permutation after permutation."""
+    """Return `count` indices below `size`: random permutations, one after the other."""
     if count == 0:
         return torch.empty(0, dtype=torch.int64)
     rounds = -(-count // size)

@@ -1,9 +1,9 @@
 """Normalizing flow: embedding -> log-likelihood.
 
 One-sided affine coupling (RealNVP, Dinh et al. 2017, arXiv 1605.08803) over standardised CLIP features,
-with hard seeded permutations, soft-clamped log-scales (as FrEIA's coupling blocks) and a learnable scale and
-offset per dimension after each block. Features of several kinds have a flow each, and their likelihoods multiply, so
-that each kind has to tell proxies apart and none is left to the easiest.
+with fixed seeded permutations, soft-clamped log-scales (as in FrEIA's coupling blocks) and a learnable scale and
+offset per dimension after each block. Each named feature has a flow of its own, and the log-likelihoods are added. So
+each flow must learn to separate proxies from naturals; one joint flow could rely on the easiest feature alone.
 """
 
 import math
@@ -25,7 +25,8 @@ _HALF_LOG_2PI: Final = 0.5 * math.log(2.0 * math.pi)
 class LogLikelihood:
     """`log_base` and `log_det`, float32 [N], in nats; their sum is the log-likelihood of standardised features.
 
-    `per_segment`, float32 [N, S], is that of each of the S segments per dimension of its own.
+    `per_segment`, float32 [N, S], is the log-likelihood of each of the S segments divided by the segment's width.
+    `dim` is D, the sum of the widths.
     """
 
     log_base: Tensor
@@ -45,7 +46,7 @@ class LogLikelihood:
 
 
 class CouplingBlock(nn.Module):
-    """y1 = x1; y2 = x2 * exp(s(x1)) + t(x1), then scale and offset per dimension; identity when new."""
+    """y1 = x1; y2 = x2 * exp(s(x1)) + t(x1), then scale and offset per dimension. A new block is the identity."""
 
     permutation: Tensor
 
@@ -74,7 +75,7 @@ class CouplingBlock(nn.Module):
         return y, s.sum(dim=1) + log_scale.sum()
 
     def inverse(self, y: Tensor) -> Tensor:
-        """[N, D] -> [N, D], undoing `forward`."""
+        """[N, D] -> [N, D], the inverse of `forward`."""
         y = (y - self.offset) * torch.exp(-self._global_log_scale())
         y1, y2 = y.tensor_split([self.passive], dim=1)
         s, t = self._scale_and_translation(y1)
@@ -93,9 +94,9 @@ class CouplingBlock(nn.Module):
 class Flow(nn.Module):
     """Embedding [N, D] -> LogLikelihood, including the feature normalisation.
 
-    Each of the S `segments` (the encoder's named features, by width) is L2-normalised to length sqrt(width); then
-    every dimension is standardised by the naturals' `mean` and `std`, which are buffers and so part of a checkpoint.
-    Segments are independent: each has `config.blocks` coupling blocks of its own.
+    `segments` are the widths of the encoder's S named features. Each segment is L2-normalised to length sqrt(width).
+    Then each dimension is standardised by the naturals' `mean` and `std`, which are buffers and so part of a
+    checkpoint. Segments are independent: each has `config.blocks` coupling blocks of its own.
     """
 
     mean: Tensor
@@ -120,7 +121,7 @@ class Flow(nn.Module):
         self.std.copy_(unit.std(dim=0).clamp_min(1e-6))
 
     def standardize(self, embedding: Tensor) -> Tensor:
-        """[N, D] raw embeddings -> [N, D] with zero mean and unit deviation on the naturals."""
+        """[N, D] raw embeddings -> [N, D] with zero mean and unit standard deviation on the naturals."""
         return (self._unit_length(embedding) - self.mean) / self.std
 
     def forward(self, embedding: Tensor) -> LogLikelihood:

@@ -1,8 +1,8 @@
 """Likelihood objectives: the likelihood of proxies is minimized, that of naturals optionally maximized.
 
-The idea is that of the abstract of CLIP-Flow (arXiv 2508.09477); the bounds are ours to choose. Lowering a
-likelihood without a bound destroys the ranking (Schmier et al., arXiv 2208.14024, show that the ideal density is
-zero there), so a proxy that is unlikely enough stops contributing.
+The idea is from the abstract of CLIP-Flow (arXiv 2508.09477), which states no bounds; the bounds are this project's
+choice. Minimising a likelihood without a bound destroys the ranking: the ideal density is zero wherever proxies
+dominate (Schmier et al., arXiv 2208.14024). So a proxy that is unlikely enough stops contributing.
 """
 
 import torch
@@ -16,7 +16,7 @@ _BOUNDARY_DECAY = 0.9
 
 
 def boundary_of(natural: Tensor) -> Tensor:
-    """The 5 % quantile of naturals [N, S] (nats per dimension), of each segment: [S]."""
+    """Return the 5 % quantile of naturals [N, S] (nats per dimension) for each segment, [S]."""
     return torch.quantile(natural.detach(), _BOUNDARY_QUANTILE, dim=0)
 
 
@@ -24,14 +24,14 @@ class Objective(nn.Module):
     """A loss over log-likelihoods per dimension (nats), chosen by `config.kind`:
 
     - `natural`: -mean l_nat, maximum likelihood; proxies are ignored.
-    - `proxy`: weight * T * softplus((l_prx - c) / T), where c lies `margin` below the 5 % quantile of the naturals
-      under the untrained flow; naturals give that one statistic and no gradient.
-    - `both`: the sum of the two, where c follows the naturals' 5 % quantile (running mean): BGAD's boundary,
-      with a soft hinge.
+    - `proxy`: weight * T * softplus((l_prx - c) / T). c lies `margin` below the 5 % quantile of the naturals under the
+      untrained flow. Naturals set c once and give no gradient.
+    - `both`: the sum of the two. c follows the naturals' 5 % quantile as a running mean: BGAD's boundary, with a soft
+      hinge.
     - `both_logsig`: softplus(-l_nat) + weight * softplus(l_prx), the logsigmoid pair of CFLOW-AD and BGAD.
 
-    Likelihoods are [N, S], of each of the S segments of the features; the loss is the mean over all of them, and the
-    boundary [S] belongs to each.
+    Log-likelihoods are [N, S] for S segments of the features. The loss is the mean over images and segments.
+    `boundary` [S] holds one quantile for each segment.
     """
 
     boundary: Tensor
@@ -42,11 +42,11 @@ class Objective(nn.Module):
         self.register_buffer("boundary", torch.zeros(segments))
 
     def anchor(self, natural: Tensor) -> None:
-        """Start the boundary at the 5 % quantile of naturals [N, S] (nats per dimension) under the new flow."""
+        """Set the boundary to the 5 % quantile of naturals [N, S] (nats per dimension) under the untrained flow."""
         self.boundary.copy_(boundary_of(natural))
 
     def follow(self, quantile: Tensor) -> None:
-        """Move the boundary of `both` towards a batch's 5 % quantile of naturals (the mean over workers)."""
+        """Move the boundary of `both` towards a batch's 5 % quantile [S], averaged over the workers."""
         if self.config.kind == "both":
             self.boundary.lerp_(quantile, 1.0 - _BOUNDARY_DECAY)
 

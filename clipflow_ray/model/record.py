@@ -1,4 +1,4 @@
-"""What `checkpoint.json` holds."""
+"""The models of `checkpoint.json`."""
 
 from typing import Final, Literal
 
@@ -24,15 +24,17 @@ class TrainingRecord(Closed):
     listing: str = Field(description="Hash of the listed objects.")
     objects: int = Field(description="Listed objects.")
     unreadable: int = Field(description="Objects that could not be read.")
-    config_hash: str = Field(description="Hash of the settings of fit, flow, objective, proxies and split.")
+    config_hash: str = Field(description="Hash of the fit, flow, objective, proxy and split settings.")
     fit: FitConfig = Field(description="Settings of the optimisation.")
     split: SplitConfig = Field(description="Sources and family that were kept out of training.")
-    split_by: Literal["source", "image"] = Field(description="What the parts are disjoint by.")
-    views: dict[str, int] = Field(description="Views of each part.")
-    images: dict[str, int] = Field(description="Images of each part.")
-    sources: dict[str, tuple[str, ...]] = Field(description="Sources of each part.")
+    split_by: Literal["source", "image"] = Field(
+        description="`source` if no two parts share a source, `image` if they share sources but no image."
+    )
+    views: dict[str, int] = Field(description="Number of views in each part.")
+    images: dict[str, int] = Field(description="Number of images in each part.")
+    sources: dict[str, tuple[str, ...]] = Field(description="Names of the sources in each part.")
     metrics: dict[str, float] = Field(description="Figures of the chosen epoch, by name.")
-    history: tuple[dict[str, float], ...] = Field(description="Figures of every epoch, by name.")
+    history: tuple[dict[str, float], ...] = Field(description="Figures of every epoch up to the chosen one, by name.")
     tool_version: str = Field(description="Version of this package.")
     made_at: str = Field(description="Time at which the training ended, ISO 8601 in UTC.")
 
@@ -46,12 +48,12 @@ class CheckpointRecord(Closed):
     format_version: Literal[1, 2] = Field(FORMAT_VERSION, description="Version of the file's format.")
 
     model_id: str = Field(description="16 hex digits over the flow's tensors and the encoder's fingerprint.")
-    encoder: EncoderConfig = Field(description="The encoder, where its weights come from, and what is taken from it.")
+    encoder: EncoderConfig = Field(description="The encoder: its architecture, weights, view and features.")
     encoder_fingerprint: str = Field(description="Fingerprint of the encoder that the flow was fitted on.")
     view: ViewSpec | None = Field(None, description="The view that the encoder sees; null in version 1.")
     segments: tuple[int, ...] = Field(description="Widths of the encoder's named features.")
     flow: FlowConfig = Field(description="Settings of the flow.")
-    limits: ImageLimits = Field(description="Limits of size and time for the decoding of an image.")
+    limits: ImageLimits = Field(description="Size and time limits for decoding an image.")
     objective: ObjectiveConfig = Field(description="Settings of the objective.")
     proxies: ProxyConfig = Field(description="Settings of views and proxies.")
     calibration_strata: tuple[str, ...] = Field(description="Stratum of each calibration score, in the scores' order.")

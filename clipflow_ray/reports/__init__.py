@@ -1,1 +1,1 @@
-"""What the HTML reports share."""
+"""Shared parts of the HTML reports."""

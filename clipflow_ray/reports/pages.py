@@ -1,6 +1,6 @@
-"""What the HTML reports share: one template with the style and the sorting, charts as inline SVG, thumbnails.
+"""Shared parts of the HTML reports: the base template with style and sorting, charts as inline SVG, thumbnails.
 
-A report is one file: it asks for nothing, so it reads the same offline and behind any wall.
+A report is one file that loads nothing from the network, so it also works offline.
 """
 
 import base64
@@ -34,7 +34,7 @@ _STYLE: Final = {
 
 
 def environment(package: str) -> Environment:
-    """Jinja for the templates of `package`, which may extend `page.html.j2`."""
+    """Return a Jinja environment for the templates of `package`, which may extend `page.html.j2`."""
     result = Environment(
         loader=ChoiceLoader([PackageLoader(package), PackageLoader("clipflow_ray.reports")]),
         autoescape=True,
@@ -47,9 +47,9 @@ def environment(package: str) -> Environment:
 
 
 def chart(draw: Callable[[Any], None], size: tuple[float, float] = (6.4, 3.0), rows: int = 1) -> str:
-    """Inline SVG of what `draw` puts on the axes (an array of them for several rows), `size` in inches.
+    """Return a chart as inline SVG; `size` is in inches.
 
-    Grey text reads on light and on dark.
+    `draw` gets the axes, or an array of axes if there are several rows. Grey text is legible on light and on dark.
     """
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
@@ -62,18 +62,18 @@ def chart(draw: Callable[[Any], None], size: tuple[float, float] = (6.4, 3.0), r
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)
     text = out.getvalue()
-    # Names of groups, which nothing refers to, would be the same in every chart of a page.
+    # Every chart has the same group ids, but an id must be unique in a page. Nothing refers to them, so drop them.
     return re.sub(r' id="[\w.]+_\d+"', "", text[text.index("<svg") :])
 
 
 def p_value_chart(counts: Sequence[int]) -> str:
-    """Histogram of p-values in equal bins from 0 to 1."""
+    """Return a histogram of p-values in equal bins from 0 to 1, as inline SVG."""
 
     def draw(axes: Any) -> None:
         shares = np.array(counts, float) / max(1, sum(counts))
         axes.stairs(shares, np.linspace(0, 1, len(counts) + 1), fill=True, color=SUSPICIOUS_COLOUR)
         axes.axhline(1.0 / len(counts), color=GREY, linestyle="--", linewidth=1)
-        axes.set_xlabel("p-value (dashed: what photographs like the calibration's give)")
+        axes.set_xlabel("p-value (dashed: expected of photographs like the calibration's)")
         axes.set_ylabel("share of images")
 
     return chart(draw)
@@ -81,7 +81,7 @@ def p_value_chart(counts: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Picture:
-    """One image of a gallery. `note` is a word under it; `image` a thumbnail as a data URI, None if there is none."""
+    """One image of a gallery. `note` is a caption; `image` is a thumbnail as a data URI, or None."""
 
     row_id: str
     uri: str
@@ -93,17 +93,17 @@ class Picture:
 
     @property
     def name(self) -> str:
-        """Where the image lies: its name within a container, or its URI."""
+        """Name of the image within its container, or its URI."""
         return self.member or self.uri
 
 
 def pictured(
     run: Run, wanted: Sequence[Picture], limits: ImageLimits, options: InventoryOptions | None = None
 ) -> list[Picture]:
-    """The pictures with their thumbnails. The inputs are read again, with the `options` that they were listed with."""
+    """Return the pictures with thumbnails. The inputs are read again; `options` are those of their listing."""
     ids = [picture.row_id for picture in wanted]
     found = pads.field("row_id").isin(ids)
-    # one after another: files of a manifest are large
+    # one file at a time, because manifest files are large
     listed = [part.to_table(filter=found, batch_readahead=1, fragment_readahead=1) for part in run.parts(MANIFEST)]
     manifest = pa.concat_tables(listed)
     contents = dict(zip(manifest["row_id"].to_pylist(), read_bytes(manifest, run.place, limits, options), strict=True))
@@ -111,12 +111,12 @@ def pictured(
 
 
 def percent(value: float | None) -> str:
-    """A share as people read it."""
+    """Format a share as a percentage, and None as `none`."""
     return "none" if value is None else f"{100 * value:.2f} %"
 
 
 def interval(values: Iterable[float] | None) -> str:
-    """Both ends of an interval of shares."""
+    """Format both ends of an interval of shares, and None as `none`."""
     return "none" if values is None else " to ".join(percent(value) for value in values)
 
 

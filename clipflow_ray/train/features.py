@@ -1,4 +1,4 @@
-"""Natural images -> embeddings of natural views and of proxies, as parquet that is encoded once and reused."""
+"""Embeddings of natural views and of proxies, encoded once, stored as parquet and reused by later trainings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,9 +32,11 @@ _ENCODE_ROWS: Final = 8
 
 @dataclass(frozen=True)
 class Features:
-    """Embeddings of N views: float32 [N, D], and for each the image's row id and group, its view and its family.
+    """Embeddings of N views, float32 [N, D], and what each view is, [N] each.
 
-    `family` is `natural` for a natural view; `view` 0 is the view that inference uses.
+    `row_id`, `group` and `stratum` are those of the image. `family` is `natural` for a natural view, else the proxy
+    family. `view` numbers the natural views of an image from 0, and 0 is the view that inference uses. A proxy has the
+    number of the natural view with which it was made.
     """
 
     embedding: F32
@@ -53,10 +55,11 @@ class Features:
 
 
 def extract(config: TrainConfig) -> Run:
-    """Encode all views of all inputs that are not encoded yet, and return the finished run.
+    """Encode the views of the inputs that are not encoded yet, and return the finished run.
 
-    The run's folder is named by everything that shapes the embeddings, so a changed setting gets a new folder and an
-    unchanged one is reused. Raises ResourceError, InputError, WeightsError or ConfigError before anything starts.
+    The name of the run's folder is a hash of all settings that affect the embeddings. A changed setting gets a new
+    folder; with equal settings the folder is reused. Raises ResourceError, InputError, WeightsError or ConfigError
+    before the encoding starts.
     """
     proxies.check(config.proxies)
     inputs = places(config.input, config.s3)
@@ -106,13 +109,16 @@ def extract(config: TrainConfig) -> Run:
 
 
 def load(run: Run, feature: Sequence[str], config: ProxyConfig) -> Features:
-    """The embeddings of a finished run, in an order that depends on the row ids alone."""
+    """Load the named features of a finished run, concatenated and sorted by row id.
+
+    Raises TrainingError if the run has no readable image.
+    """
     columns = ["row_id", "group", "stratum", "families", *feature]
     table = run.table(PARTS).to_table(columns=columns).sort_by("row_id")
     counts = np.array([len(names) for names in table["families"].to_pylist()])
     total = int(counts.sum())
     if total == 0:
-        raise TrainingError("No input image could be read; look at the error codes of the embeddings.")
+        raise TrainingError("No input image could be read. The column `error_code` of the embeddings says why.")
     parts = [table[name].combine_chunks().flatten().to_numpy().reshape(total, -1) for name in feature]
     families = np.array([name for names in table["families"].to_pylist() for name in names])
     first = np.concatenate([np.arange(count) for count in counts])
@@ -134,7 +140,7 @@ def widths(run: Run, feature: Sequence[str]) -> tuple[int, ...]:
 
 
 def _reusable(config: TrainConfig, key: str, stored: tuple[str, ...]) -> Run:
-    """A finished run under the output with at least these features, else the folder of a new one."""
+    """Return a finished run under the output that stores at least these features, else a new run."""
     root = Place.at(config.output, config.s3) / "features"
     for name in root.names():
         run = Run(root / name)

@@ -1,4 +1,4 @@
-"""Ray Train fits the flow on cached embeddings: any number of workers, a checkpoint every epoch."""
+"""Fit the flow with Ray Train on stored embeddings: any number of workers, a checkpoint after every epoch."""
 
 import json
 import tempfile
@@ -26,7 +26,7 @@ _FLOW, _OPTIMIZER, _STATE = "flow.safetensors", "optimizer.safetensors", "state.
 
 @dataclass(frozen=True)
 class Fitted:
-    """The flow's state at the chosen epoch, that epoch's metrics, and the metrics of all of them."""
+    """The flow's state at the chosen epoch, the metrics of that epoch, and those of every epoch up to it."""
 
     flow_state: dict[str, Tensor]
     metrics: dict[str, float]
@@ -34,10 +34,11 @@ class Fitted:
 
 
 def fit(config: TrainConfig, run: Run, segments: tuple[int, ...]) -> Fitted:
-    """Fit the flow on a finished features run and return the epoch that ranks held-out proxies best.
+    """Fit the flow on a finished features run and return the epoch with the highest `selection` AUROC.
 
-    The Ray Train run is named by everything that shapes it: a repeated call continues a run that was cut off, and
-    returns at once when it was finished. Raises ResourceError before start, TrainingError when no epoch was good.
+    `segments` are the widths of the features. The name of the Ray Train run is a hash of its settings, so a repeated
+    call continues an interrupted run, and returns at once if the run was finished. Raises ResourceError before the run
+    starts, and TrainingError if the run fails or reports no checkpoint.
     """
     use_gpu = ray.cluster_resources().get("GPU", 0) > 0
     per_worker = resources.check_training(config.fit.workers, use_gpu)
@@ -66,7 +67,7 @@ def fit(config: TrainConfig, run: Run, segments: tuple[int, ...]) -> Fitted:
         raise TrainingError(f"Training failed after {config.fit.max_failures} restarts: {reason}") from error
     best = result.get_best_checkpoint(SELECTION, "max")
     if best is None:
-        raise TrainingError("Training reported no checkpoint; see the worker logs that Ray names above.")
+        raise TrainingError("Training reported no checkpoint. See the worker logs that Ray names above.")
     with best.as_directory() as folder:
         state = json.loads((Path(folder) / _STATE).read_text())
         flow_state = load_file(Path(folder) / _FLOW)
@@ -74,7 +75,7 @@ def fit(config: TrainConfig, run: Run, segments: tuple[int, ...]) -> Fitted:
 
 
 def train_loop(settings: dict[str, Any]) -> None:
-    """One worker: its share of each global batch, the same model as all others after every step."""
+    """Train on one worker. It takes its share of each global batch; after each step all workers hold the same model."""
     config = validated(TrainConfig, settings["config"])
     loaded = features.load(Run(Place.at(settings["features"], config.s3)), config.encoder.feature, config.proxies)
     context = ray.train.get_context()
@@ -90,10 +91,10 @@ def train_loop(settings: dict[str, Any]) -> None:
 
 
 class Worker(Loop):
-    """A loop that Ray Train runs: reports each epoch, and takes up where the latest checkpoint left."""
+    """The training loop under Ray Train: it reports each epoch and resumes from the latest checkpoint."""
 
     def run(self) -> None:
-        """All epochs that are still to do; every rank reports each one, rank 0 with a checkpoint."""
+        """Train the remaining epochs. Every rank reports each epoch; rank 0 adds a checkpoint."""
         first = self._restore()
         for epoch in range(first, self.fit.epochs):
             figures = self.epoch(epoch)
@@ -115,7 +116,7 @@ class Worker(Loop):
         (folder / _STATE).write_text(json.dumps({"epoch": epoch, "history": self.history}))
 
     def _restore(self) -> int:
-        """Take up the latest checkpoint of this run, if there is one; returns the epoch to do next."""
+        """Restore the latest checkpoint of this run, if there is one, and return the number of the next epoch."""
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return 0

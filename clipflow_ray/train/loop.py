@@ -1,4 +1,4 @@
-"""The loop of a training: epochs of fitting, and what validation finds after each. Knows nothing of Ray."""
+"""The training loop: fit one epoch after the other and validate after each. Independent of Ray."""
 
 from collections.abc import Callable
 from itertools import combinations
@@ -23,7 +23,7 @@ _CPU: Final = torch.device("cpu")
 
 
 class Loop(Fitting):
-    """The fitting of one of `world` workers on the training part of `data`, with the figures of each epoch."""
+    """Fits the flow on the training part of `data`, as worker `rank` of `world`, and keeps each epoch's figures."""
 
     def __init__(
         self,
@@ -41,9 +41,9 @@ class Loop(Fitting):
         self.history: list[dict[str, float]] = []
 
     def epoch(self, number: int) -> dict[str, float]:
-        """Train for one epoch and return its figures: the loss, and what `validate` finds.
+        """Train for one epoch and return its number, its mean loss and the figures of `validate`.
 
-        Raises TrainingError when the loss is not finite.
+        Raises TrainingError if the loss is not finite.
         """
         loss = self.train(number)
         figures = {"epoch": float(number), "loss": loss, **validate(self.flow, self.data, self.device)}
@@ -52,13 +52,16 @@ class Loop(Fitting):
 
 
 def validate(flow: Flow, data: Split, device: torch.device) -> dict[str, float]:
-    """Figures on sources that training never saw; none of them involves an AI-generated image.
+    """Return figures, by name, on images that do not train. No AI-generated image is used.
 
-    `auroc_<family>` ranks validation naturals against that family's proxies, `auroc_pairs` against all that two
-    families made; `selection` is the held-out family's, or the mean over these where none is held out. `tpr_5` is the
-    share of held-out proxies (of all proxies where none is held out) beyond the threshold that flags 5 % of the
-    calibration naturals: of other sources than theirs, as in use. `auroc_sources` is `source_separation`, and not
-    there where that is None. `nll_*` are nats per dimension.
+    - `auroc_<family>`: AUROC of that family's proxies against validation naturals. `auroc_pairs` is the same for all
+      proxies that a pair of families made.
+    - `auroc_seen`: mean of these AUROCs without that of the held-out family.
+    - `selection`: AUROC of the held-out family, or `auroc_seen` if no family is held out.
+    - `tpr_5`: share of held-out proxies (of all proxies if no family is held out) beyond the threshold that flags 5 %
+      of the calibration naturals. The two come from different sources, as in use.
+    - `auroc_sources`: the result of `source_separation`; absent if that is None.
+    - `nll_natural`, `nll_natural_median`: negative log-likelihood of validation naturals, in nats per dimension.
     """
     flow.eval()
     with torch.inference_mode():
@@ -95,11 +98,12 @@ def validate(flow: Flow, data: Split, device: torch.device) -> dict[str, float]:
 
 
 def source_separation(score: np.ndarray[Any, Any], group: np.ndarray[Any, Any]) -> float | None:
-    """How well scores [N] tell natural sources apart: the mean over pairs of sources of AUROC or 1 - AUROC, the larger.
+    """Return how well scores [N] separate the natural sources that `group` [N] names, from 0.5 to 1.
 
-    A likelihood that knows how a picture was made differs between cameras and pipelines too; this is what predicts,
-    over sets of features, how well AI-generated images are told from photographs (see the model card). The 32 largest
-    sources of at least ten images count; None where there are fewer than two.
+    The figure is the mean over pairs of sources of the AUROC or its complement, whichever is larger. A likelihood that
+    reflects how a picture was made also differs between cameras and pipelines. On the development set, the figure
+    predicts which features separate AI-generated images from photographs (see the model card). It uses the 32 largest
+    sources of at least ten images. Returns None if there are fewer than two such sources.
     """
     names, counts = np.unique(group, return_counts=True)
     largest = np.argsort(-counts, kind="stable")[:_MAX_SOURCES]

@@ -1,4 +1,4 @@
-"""What the proxies look like: an example grid and the mean radial spectra, as one PNG."""
+"""Draw examples of the proxies and their mean radial spectra as one PNG."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -20,9 +20,10 @@ _EXAMPLES = 4
 
 
 def draw(inputs: Sequence[str], path: str, config: ProxyConfig, count: int = 16) -> int:
-    """Write a PNG to the local `path` from up to `count` readable images; returns how many were used.
+    """Write a PNG to the local `path` from up to `count` readable images, and return the number of images used.
 
-    Left: one example a family on each of four images. Right: mean log-amplitude over radius, families against naturals.
+    Left: one example of each family on each of up to four images. Right: mean log amplitude over radius, each family
+    minus the naturals. Raises InputError if no image is readable.
     """
     proxies.check(config)
     views = _views(inputs, count)
@@ -89,7 +90,7 @@ def _views(inputs: Sequence[str], count: int) -> list[Pixels]:
             try:
                 yield sandbox.decode(read_row(row, found[0], options, limits), limits, OPENAI_VIEW).rgb
             except ItemError:
-                continue  # a picture of proxies needs some images, not all of them
+                continue  # the picture needs only some of the images
 
     views = list(islice(readable(), count))
     if not views:

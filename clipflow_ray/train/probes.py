@@ -1,4 +1,4 @@
-"""Supervised probes natural-vs-proxy: what `evaluate` sets beside the flow, never part of a score."""
+"""Supervised probes that separate naturals from proxies: baselines of `evaluate`, never part of a score."""
 
 from typing import Any, Final
 
@@ -16,9 +16,9 @@ _MLP_WIDTHS: Final = (128,)
 
 
 def fit_probes(flow: Flow, natural: NDArray[np.float32], proxy: NDArray[np.float32]) -> dict[str, Tensor]:
-    """Logistic regression and an MLP on raw embeddings [N, D] and [M, D], standardised as the flow does.
+    """Fit a logistic regression and an MLP on raw embeddings float32 [N, D] and [M, D], standardised by `flow`.
 
-    Named as `Checkpoint.reference` names them; higher outputs are more suspicious.
+    Returns their float32 weights under the names of `Checkpoint.reference`. Higher outputs are more suspicious.
     """
     with torch.inference_mode():
         features = flow.standardize(torch.from_numpy(np.concatenate([natural, proxy]))).numpy()

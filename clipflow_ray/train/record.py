@@ -1,4 +1,4 @@
-"""What `run.json` of the features holds: the embeddings that a training fits the flow on."""
+"""The models of `run.json` in a features run, which holds the embeddings on which the flow is fitted."""
 
 from pydantic import Field
 
@@ -7,14 +7,16 @@ from clipflow_ray.runs.record import FinishedRecord
 
 
 class FeaturesIdentity(Closed):
-    """What shapes the embeddings: with any change they are encoded anew, into another folder."""
+    """All settings that affect the embeddings. After any change, images are encoded again into another folder."""
 
     input: tuple[str, ...] = Field(description="URIs of the inputs.")
     listing: str = Field(description="Hash of the listed objects.")
     encoder_fingerprint: str = Field(description="Fingerprint of the encoder.")
     proxies: ProxyConfig = Field(description="Settings of views and proxies.")
-    calibration: tuple[str, ...] = Field(description="Sources that get a plain view only, in alphabetical order.")
-    limits: ImageLimits = Field(description="Limits of size and time for the decoding of an image.")
+    calibration: tuple[str, ...] = Field(
+        description="Sources that get one natural view and no proxies, in alphabetical order."
+    )
+    limits: ImageLimits = Field(description="Size and time limits for decoding an image.")
     tool_version: str = Field(description="Version of this package.")
     features: tuple[str, ...] = Field(description="Encoder features that are stored.")
 

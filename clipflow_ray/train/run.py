@@ -31,7 +31,7 @@ _MAX_BANK_BYTES: Final = 4_000_000  # a checkpoint should stay below 10 MB
 
 @dataclass(frozen=True)
 class Trained:
-    """Where the checkpoint lies, its id, and the chosen epoch's metrics."""
+    """URI of the checkpoint, its model id, and the metrics of the chosen epoch."""
 
     checkpoint: str
     model_id: str
@@ -41,7 +41,7 @@ class Trained:
 def train(config: TrainConfig) -> Trained:
     """Train on the natural images of `config.input` and write `<output>/checkpoint`.
 
-    Every step is taken up where an earlier call with the same config was cut off. Raises ClipflowError.
+    A repeated call with the same config continues an interrupted training. Raises ClipflowError.
     """
     if not config.input:
         raise ConfigError("Name at least one --input with natural images.")
@@ -56,11 +56,11 @@ def train(config: TrainConfig) -> Trained:
     fitted = fit.fit(config, run, segments)
     state = {name: t.half() if t.is_floating_point() else t for name, t in fitted.flow_state.items()}
     flow = Flow(segments, config.flow)
-    flow.load_state_dict(state)  # as it will be loaded: everything below is calibrated to the rounded flow
+    flow.load_state_dict(state)  # the checkpoint stores these rounded weights, so calibrate with them
     with torch.inference_mode():
         scores = -flow.eval()(torch.from_numpy(data.calibration.embedding)).per_dim.numpy()
     record = run.completed(FeaturesRecord)
-    assert record is not None  # `extract` finished it
+    assert record is not None  # `extract` returns a finished run
     checkpoint = Checkpoint(
         encoder=config.encoder,
         encoder_fingerprint=record.identity.encoder_fingerprint,
@@ -81,7 +81,7 @@ def train(config: TrainConfig) -> Trained:
 
 
 def _summary(config: TrainConfig, data: Split, fitted: fit.Fitted, record: FeaturesRecord) -> TrainingRecord:
-    """How the checkpoint was made, without this machine's paths: inputs are named by their last component."""
+    """How the checkpoint was made. Inputs are named by their last component, so no path of this machine is kept."""
     parts = data.parts()
     return TrainingRecord(
         input=tuple(place.name for place in places(config.input, config.s3)),
@@ -103,7 +103,7 @@ def _summary(config: TrainConfig, data: Split, fitted: fit.Fitted, record: Featu
 
 
 def _reference(flow: Flow, data: Split) -> dict[str, Tensor]:
-    """What `evaluate` needs to fit the baselines on the same embeddings."""
+    """The natural embeddings and the probes from which `evaluate` makes its baselines."""
     rng = np.random.default_rng(0)
     bank = data.natural.embedding
     most = _MAX_BANK_BYTES // (2 * bank.shape[1])

@@ -1,4 +1,4 @@
-"""Which images train, choose the epoch, and calibrate: disjoint by source wherever there are enough sources."""
+"""Which images train, choose the epoch and calibrate. The parts share no source if there are enough sources."""
 
 import hashlib
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _MIN_SOURCES: Final = 5
 class Split:
     """Disjoint parts of the features. `held_out` are validation proxies of the family that training never sees.
 
-    A pair that involves that family is in no part.
+    Proxies of a pair of families that includes the held-out family are in no part. `by` is the unit of the split.
     """
 
     natural: Features
@@ -37,16 +37,17 @@ class Split:
 
 
 def split(features: Features, config: SplitConfig) -> Split:
-    """Split by source (group): the named ones, or one in five each by hash.
+    """Split by source, which is the `group` of the features.
 
-    With fewer than five sources and none named, by image instead, and `by` says so. Calibration keeps only the view
-    that inference uses. Raises ConfigError for an unknown source or family, TrainingError when a part is empty.
+    `config` names the sources of validation and calibration. If it names none, each of the two gets one source in five
+    by a hash of the name, or one image in five if there are fewer than five sources. Calibration keeps only the view
+    that inference uses. Raises ConfigError for an unknown source or family, and TrainingError if a part is empty.
     """
     sources = sorted(map(str, np.unique(features.group)))
     unknown = sorted(set((*config.validation, *config.calibration)) - set(sources))
     if unknown or set(config.validation) & set(config.calibration):
         raise ConfigError(
-            f"The split must name sources that exist, each once; unknown: {unknown}. There are: {', '.join(sources)}."
+            f"The split must name existing sources, each once. Unknown: {unknown}. There are: {', '.join(sources)}."
         )
     families = sorted(set(map(str, np.unique(proxies.merged(features.family)))) - {proxies.NATURAL, proxies.PAIRS})
     if config.held_out_family not in (None, *families):
@@ -78,7 +79,7 @@ def split(features: Features, config: SplitConfig) -> Split:
 
 
 def _folds(keys: NDArray[np.str_]) -> NDArray[np.int64]:
-    """0..4 for each key, balanced over the distinct keys, whatever their order."""
+    """Return a fold, 0 to 4, for each key. Distinct keys are dealt to the folds in the order of their hashes."""
     distinct = sorted(map(str, np.unique(keys)), key=lambda key: hashlib.sha256(key.encode()).hexdigest())
     fold = {key: at % 5 for at, key in enumerate(distinct)}
     return np.array([fold[str(key)] for key in keys], np.int64)

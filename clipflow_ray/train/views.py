@@ -1,4 +1,4 @@
-"""Ray Data task of training: an image -> its natural views and their proxies. No torch, as in `data/reading.py`."""
+"""Ray Data task of training: makes the natural views of an image and their proxies, without torch."""
 
 from collections.abc import Sequence
 
@@ -21,8 +21,8 @@ def read_and_distort(
 ) -> pa.Table:
     """Manifest rows -> described rows with `view` (bytes of M views) and `families` (what each of them is).
 
-    M is `natural_views * (1 + proxies_per_view)`; images of `plain_groups`, which only calibrate, give the one view
-    that inference uses. An image that cannot be read gives none, and keeps its row.
+    M is `natural_views * (1 + proxies_per_view)`. Images of `plain_groups` only calibrate, so they give one view, the
+    one that inference uses. An unreadable image keeps its row and gives no view.
     """
     outcomes = read_images(table, near, limits)
     views: list[bytes] = []
@@ -41,7 +41,10 @@ def read_and_distort(
 def distorted(
     rgb: Pixels, row_id: str, spec: ViewSpec, config: ProxyConfig, plain: bool = False
 ) -> list[tuple[str, Pixels]]:
-    """The (family, view) pairs of one image: each natural view, then its proxies; deterministic for a seed."""
+    """Return the (family, view) pairs of one image: each natural view, then its proxies.
+
+    The random draws depend on `config.seed` and `row_id` alone. `plain` gives one natural view and no proxies.
+    """
     names = sorted(config.families)
     made: list[tuple[str, Pixels]] = []
     for number in range(1 if plain else config.natural_views):

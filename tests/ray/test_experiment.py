@@ -36,7 +36,7 @@ def config(tiny: TrainConfig) -> ExperimentConfig:
             Candidate(name="without resample", without=("resample",)),
             Candidate(name="too fast", fit=FIT.model_copy(update={"learning_rate": 1e30})),
         ),
-        looks={"as it is": 0.7, "too fast": 0.6},
+        test_auroc={"as it is": 0.7, "too fast": 0.6},
     )
 
 
@@ -83,9 +83,9 @@ def test_the_summary_is_the_mean_of_its_rows_and_puts_failures_last(first: Exper
 def test_the_page_names_each_candidate_and_asks_for_nothing(first: ExperimentResult) -> None:
     text = Path(first.page).read_text()
     assert all(name in text for name in ("as it is", "without resample", "too fast"))
-    assert text.count("<svg") == text.count("</figure>") == 5  # the ranking, the families, and looks over each signal
+    assert text.count("<svg") == text.count("</figure>") == 5  # ranking, families, and one for each signal
     for signal in ("AUROC on held-out families", "recall of held-out families", "AUROC between natural sources"):
-        assert re.search(f"{signal}[^;.]* none: too few candidates", text)
+        assert re.search(f"{signal}[^;.]* none: fewer than three candidates", text)
     assert "default-src 'none'" in text and not re.search(r"(src|href)=\"https?:", text.replace("xlink:href", ""))
 
 
@@ -102,7 +102,7 @@ def test_a_second_run_does_only_what_is_new_and_a_changed_candidate_is_fitted_an
                 Candidate(name="natural alone", objective=ObjectiveConfig(kind="natural")),
             ),
             "seeds": (0,),
-            "looks": {},
+            "test_auroc": {},
         }
     )
     second = experiment(grown)
@@ -117,7 +117,7 @@ def test_an_unknown_family_or_feature_is_refused_with_those_there_are(
 ) -> None:
     for change in ({"held_out": ("sepia",)}, {"candidates": (Candidate(name="a", feature=("block99.cls",)),)}):
         with pytest.raises(ConfigError, match=r"sepia|block99\.cls"):
-            experiment(config.model_copy(update={**change, "looks": {}}))
+            experiment(config.model_copy(update={**change, "test_auroc": {}}))
 
 
 def test_two_candidates_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_two_candidates_of_one_name_are_refused(tmp_path: Path) -> None:
         load_yaml(ExperimentConfig, str(path), {})
 
 
-def test_the_rank_correlation_is_spearmans_over_the_candidates_that_were_looked_at() -> None:
+def test_the_rank_correlation_is_spearmans_over_the_candidates_with_a_test_auroc() -> None:
     values = {"a": (0.6, 0.9, 0.7), "b": (0.7, 0.8, None), "c": (0.8, 0.7, 0.9), "d": (0.9, 0.6, 0.8)}
     rows = [
         FitRow(
@@ -141,15 +141,15 @@ def test_the_rank_correlation_is_spearmans_over_the_candidates_that_were_looked_
         )
         for name, figures in values.items()
     ]
-    looks = {"a": 0.71, "b": 0.70, "c": 0.75}
+    test_auroc = {"a": 0.71, "b": 0.70, "c": 0.75}
     expected = stats.spearmanr([0.6, 0.7, 0.8], [0.71, 0.70, 0.75]).statistic
     summary = summarized(rows)
-    assert rank_correlation(summary, looks) == (pytest.approx(expected), 3)
-    assert rank_correlation(summary, looks, "tpr_5") == (pytest.approx(-expected), 3)
+    assert rank_correlation(summary, test_auroc) == (pytest.approx(expected), 3)
+    assert rank_correlation(summary, test_auroc, "tpr_5") == (pytest.approx(-expected), 3)
     assert rank_correlation(summary, {"a": 0.7, "b": 0.8}) is None
-    assert rank_correlation(summary, looks, "auroc_sources") is None  # of b it is not known
-    assert rank_correlation(summary, looks, "nll_median") is None  # all alike
-    assert rank_correlation(summary, looks | {"d": 0.73}, "auroc_sources") == (pytest.approx(1.0), 3)
+    assert rank_correlation(summary, test_auroc, "auroc_sources") is None  # of b it is not known
+    assert rank_correlation(summary, test_auroc, "nll_median") is None  # all alike
+    assert rank_correlation(summary, test_auroc | {"d": 0.73}, "auroc_sources") == (pytest.approx(1.0), 3)
 
 
 def test_a_family_that_no_image_drew_fails_its_fit_with_a_sentence(trained: str, tiny: TrainConfig) -> None:

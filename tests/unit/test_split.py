@@ -8,7 +8,7 @@ import torch
 
 from clipflow_ray.config import FlowConfig, SplitConfig
 from clipflow_ray.errors import ConfigError
-from clipflow_ray.lab.experiment import _less
+from clipflow_ray.lab.experiment import _without_families
 from clipflow_ray.model.flow import Flow
 from clipflow_ray.train.features import Features
 from clipflow_ray.train.loop import source_separation, validate
@@ -78,8 +78,8 @@ def test_the_recall_of_held_out_proxies_is_that_at_the_threshold_of_the_calibrat
 
 def test_a_candidate_without_a_family_trains_on_no_pair_that_involves_it() -> None:
     data = split(features(), SPLIT.model_copy(update={"held_out_family": None}))
-    assert sorted(_less(data, ("tone",)).proxy.family) == ["low_pass"]
-    assert sorted(_less(data, ("resample",)).proxy.family) == ["low_pass", "tone", "tone+low_pass"]
+    assert sorted(_without_families(data, ("tone",)).proxy.family) == ["low_pass"]
+    assert sorted(_without_families(data, ("resample",)).proxy.family) == ["low_pass", "tone", "tone+low_pass"]
 
 
 def test_the_separation_of_sources_is_the_mean_over_pairs_of_the_better_side_of_their_auroc() -> None:

@@ -1,1 +1,1 @@
-"""Speed as ratios of two things measured in one run, interleaved: the only performance figures this project quotes."""
+"""Speed benchmarks. Each measures two rates in turns and reports their ratio: rates alone depend on the machine."""

@@ -25,9 +25,9 @@ class AuditBenchmark(Benchmark):
 
 
 def audit_against_bare_encoder(objects: int, rounds: int) -> AuditBenchmark:
-    """Whole audits from S3 against a bare loop encoder(batch) on ready tensors, with a thread a core.
+    """Whole audits from S3 over a bare loop `encoder(batch)` on ready tensors, with one thread for each core.
 
-    An audit is timed as a user sees it: listing, actor start, reading, decoding, scoring, ledger; Ray itself is up.
+    The time of an audit includes listing, actor start, reading, decoding, scoring and the ledger, but not Ray's start.
     """
     config = AuditConfig(input=(), output="")
     bare = bare_loop(Encoder(load_checkpoint(config.checkpoint).encoder))

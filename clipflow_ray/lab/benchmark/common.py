@@ -1,4 +1,4 @@
-"""What the benchmarks share: the model of a result, interleaved timing, images, and a checkpoint without training."""
+"""Shared parts of the benchmarks: the model of a result, interleaved timing, images, an untrained checkpoint."""
 
 import io
 import time
@@ -33,7 +33,7 @@ class Benchmark(Closed):
 
 
 def interleaved(name: str, ours: Callable[[int], float], theirs: Callable[[int], float], rounds: int) -> Benchmark:
-    """Alternate two rates; each round's ratio uses the mean of the bare rates right before and after it."""
+    """Measure two rates in turns. Each round divides `ours` by the mean of `theirs` right before and after it."""
     before, ratios, rates = theirs(0), [], []
     for at in range(rounds):
         own, after = ours(at), theirs(at)
@@ -50,7 +50,7 @@ def interleaved(name: str, ours: Callable[[int], float], theirs: Callable[[int],
 
 
 def bare_loop(encoder: Encoder) -> Callable[[int], float]:
-    """Images per second of a loop `encoder(batch)` on ready views: what all else is compared with."""
+    """Return a measurement of the reference rate: images per second of a loop `encoder(batch)` on ready views."""
     size = encoder.view.size
     views = np.random.default_rng(0).integers(0, 256, (BATCH, size, size, 3), np.uint8)
 
@@ -64,7 +64,7 @@ def bare_loop(encoder: Encoder) -> Callable[[int], float]:
 
 
 def untrained(encoder: EncoderConfig, path: str) -> str:
-    """A checkpoint whose flow never saw an image: it costs what a trained one costs."""
+    """Write a checkpoint with an untrained flow to `path` and return `path`. It is as fast as a trained one."""
     tower, limits = Encoder(encoder, "cpu"), ImageLimits()
     views = np.stack([images.view(images.decode(data, limits).rgb, tower.view) for data in jpegs(BATCH)])
     embeddings = torch.from_numpy(tower.embed(views))
@@ -84,7 +84,7 @@ def untrained(encoder: EncoderConfig, path: str) -> str:
 
 
 def jpegs(count: int, size: tuple[int, int] = (640, 480)) -> Iterator[bytes]:
-    """JPEGs of `size` (width, height) cut from the demo's photographs, enlarged to twice that."""
+    """Yield JPEGs of `size` (width, height), cut from the demo's photographs at twice that size."""
     width, height = size
     photos = [Image.fromarray(photo).resize((2 * width, 2 * height)) for _, photo in photographs()]
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Keys per second of a long list over those of an eighth of it, and the driver's peak memory."""
+"""Listing rate of a long list over that of a list of an eighth of its length, and the driver's peak memory."""
 
 import resource
 import tempfile
@@ -16,14 +16,17 @@ from clipflow_ray.place import Place
 
 
 class ListingBenchmark(Benchmark):
-    """A long list over one of an eighth of its length."""
+    """Listing rate of a long list over that of a list of an eighth of its length."""
 
     keys: int = Field(description="Keys of the long list.")
     driver_peak_mib: int = Field(description="Peak memory of this process, in MiB.")
 
 
 def listing(keys: int, rounds: int) -> ListingBenchmark:
-    """Keys per second into a manifest, of a list file over one of an eighth of its length: 1 is linear."""
+    """Keys per second from a list file into a manifest, over those of a list of an eighth of its length.
+
+    A ratio of 1 means that the time grows linearly with the number of keys.
+    """
     resources.connect()
     with tempfile.TemporaryDirectory() as folder:
 

@@ -41,10 +41,11 @@ class PipelineBenchmark(Benchmark):
 def pipeline_against_plain_loops(objects: int, rounds: int) -> PipelineBenchmark:
     """Reading, decoding and scoring through Ray Data against loops of Pillow and open_clip's own transform.
 
-    With the test tower, so that reading and decoding dominate. `ratio` is over one process, `ratio_to_dataloader` over
-    a torch DataLoader with two workers; all score the same local JPEGs on the same cores. The pipeline's rate is that
-    of the objects by which one audit exceeds another of a quarter its size: the imports of its processes drop out, as
-    those of the loops do. `whole` is the rate of the larger audit with its start-up.
+    The test tower is used, so that reading and decoding dominate. `ratio` is over a loop in one process,
+    `ratio_to_dataloader` over a torch DataLoader with two workers. All score the same local JPEGs on the same cores.
+    The pipeline's rate is a marginal one: the additional objects of an audit against one of a quarter of its size,
+    divided by the additional time. So start-up is excluded, as it is for the loops. `whole` is the rate of the larger
+    audit with its start-up.
     """
     encoder = EncoderConfig(model=TEST_TOWER, pretrained="seed:0")
     weights = load_weights(encoder)
@@ -108,7 +109,7 @@ def pipeline_against_plain_loops(objects: int, rounds: int) -> PipelineBenchmark
 
 
 class _Files(Dataset[torch.Tensor]):
-    """Image files through a transform, as people write it."""
+    """Image files and a transform, as a plain script would write it."""
 
     def __init__(self, paths: list[str], transform: Callable[[Image.Image], torch.Tensor]) -> None:
         self._paths, self._transform = paths, transform
@@ -121,7 +122,7 @@ class _Files(Dataset[torch.Tensor]):
 
 
 def _write_files(folder: Path) -> list[str]:
-    """Paths of JPEGs on disk."""
+    """Write JPEGs and return their paths."""
     paths = [str(folder / f"{at:06d}.jpg") for at in range(_FILES)]
     for path, data in zip(paths, jpegs(_FILES), strict=True):
         Path(path).write_bytes(data)

@@ -1,4 +1,4 @@
-"""The slowest proxy family on one core over the rate that training asks for."""
+"""The slowest proxy family on one core over the rate that training requires."""
 
 import time
 from typing import Final

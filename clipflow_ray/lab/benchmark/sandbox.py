@@ -1,4 +1,4 @@
-"""Decoding in the killable child process over decoding in place."""
+"""Decoding in the sandbox's child process over decoding in the calling process."""
 
 import time
 from collections.abc import Callable
@@ -13,15 +13,15 @@ from clipflow_ray.model.checkpoint import load_checkpoint
 
 
 class SandboxBenchmark(Benchmark):
-    """Sandboxed decoding over decoding in place, for photographs of two megapixels."""
+    """Sandboxed decoding over decoding in the calling process, for photographs of two megapixels."""
 
     ratio_small: float = Field(description="The same ratio for photographs of 640 x 480 pixels.")
 
 
 def sandboxed_decoding(rounds: int) -> SandboxBenchmark:
-    """Decoding to the encoder's view in one killable child over the same in this process, on one thread.
+    """Decoding to the encoder's view in one child process over the same in this process, on one thread.
 
-    `ratio` is for photographs of two megapixels, `ratio_small` for the 640 x 480 of the other benchmarks.
+    `ratio` is for photographs of two megapixels, `ratio_small` for the 640 x 480 pixels of the other benchmarks.
     """
     limits, spec = ImageLimits(), load_checkpoint(DEFAULT_CHECKPOINT).view
     torch.set_num_threads(1)

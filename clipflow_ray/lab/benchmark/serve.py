@@ -1,4 +1,4 @@
-"""The endpoint at saturation over a bare encoder loop, and what HTTP adds to the time of one image."""
+"""The saturated endpoint over a bare encoder loop, and the time that HTTP adds to one image."""
 
 import os
 import tempfile
@@ -32,15 +32,15 @@ class ServeBenchmark(Benchmark):
 
     images: int = Field(description="Images of one round.")
     added_ms: dict[str, float] = Field(
-        description="Milliseconds that each way to the detector adds to the median time of one image."
+        description="Milliseconds that each route to the detector adds to the median time of one image."
     )
 
 
 def serving(images: int, rounds: int) -> ServeBenchmark:
     """Images per second of a saturated endpoint with real weights over a bare encoder loop on the same cores.
 
-    `added_ms` is what the way to a replica of Serve, as the edge asks it, and the way through the edge add to the
-    median time of one image of 100 kB over `Detector.detect`, with the test tower.
+    `added_ms` is the median time of one image of 100 kB minus that of `Detector.detect`, with the test tower: for a
+    request to a Serve replica (`serve`) and for one through the edge (`edge`).
     """
     contents = list(jpegs(images))
     bare = bare_loop(Encoder(load_checkpoint(ServeConfig().checkpoint).encoder))
@@ -76,7 +76,7 @@ def _added_latency(contents: list[bytes], rounds: int) -> dict[str, float]:
                 through_serve = Client(f"http://{replica}")
                 ways["serve"] = lambda data: through_serve.detect([data])
             seconds: dict[str, list[float]] = {name: [] for name in ways}
-            for at in range(rounds + 1):  # the first is to warm up
+            for at in range(rounds + 1):  # the first round is a warm-up
                 for name, way in ways.items():
                     for data in contents:
                         start = time.perf_counter()
