@@ -5,6 +5,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, to_tensor
 
-from clipflow_ray.config import TEST_TOWER, EncoderConfig
+from clipflow_ray.config import DEFAULT_CHECKPOINT, OPENAI_VIEW, TEST_TOWER, EncoderConfig, ViewSpec
 from clipflow_ray.errors import ConfigError, WeightsError
-from clipflow_ray.model.encoder import Encoder
-from clipflow_ray.model.weights import build_tower, cached_path, contents_sha256, load_weights
+from clipflow_ray.model.checkpoint import load_checkpoint
+from clipflow_ray.model.encoder import Encoder, fingerprint
+from clipflow_ray.model.weights import (
+    TowerRecord,
+    architecture_of,
+    build_tower,
+    cached_path,
+    contents_sha256,
+    load_record,
+    load_weights,
+)
+from tests.unit.test_weights import PACKAGED_SHA256
 
 TOWER = EncoderConfig(model=TEST_TOWER, pretrained="seed:0")
 ALL = ("block2.mean", "projected", "block1.cls", "block1.mean", "block2.cls")
@@ -103,11 +114,10 @@ def test_features_given_at_construction_win_over_the_configs(views: np.ndarray) 
 def test_an_embedding_does_not_depend_on_its_batch_mates(names: tuple[str, ...], views: np.ndarray) -> None:
     tower = encoder(*names)
     alone = np.concatenate([tower.embed(view[None]) for view in views])
-    scale = np.abs(alone).max()
-    np.testing.assert_allclose(tower.embed(views), alone, rtol=0, atol=1e-5 * scale)
+    np.testing.assert_array_equal(tower.embed(views), alone)
     extreme = np.stack([np.zeros_like(views[0]), views[2], np.full_like(views[0], 255)])
-    np.testing.assert_allclose(tower.embed(extreme)[1], alone[2], rtol=0, atol=1e-5 * scale)
-    assert np.abs(alone[0] - alone[1]).max() > 100e-5 * scale
+    np.testing.assert_array_equal(tower.embed(extreme)[1], alone[2])
+    assert np.abs(alone[0] - alone[1]).max() > 1e-3 * np.abs(alone).max()
 
 
 def test_an_encoder_switches_tf32_off_whatever_was_set_before() -> None:
@@ -125,11 +135,11 @@ def test_an_encoder_switches_tf32_off_whatever_was_set_before() -> None:
 
 def test_embeddings_of_many_views_on_several_threads_are_those_of_one_view_at_a_time(views: np.ndarray) -> None:
     shifted = [np.roll(views, shift, axis=2) for shift in range(0, 60, 10)]
-    many = np.concatenate(shifted)[:33]  # four chunks and one more
-    one_by_one = Encoder(TOWER, device="cpu", features=ALL)
+    many = np.concatenate(shifted)[:33]
+    one_by_one = Encoder(TOWER, device="cpu", features=ALL, threads=1)
     expected = np.concatenate([one_by_one.embed(view[None]) for view in many])
     assert np.abs(np.diff(expected, axis=0)).max(axis=1).min() > 1e-2  # no two alike: order shows
-    np.testing.assert_allclose(Encoder(TOWER, "cpu", ALL, threads=3).embed(many), expected, atol=1e-5)
+    np.testing.assert_array_equal(Encoder(TOWER, "cpu", ALL, threads=3).embed(many), expected)
 
 
 def test_threads_of_an_encoder_leave_other_threads_their_number_of_torch_threads(views: np.ndarray) -> None:
@@ -168,6 +178,38 @@ def test_the_fingerprint_follows_view_and_weights_and_not_the_feature() -> None:
     others = [encoder(view="crop"), encoder(pretrained="seed:1"), encoder(view="crop", pretrained="seed:1")]
     assert len({base.fingerprint, *(other.fingerprint for other in others)}) == 4
     assert len(base.fingerprint) == 16 and int(base.fingerprint, 16) >= 0
+
+
+def test_the_fingerprint_follows_each_part_of_the_view_and_the_precision() -> None:
+    config, record = EncoderConfig(model=TEST_TOWER, pretrained="seed:0"), load_record(TOWER)
+    changes: list[dict[str, object]] = [
+        {"kind": "crop"},
+        {"size": 256},
+        {"interpolation": "bilinear"},
+        {"resize_mode": "squash"},
+        {"mean": (0.5, 0.5, 0.5)},
+        {"std": (0.5, 0.5, 0.5)},
+    ]
+    assert {name for change in changes for name in change} == set(ViewSpec.model_fields)
+    others = [replace(record, view=record.view.model_copy(update=change)) for change in changes]
+    half = config.model_copy(update={"precision": "bfloat16"})
+    found = [fingerprint(config, record), fingerprint(half, record), *(fingerprint(config, other) for other in others)]
+    assert len(set(found)) == 2 + len(changes)
+
+
+def test_the_fingerprint_of_the_packaged_checkpoint_is_what_it_was_before_views_were_recorded() -> None:
+    packaged = load_checkpoint(DEFAULT_CHECKPOINT)
+    record = TowerRecord(PACKAGED_SHA256, architecture_of(packaged.encoder.model), OPENAI_VIEW)
+    assert fingerprint(packaged.encoder, record) == packaged.encoder_fingerprint == "e66e6ed4105b2026"
+    assert packaged.view == OPENAI_VIEW
+
+
+def test_bfloat16_gives_float32_embeddings_near_those_of_float32_and_apart_from_batch_mates(views: np.ndarray) -> None:
+    exact, rounded = (Encoder(TOWER.model_copy(update={"precision": p}), "cpu", ALL) for p in ("float32", "bfloat16"))
+    found, wanted = rounded.embed(views), exact.embed(views)
+    assert found.dtype == np.float32
+    assert 1e-4 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.02
+    np.testing.assert_array_equal(rounded.embed(views[2:3])[0], found[2])
 
 
 def test_the_fingerprint_follows_the_models_name_even_with_the_same_weights(tmp_path: Path) -> None:
