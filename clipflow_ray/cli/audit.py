@@ -60,7 +60,7 @@ def audit(
         float | None, typer.Option("--fail-if-flag-rate-above", help="Exit with code 4 if a larger share is flagged.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the amount of work and its duration, and stop.")
+        bool, typer.Option("--dry-run", help="Print the amount of work and its estimated duration; score nothing.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -42,8 +42,8 @@ def read_images(
 ) -> list[ReadImage]:
     """Read and decode the objects of manifest rows, in their order; reads overlap, decoding uses one core.
 
-    `near` is any place that is reached with the same options as the rows' URIs. With `spec`, an image's `rgb` is its
-    view by it. `options` are those that the rows were listed with.
+    `near` is any place that is reached with the same options as the rows' URIs. With `spec`, an image's `rgb` is the
+    view that `spec` describes. `options` are those with which the rows were listed.
     """
     contents = read_bytes(table, near, limits, options)
     decoded = iter(sandbox.decode_all([c for c in contents if isinstance(c, bytes)], limits, spec))
