@@ -1,7 +1,7 @@
-"""Names that other packages keep private, each behind a function of ours that says why it is needed.
+"""Private names of other packages. Each is wrapped in one function, which says why it is needed.
 
-No other module uses such a name. `tests/unit/test_compat.py` says at once which of them an upgrade has changed. The
-imports lie inside the functions, because a process pays only for the package that it uses.
+No other module uses such a name. `tests/unit/test_compat.py` fails if an upgrade has changed one of them. The imports
+are inside the functions, so that a process imports only the package that it uses.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -24,10 +24,10 @@ def image_tower(embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bool = F
 
 
 def handle_of_cluster(handle: Any) -> Any:
-    """`handle` of a deployment, with its calls sent as this process's cluster is set to send them: by gRPC or by Ray.
+    """`handle` of a deployment, set to send its calls as this process's cluster does: by gRPC or by Ray.
 
-    Private because Ray fixes that choice in the process that binds the application, which may have other switches than
-    the cluster, and offers no public way to ask for the choice of the cluster or to change it.
+    Private because Ray fixes that choice in the process that binds the application. The environment variables of that
+    process may differ from those of the cluster, and Ray has no public way to read or change the choice.
     """
     from ray.serve._private.constants import RAY_SERVE_USE_GRPC_BY_DEFAULT
 
@@ -38,7 +38,7 @@ def ingress_addresses(application: str, timeout_seconds: float) -> list[tuple[st
     """IP address and port of each server that answers HTTP for `application`, on all nodes.
 
     These are the ingress replicas if they answer HTTP themselves, and Serve's proxies otherwise. Private because Ray
-    tells the addresses of replicas only to its own load balancer. Raises RayError if Serve does not answer in time.
+    gives the addresses of replicas only to its own load balancer. Raises RayError if Serve does not answer in time.
     """
     import ray
 
@@ -58,10 +58,10 @@ def serve_client() -> Any:
 
 
 def autoscaler_config(cluster: dict[str, Any]) -> dict[str, Any]:
-    """What Ray's autoscaler makes of a RayCluster resource; `available_node_types` has its groups by name.
+    """The configuration that Ray's autoscaler derives from a RayCluster resource.
 
-    Private because only the autoscaler in a KubeRay pod reads such a resource. The tests read the files of `cluster/`
-    by it.
+    Its `available_node_types` maps the name of each group to its node type. Private because only the autoscaler in a
+    KubeRay pod reads such a resource. The tests check the files of `cluster/` with it.
     """
     from ray.autoscaler._private.kuberay import autoscaling_config
 

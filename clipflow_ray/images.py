@@ -1,4 +1,6 @@
-"""Untrusted bytes -> RGB pixels -> the square view that the encoder sees. Every limit on images lives here.
+"""Decode untrusted bytes to RGB pixels, and make the square view that the encoder takes.
+
+This module enforces the limits on bytes, sides, pixels and JPEG scans. `sandbox` enforces those on time and memory.
 
 Colour rules: EXIF orientation is applied; transparency is composited on white; CMYK is converted by
 Pillow's plain formula; 16-bit grey is scaled to 8 bits; embedded ICC profiles are ignored, as CLIP's own
@@ -43,7 +45,12 @@ _JPEG_LUMINANCE_Q50_SUM: Final = 3688
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """Pixels and what is known of the file. `rgb` is uint8 [height, width, 3], upright."""
+    """The pixels of an image and facts about its file.
+
+    `rgb` is uint8 [height, width, 3], upright. `width` and `height` are those of the upright image, in pixels.
+    `sandbox.decode` puts the encoder's view into `rgb` if it is called with a ViewSpec. `jpeg_quality` is on the IJG
+    scale from 1 to 100, and None if the file has no quantization table.
+    """
 
     rgb: Pixels
     width: int
@@ -59,8 +66,8 @@ def decode(data: bytes, limits: ImageLimits) -> DecodedImage:
     """Decode one JPEG, PNG, WebP or GIF within `limits`.
 
     Raises ImageError with the codes empty, too_large_bytes, unsupported_format, truncated, too_large_pixels,
-    too_small or decode_failed. This is the one place where untrusted bytes meet a decoder; callers go through
-    `sandbox.decode`, which runs it in a child that may die.
+    too_small or decode_failed. Only this function passes untrusted bytes to a decoder. Call it through
+    `sandbox.decode`, which runs it in a child process that may be killed.
     """
     if not data:
         raise ImageError("empty", "The object has no bytes.")
@@ -77,24 +84,24 @@ def decode(data: bytes, limits: ImageLimits) -> DecodedImage:
             _check_size(image.width, image.height, limits)
             frames = min(structure.frames or int(getattr(image, "n_frames", 1)), 2**31 - 1)
             mode, quality = image.mode, _jpeg_quality(image)
-            if image_format == "JPEG" and mode in ("RGB", "L"):  # the pixels of Pillow, in half the time
+            if image_format == "JPEG" and mode in ("RGB", "L"):  # same pixels as Pillow, half the time
                 height, width, *_ = simplejpeg.decode_jpeg_header(data)
-                _check_size(width, height, limits)  # whatever Pillow made of the header
+                _check_size(width, height, limits)  # Pillow may have read another size from a crafted header
                 rgb = _upright(simplejpeg.decode_jpeg(data, "RGB", strict=False), image)
             else:
                 image.load()
                 if image_format == "PNG":
                     _scale_transparency(image, data[24])
                 rgb = _upright(np.asarray(_to_rgb(image)), image)
-            has_exif = "exif" in image.info  # a PNG may keep it behind its pixels
+            has_exif = "exif" in image.info  # read after decoding: a PNG may store EXIF after its pixels
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("too_large_pixels", f"More than {limits.max_pixels} pixels.") from error
     except ImageError:
         raise
     except MemoryError as error:
-        raise ImageError("decode_failed", "Decoding needs more memory than there is.") from error
+        raise ImageError("decode_failed", "Decoding needs more memory than is available.") from error
     except Exception as error:  # Pillow's plugins raise a dozen unrelated types on malformed input
-        raise ImageError("decode_failed", f"The {image_format} does not decode.") from error
+        raise ImageError("decode_failed", f"The {image_format} cannot be decoded.") from error
     return DecodedImage(
         rgb=rgb,
         width=rgb.shape[1],
@@ -112,7 +119,7 @@ def view(rgb: Pixels, spec: ViewSpec) -> Pixels:
 
     `resize` is open_clip's evaluation transform without its normalisation: `shortest` scales the short side to S and
     takes the centre, `squash` scales both sides to S. `crop` takes the centre at native resolution, and is `resize`
-    if a side is shorter than S. A value differs from open_clip's own by one grey level at most.
+    if a side is shorter than S. Values of photographs differ from open_clip's own by one grey level at most.
     """
     height, width = rgb.shape[:2]
     size, short = spec.size, min(height, width)
@@ -127,16 +134,16 @@ def view(rgb: Pixels, spec: ViewSpec) -> Pixels:
 
 
 def resized(rgb: Pixels, width: int, height: int, interpolation: Literal["bicubic", "bilinear"] = "bicubic") -> Pixels:
-    """Resize uint8 [height, width, 3] by antialiased interpolation, as Pillow does.
+    """Resize uint8 [height, width, 3] with antialiased interpolation, as Pillow does.
 
-    If no side grows, the vectorized bicubic kernel of torch does it in a tenth of the time. Both libraries round to
-    uint8 between their two passes. Pillow starts with the vertical pass if that saves work; torch never does, so the
-    image is transposed for torch. Bilinear weights are round numbers more often, and there torch differs from Pillow
-    by two grey levels.
+    If no side grows, bicubic interpolation uses torch, whose vectorized kernel takes a tenth of Pillow's time. Both
+    libraries resize in two passes and round to uint8 in between. Pillow starts with the vertical pass if that saves
+    work. Torch always starts with the horizontal pass, so the image is transposed if Pillow would start with the
+    vertical one. Bilinear interpolation always uses Pillow, because torch differs from it by two grey levels.
     """
     if interpolation == "bilinear" or width > rgb.shape[1] or height > rgb.shape[0]:
         return np.asarray(Image.fromarray(rgb).resize((width, height), _PILLOW_FILTER[interpolation]))
-    import torch  # not above: processes that only read files would spend seconds on it
+    import torch  # imported here: it takes seconds, and processes that only read files do not need it
     from torch.nn.functional import interpolate
 
     vertical_first = rgb.shape[0] - height > max(0, 2 * (rgb.shape[1] - width))
@@ -148,7 +155,7 @@ def resized(rgb: Pixels, width: int, height: int, interpolation: Literal["bicubi
 
 
 def stratum(image_format: str, width: int, height: int) -> str:
-    """Format and long-side class, such as `jpeg|512-1024`."""
+    """The stratum of an image: its format and the range of its long side in pixels, such as `jpeg|512-1024`."""
     low, high = 0, 0
     for side in _STRATUM_SIDES:
         if max(width, height) < side:
@@ -162,7 +169,7 @@ Format = Literal["JPEG", "PNG", "WEBP", "GIF"]
 
 
 def sniff(data: bytes) -> Format:
-    """The format by its first bytes, whatever the name or Content-Type says; raises unsupported_format."""
+    """The format, recognised by the first bytes alone. Raises ImageError with unsupported_format if it is another."""
     if data.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -176,7 +183,7 @@ def sniff(data: bytes) -> Format:
 
 @dataclass(frozen=True)
 class _Structure:
-    """What the container says without decoding; `frames` 0 means: ask the decoder."""
+    """Facts that the container shows without decoding. If `frames` is 0, only the decoder knows the number."""
 
     complete: bool
     scans: int = 0
@@ -184,11 +191,11 @@ class _Structure:
 
 
 def _jpeg_structure(data: bytes) -> _Structure:
-    """Walk the markers of the first image: count scans, see whether the end marker is there."""
+    """Walk the markers of the first image: count its scans and check for the end marker."""
     position, scans = 2, 0
     while position + 4 <= len(data):
         if data[position] != 0xFF or data[position + 1] == 0x00:
-            break  # not a marker where one is due
+            break  # a marker was expected
         marker = data[position + 1]
         if marker == 0xD9:
             return _Structure(True, scans)
@@ -227,7 +234,7 @@ def _webp_structure(data: bytes) -> _Structure:
 
 
 def _gif_structure(data: bytes) -> _Structure:
-    """Walk the blocks: Pillow counts frames by decoding, which an animation bomb makes expensive."""
+    """Walk the blocks to count frames: Pillow would decode each frame, which is slow for an animation bomb."""
     if len(data) < 13:
         return _Structure(False)
     frames, position = 0, 13 + _gif_table_bytes(data[10])
@@ -272,7 +279,7 @@ def _check_size(width: int, height: int, limits: ImageLimits) -> None:
 
 
 def _scale_transparency(image: Image.Image, bits: int) -> None:
-    """Pillow keeps tRNS at the file's depth but compares it with 8-bit pixels."""
+    """Scale the transparent colour to 8 bits: Pillow keeps it at the file's depth but compares it with 8-bit pixels."""
     key = image.info.get("transparency")
     if image.mode == "L" and isinstance(key, int) and bits in (2, 4):
         image.info["transparency"] = key * 255 // (2**bits - 1)
@@ -281,7 +288,7 @@ def _scale_transparency(image: Image.Image, bits: int) -> None:
 
 
 def _upright(rgb: Pixels, image: Image.Image) -> Pixels:
-    """`rgb` turned as the EXIF data of `image` say; a copy of its own: torch warns of arrays that are read-only."""
+    """Turn `rgb` upright by the EXIF orientation of `image`. The result is writable, or torch would warn about it."""
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION)
     except Exception:  # Pillow's EXIF parser raises many types on crafted metadata; no orientation is known then
@@ -293,7 +300,7 @@ def _upright(rgb: Pixels, image: Image.Image) -> Pixels:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        # 16-bit grey. convert("RGB") would clip it to white; 32-bit "I" holds 16-bit data for these formats.
+        # 16-bit grey, which convert("RGB") would clip to white. In these formats, 32-bit "I" holds 16-bit data too.
         wide = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         key = image.info.get("transparency")
         image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
@@ -306,7 +313,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _jpeg_quality(image: Image.Image) -> int | None:
-    """Quality on the IJG scale by the mean step of the luminance table; None where there is none."""
+    """Quality on the IJG scale, estimated from the mean of the luminance table; None if there is no table."""
     tables: dict[int, list[int]] | None = getattr(image, "quantization", None)
     if not tables or len(tables.get(0, ())) != 64:
         return None

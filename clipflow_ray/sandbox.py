@@ -1,9 +1,9 @@
-"""`images.decode` in a child process that may die: a decoder that hangs or crashes costs one image, not the worker.
+"""Run `images.decode` in a child process that may be killed: a hanging or crashing decoder costs one image only.
 
-A thread that decodes cannot be stopped and a crash takes its process along, so untrusted bytes go through a socket to a
-child with limits on time and memory that can open no file and no connection, and pixels come back. Children are forked
-from one process that has imported all they need, so that a replacement is there at once. That process knows no secrets:
-its environment holds nothing but what Python needs to start. Nothing is pickled on either side.
+A decoding thread could not be stopped, and a crash would end its whole process. So untrusted bytes go through a socket
+to a child process, and pixels come back. The child process has limits on time and memory, and can open no file and no
+connection. It is forked from a zygote process that has already imported all modules, so a replacement is ready at once.
+The zygote process has no secrets: its environment holds only what Python needs to start. No data is pickled.
 """
 
 import json
@@ -31,20 +31,21 @@ from clipflow_ray.config import OPENAI_VIEW, ImageLimits, ViewSpec
 from clipflow_ray.errors import ImageError, ItemError
 from clipflow_ray.images import DecodedImage
 
-_HEADER: Final = struct.Struct(">IQ")  # bytes of json, bytes of payload
-_BUFFER: Final = 2**20  # a view fits: a child does not wait until its answer is taken
+_HEADER: Final = struct.Struct(">IQ")  # length of the JSON and of the payload, in bytes
+_BUFFER: Final = 2**20  # holds a view, so that a child process does not wait until its answer is read
 _PID: Final = struct.Struct(">I")
 _START_SECONDS: Final = 60.0
 _ATTEMPTS: Final = 3
-_WINDOW: Final = 2  # images that a child has at a time: one at work, one to go on with
+_WINDOW: Final = 2  # images sent to a child process at a time: the one that it decodes and the next
 _MEMORY: Final = 2 * 2**30
-_CPU_SECONDS_BEYOND: Final = 2  # where the parent died and cannot stop the child, the kernel does
+_CPU_SECONDS_BEYOND: Final = 2  # beyond max_seconds, the kernel ends a child process whose parent is dead
 
 
 def decode(data: bytes, limits: ImageLimits, spec: ViewSpec | None = None) -> DecodedImage:
-    """`images.decode` in this process's child; with `spec`, `rgb` is the encoder's view instead of all pixels.
+    """Decode one image in the child process of this process. With `spec`, `rgb` is the encoder's view of the image.
 
-    Raises ImageError as `images.decode` does, and with decode_timeout or decoder_crash.
+    Raises ImageError with the codes of `images.decode`, decode_timeout or decoder_crash. Raises ItemError with the code
+    internal if no child process can be started.
     """
     return _child().decode(data, limits, spec)
 
@@ -52,15 +53,15 @@ def decode(data: bytes, limits: ImageLimits, spec: ViewSpec | None = None) -> De
 def decode_all(
     contents: Sequence[bytes], limits: ImageLimits, spec: ViewSpec | None = None
 ) -> list[DecodedImage | ItemError]:
-    """The same for several images, in their order; an error stands in its image's place instead of being raised.
+    """Decode several images, in their order. The error of an image is returned in its place and not raised.
 
-    The next image is on its way to the child while one decodes.
+    While one image is decoded, the next one is already sent to the child process.
     """
     return _child().decode_all(contents, limits, spec)
 
 
 class DecodeChild:
-    """One child; started when first needed, replaced when it was killed or died. Threads take turns."""
+    """One child process, started at its first image and replaced if it has died. One thread uses it at a time."""
 
     def __init__(self) -> None:
         self._pid: int | None = None
@@ -69,7 +70,7 @@ class DecodeChild:
 
     @property
     def pid(self) -> int | None:
-        """Process id of the running child."""
+        """Process id of the running child process, or None if none runs."""
         return self._pid
 
     def decode(self, data: bytes, limits: ImageLimits, spec: ViewSpec | None = None) -> DecodedImage:
@@ -101,16 +102,16 @@ class DecodeChild:
                     self._kill()
                     self._stop()
                     outcome = ImageError("decode_timeout", f"Decoding took more than {limits.max_seconds:g} seconds.")
-                except (EOFError, ConnectionError):  # it died on the first image that it has not answered
+                except (EOFError, ConnectionError):  # it died while decoding the first unanswered image
                     self._stop()
                     sent, attempts = len(outcomes), attempts + 1
                     if attempts < _ATTEMPTS:
                         continue
                     outcome = ImageError("decoder_crash", f"The decoder crashed on this image {_ATTEMPTS} times.")
-                except ItemError as error:  # no child can be started
+                except ItemError as error:  # no child process can be started
                     outcome = error
                 except BaseException:
-                    self._stop()  # what it still answers would be taken for answers to the images of another call
+                    self._stop()  # its late answers would be taken for those of the next call
                     raise
                 outcomes.append(outcome)
                 attempts = 0
@@ -119,36 +120,36 @@ class DecodeChild:
         return outcomes
 
     def close(self) -> None:
-        """Stop the child; the next image starts another."""
+        """Stop the child process. The next image starts another one."""
         with self._lock:
             self._stop()
 
     def _start(self) -> socket.socket:
-        self._pid, self._socket = _nursery().child()
+        self._pid, self._socket = _zygote().child()
         return self._socket
 
     def _kill(self) -> None:
-        """Only of a child that still holds its end: the id of one that has ended may be another process's by now."""
+        """Kill only a live child: a dead one's pid may be reused."""
         if self._pid is not None:
             with suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
 
     def _stop(self) -> None:
-        """A child that waits for work ends with its socket."""
+        """Close the socket, which ends a child process that waits for its next image."""
         if self._socket is not None:
             self._socket.close()
         self._pid, self._socket = None, None
 
 
-class _Nursery:
-    """The process that children are forked from, one for all children of this process; replaced when it died."""
+class _Zygote:
+    """The zygote process, from which all child processes of this process are forked; replaced after it has died."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
     def child(self) -> tuple[int, socket.socket]:
-        """Process id of a new child and the socket to talk to it."""
+        """Fork a child process; returns its process id and the socket to it. Raises ItemError if that fails."""
         with self._lock:
             for _ in range(_ATTEMPTS):
                 control = self._control if self._process and self._process.poll() is None else self._start()
@@ -158,19 +159,19 @@ class _Nursery:
                     socket.send_fds(control, [b"c"], [theirs.fileno()])
                     (pid,) = _PID.unpack(_exactly(control, _PID.size, time.monotonic() + _START_SECONDS))
                     return pid, ours
-                except (EOFError, OSError):  # it died; TimeoutError is an OSError
+                except (EOFError, OSError):  # the zygote process died or, with TimeoutError (an OSError), hangs
                     ours.close()
                     self._end()
                 finally:
                     theirs.close()
-        raise ItemError("internal", "The decoder process does not start; its message is above.")
+        raise ItemError("internal", "The decoder's zygote process does not start; the log of this process says why.")
 
     def _start(self) -> socket.socket:
         environment = {
             "PATH": os.environ.get("PATH", ""),
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             "OMP_NUM_THREADS": "1",
-            # glibc would map and unmap memory for each image, and the page faults take as long as the resizing.
+            # By default, glibc maps and unmaps memory for each image, and the page faults take as long as the resizing.
             "MALLOC_MMAP_THRESHOLD_": "268435456",
             "MALLOC_TRIM_THRESHOLD_": "268435456",
             "MALLOC_TOP_PAD_": "16777216",
@@ -179,7 +180,7 @@ class _Nursery:
         self._control, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from clipflow_ray.sandbox import nursery; nursery({theirs.fileno()})"],
+                [sys.executable, "-c", f"from clipflow_ray.sandbox import run_zygote; run_zygote({theirs.fileno()})"],
                 stdin=subprocess.DEVNULL,
                 env=environment,
                 pass_fds=[theirs.fileno()],
@@ -194,13 +195,16 @@ class _Nursery:
             self._process = None
 
 
-def nursery(descriptor: int) -> None:
-    """Fork a child for each socket that arrives through the control socket `descriptor`, until that one ends."""
-    # All that children will need is imported here: they can open no file.
+def run_zygote(descriptor: int) -> None:
+    """Run the zygote process: fork a child process for each socket received through the control socket `descriptor`.
+
+    Returns when the other end of the control socket is closed.
+    """
+    # These calls import all modules that a child process needs, because a child process can open no file.
     images.view(np.zeros((2 * OPENAI_VIEW.size, 2 * OPENAI_VIEW.size, 3), np.uint8), OPENAI_VIEW)
     Image.init()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for children: the kernel reaps them
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the child processes, so no wait() is needed
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and closes the socket
     with socket.socket(fileno=descriptor) as control:
         while received := socket.recv_fds(control, 1, 1)[1]:
             pid = os.fork()
@@ -209,20 +213,20 @@ def nursery(descriptor: int) -> None:
                 try:
                     _serve(socket.socket(fileno=received[0]))
                 finally:
-                    os._exit(0)  # not through the parent's `finally`
+                    os._exit(0)  # at once: the clean-up belongs to the zygote process
             os.close(received[0])
             control.sendall(_PID.pack(pid))
 
 
 def _serve(connection: socket.socket) -> None:
-    """A child's loop: requests in, answers out, until the socket ends."""
+    """Main loop of a child process: answer requests until the socket is closed."""
     memory = _MEMORY + int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))  # no file, no socket, no pipe beyond what is open
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))  # opens no further file, socket or pipe
     requests: queue.SimpleQueue[tuple[bytes, bytearray] | None] = queue.SimpleQueue()
-    # The next request is taken in while one is at work: its sender never waits for a child that waits to be heard.
+    # A thread receives the next request while one is decoded, so the two sides cannot deadlock.
     threading.Thread(target=_listen, args=(connection, requests), daemon=True).start()
     with suppress(ConnectionError):
         while request := requests.get():
@@ -269,7 +273,7 @@ def _send(connection: socket.socket, message: bytes, payload: bytes | memoryview
 
 
 def _receive(connection: socket.socket, deadline: float | None = None) -> tuple[bytes, bytearray]:
-    """Message and payload of one `_send`."""
+    """Message and payload of one `_send`. Raises EOFError if the socket is closed, TimeoutError after `deadline`."""
     length, size = _HEADER.unpack(_exactly(connection, _HEADER.size, deadline))
     message = _exactly(connection, length, deadline)
     return bytes(message), _exactly(connection, size, deadline)
@@ -289,8 +293,8 @@ def _exactly(connection: socket.socket, count: int, deadline: float | None) -> b
 
 
 @lru_cache(maxsize=1)
-def _nursery() -> _Nursery:
-    return _Nursery()
+def _zygote() -> _Zygote:
+    return _Zygote()
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,7 @@
-"""Ray Data tasks that read and decode: manifest rows in, described rows with a view out.
+"""Ray Data tasks that read and decode images: manifest rows -> described rows with a view.
 
 Batches are Arrow tables. A row that cannot be read or decoded keeps its place with status `error`; its view is null.
-Nothing here imports torch, which would delay the first image of a task's process by seconds.
+This module must not import torch, which would delay the first image of a worker process by seconds.
 """
 
 import hashlib
@@ -26,7 +26,11 @@ VIEW: Final = "view"
 
 @dataclass(frozen=True)
 class ReadImage:
-    """One object after reading and decoding: digest and size of its bytes; its image, error, or None if unread."""
+    """One object after reading and decoding.
+
+    `sha256` and `bytes` are the hash and number of its bytes, or None if they were not read. `image` is the decoded
+    image or the error, or None if the object is not in the sample.
+    """
 
     sha256: str | None
     bytes: int | None
@@ -40,10 +44,10 @@ def read_images(
     spec: ViewSpec | None = None,
     options: InventoryOptions | None = None,
 ) -> list[ReadImage]:
-    """Read and decode the objects of manifest rows, in their order; reads overlap, decoding uses one core.
+    """Read and decode the objects of manifest rows, in their order. Reads run in parallel; decoding uses one core.
 
-    `near` is any place that is reached with the same options as the rows' URIs. With `spec`, an image's `rgb` is the
-    view that `spec` describes. `options` are those with which the rows were listed.
+    `near` is any place that is reached with the same options as the rows' URIs. With `spec`, the `rgb` of an image is
+    its view. `options` are the options with which the rows were listed.
     """
     contents = read_bytes(table, near, limits, options)
     decoded = iter(sandbox.decode_all([c for c in contents if isinstance(c, bytes)], limits, spec))
@@ -56,7 +60,10 @@ def read_images(
 
 
 def described(table: pa.Table, outcomes: Sequence[ReadImage], views: Sequence[bytes | None]) -> pa.Table:
-    """Manifest rows -> the same rows with the columns of the reading stage; one of `outcomes` and `views` per row."""
+    """Manifest rows -> described rows: the same rows with the columns of the reading stage.
+
+    `outcomes` and `views` have one entry per row.
+    """
     facts = [FileFacts.of(o.image) if isinstance(o.image, DecodedImage) else None for o in outcomes]
     errors = [o.image if isinstance(o.image, ItemError) else None for o in outcomes]
     values: dict[str, Sequence[Any]] = {
@@ -82,7 +89,7 @@ def read_and_decode(
 ) -> pa.Table:
     """Manifest rows -> described rows with the encoder's view as bytes (uint8 S x S x 3), null on error.
 
-    Only the share `sample` of the rows is read. The row id decides, so every run reads the same rows, and a larger
+    Only the fraction `sample` of the rows is read. The row id decides, so every run reads the same rows, and a larger
     sample includes a smaller one. The other rows get the status skipped_sample.
     """
     chosen = np.array([int(identity[:8], 16) < sample * 2**32 for identity in table["row_id"].to_pylist()], bool)

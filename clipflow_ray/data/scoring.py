@@ -1,4 +1,4 @@
-"""Ray Data actors that hold the encoder: views in, scores or embeddings out."""
+"""Ray Data actors that hold the encoder: views -> scores or embeddings."""
 
 import time
 from collections import Counter as Outcomes
@@ -42,7 +42,7 @@ class Score:
         self._encoding = Histogram("clipflow_encode_seconds", "Seconds of one encoder batch.", _SECONDS)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Rows with a `view` -> the same rows with the columns of the scoring stage instead."""
+        """Described rows -> the same rows with the columns of the scoring stage, which replace `view`."""
         views = [view.as_buffer() for view in table[VIEW].drop_null()]
         scores = None
         if views:
@@ -57,10 +57,10 @@ class Score:
 
 
 def scored(table: pa.Table, scores: Scores | None, calibration: Calibration) -> pa.Table:
-    """Described rows and the scores of those with a `view`, in their order -> rows with the scoring columns.
+    """Described rows -> the same rows with the columns of the scoring stage, which replace `view`.
 
-    A row without a view has no scores. A view without a finite score makes its row an error. `scores` may be None if
-    no row has a view.
+    `scores` are those of the rows with a view, in their order. A row without a view has no
+    scores. If the score of a view is not finite, its row becomes an error. `scores` may be None if no row has a view.
     """
     present = table[VIEW].is_valid().to_numpy().astype(bool)
     numbers = {field.name: np.full(len(table), np.nan, np.float32) for field in fields(Scores)}

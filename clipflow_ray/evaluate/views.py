@@ -20,7 +20,7 @@ _ALIGNED_QUALITY: Final = 90
 _WEB_SIDE: Final = 768
 
 DRAW: Final = "draw"
-# Quality, quality, factor of each side, share of each side, sigma in pixels, and JPEG quality after a resize.
+# Quality, quality, factor of each side, kept fraction of each side, sigma in pixels, and JPEG quality after a resize.
 DISTORTIONS: Final[dict[str, tuple[float, ...]]] = {
     "jpeg": (95, 80, 60, 30),
     "webp": (90, 60, 30),
@@ -79,8 +79,8 @@ def aligned(rgb: Pixels) -> bytes:
 def distorted(rgb: Pixels, name: str, level: float, draw: int) -> Pixels:
     """uint8 [H, W, 3] -> the image after the distortion `name` of DISTORTIONS at `level`.
 
-    `draw` seeds the position of a crop relative to the image. Equal draws give equal positions, so two classes with
-    the same draws are treated alike.
+    `draw` seeds the position of a crop relative to the image. Equal draws give equal positions, so that both
+    classes of images get the same crops.
     """
     image = Image.fromarray(rgb)
     if name == "jpeg":

@@ -1,8 +1,8 @@
-"""One directory format for a trained detector: safetensors and json, no pickle.
+"""The directory format of a trained detector: safetensors and JSON, no pickle.
 
 checkpoint.json          configs, encoder fingerprint, training summary, metrics, sha256 of each tensor file
-flow.safetensors         the flow with the naturals' mean and std (float16; it computes in float32)
-calibration.safetensors  scores of held-out naturals; absent means "not calibrated"
+flow.safetensors         the flow with the naturals' mean and std, stored as float16
+calibration.safetensors  scores of held-out naturals; without it the detector is not calibrated
 reference.safetensors    natural embeddings (float16) and two probes, for the baselines of `evaluate`
 """
 
@@ -39,14 +39,14 @@ RECORD: Final = "checkpoint.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A flow with everything that is needed to use it; picklable, so that a driver can hand it to actors.
+    """A flow with everything that is needed to use it. It can be pickled, so that a driver can pass it to actors.
 
-    Its repr leaves the tensors out: Ray Data prints what it hands to actors, and that took a second.
+    The repr omits the tensors: Ray Data prints the arguments of actors, and printing the tensors took a second.
 
-    `view` is what the encoder sees of an image. `segments` are the widths of the encoder's named features.
-    `reference` holds `natural` (float16 [N, D], raw embeddings), `probe` (float32 [D + 1], logistic weights on
-    standardised features and bias) and, since they are kept, `mlp.N.weight` [in, out] and `mlp.N.bias` (layers of a
-    probe with ReLU between them), or is empty.
+    `view` is the view that the encoder takes. `segments` are the widths of the encoder's named features. `reference`
+    may be empty. Otherwise it holds `natural` (float16 [N, D], raw embeddings) and `probe` (float32 [D + 1], logistic
+    weights on standardised features and bias). Newer checkpoints also hold a probe with ReLU between its layers:
+    `mlp.N.weight` [in, out] and `mlp.N.bias`.
     """
 
     encoder: EncoderConfig
@@ -70,7 +70,7 @@ class Checkpoint:
         return digest.hexdigest()[:16]
 
     def flow(self) -> Flow:
-        """The flow, rebuilt from its config and state, in eval mode."""
+        """The flow in eval mode, rebuilt from its config and state. Raises CheckpointError if they do not fit."""
         flow = Flow(self.segments, self.flow_config)
         try:
             flow.load_state_dict(self.flow_state, strict=True)
@@ -80,9 +80,11 @@ class Checkpoint:
 
 
 def save_checkpoint(checkpoint: Checkpoint, where: Place | str | Path) -> None:
-    """Write a checkpoint folder; an old checkpoint there is replaced.
+    """Write a checkpoint folder, and replace an old checkpoint there.
 
-    On disk it is written as a whole or not at all. On s3 the record comes last, and it names the other files by hash.
+    On a local disk, the folder is written as a whole or not at all, and CheckpointError is raised if the old folder is
+    not a checkpoint. On S3, the record is written last. It holds the hashes of the other files, so that a reader
+    detects an incomplete checkpoint.
     """
     place = _place(where)
     files = {"flow.safetensors": save(_contiguous(checkpoint.flow_state))}
@@ -109,12 +111,12 @@ def save_checkpoint(checkpoint: Checkpoint, where: Place | str | Path) -> None:
     record["record_sha256"] = _record_sha256(record)
     files[RECORD] = (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
     if place.is_local and Path(place.uri).exists():
-        load_checkpoint(place)  # replaces nothing that is not a checkpoint
+        load_checkpoint(place)  # raises if the folder is not a checkpoint, so that nothing else is replaced
     place.write_folder(files)
 
 
 def load_checkpoint(where: Place | str | Path) -> Checkpoint:
-    """Read and verify a checkpoint; raises CheckpointError when it is missing, altered or not finite."""
+    """Read and verify a checkpoint; raises CheckpointError if it is missing, altered or not finite."""
     place = _place(where)
     uri = place.uri
     try:
@@ -124,7 +126,7 @@ def load_checkpoint(where: Place | str | Path) -> Checkpoint:
             f"No checkpoint at {uri}: there is no {RECORD}. Name the directory that training wrote."
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{RECORD} of {uri} does not read as json: {error}") from error
+        raise CheckpointError(f"{RECORD} of {uri} cannot be read as JSON: {error}") from error
     if not isinstance(plain, dict):
         raise CheckpointError(f"{RECORD} of {uri} is not a checkpoint record.")
     if plain.get("format_version") not in (1, FORMAT_VERSION):
@@ -155,7 +157,7 @@ def load_checkpoint(where: Place | str | Path) -> Checkpoint:
             training=record.training,
         )
     except (KeyError, ValidationError) as error:
-        raise CheckpointError(f"{uri} lacks or garbles a field: {error}") from error
+        raise CheckpointError(f"{uri} has a missing or invalid field: {error}") from error
 
 
 def _place(where: Place | str | Path) -> Place:
@@ -165,8 +167,8 @@ def _place(where: Place | str | Path) -> Place:
 def _view(record: CheckpointRecord) -> ViewSpec:
     """The recorded view. Version 1 recorded only its kind, because all views were those of OpenAI's towers.
 
-    The weights of such a checkpoint may have another mean and deviation. These do not change the view, and the encoder
-    takes them from the weights.
+    The weights of such a checkpoint may have another mean and standard deviation. Both affect only the encoder, which
+    takes them from its weights.
     """
     return record.view or OPENAI_VIEW.model_copy(update={"kind": record.encoder.view})
 
@@ -187,7 +189,7 @@ def _tensors(place: Place, sha256: str) -> dict[str, Tensor]:
     try:
         tensors = load(data)
     except SafetensorError as error:
-        raise CheckpointError(f"{place.uri} is not safetensors: {error}") from error
+        raise CheckpointError(f"{place.uri} is not a safetensors file: {error}") from error
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise CheckpointError(f"{place.uri} holds values that are not finite in {name!r}.")

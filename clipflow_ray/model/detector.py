@@ -1,4 +1,4 @@
-"""The ONE scoring path: bytes -> Finding. Audits and servers call the same methods on the same views."""
+"""The only scoring path: bytes -> Finding. Audits and servers call the same methods on the same views."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,8 @@ _BATCH: Final = 32
 class Scores:
     """float32 [N] each. `score` is the negative log-likelihood per dimension in nats: higher is more suspicious.
 
-    It saturates at 1e6. An embedding that is not finite or has no length gives NaN in every field.
+    It saturates at 1e6. `log_likelihood` is the sum of `log_base` and `log_det`, all in nats. An embedding that is not
+    finite or is all zeros gives NaN in every field.
     """
 
     log_likelihood: F32
@@ -44,9 +45,9 @@ class Scores:
 class Detector:
     """Encoder, flow and calibration of one checkpoint.
 
-    `threads` is the encoder's. Detectors whose checkpoints have the same encoder can share one, given as `encoder`.
-    Raises EncoderMismatchError if the encoder at hand is not that of the checkpoint, and CalibrationError if the
-    checkpoint has no calibration.
+    `threads` is passed to the encoder. Detectors whose checkpoints have the same encoder can share one: pass it as
+    `encoder`. Raises EncoderMismatchError if the encoder differs from the one that the checkpoint was made with, and
+    CalibrationError if the checkpoint has no calibration.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Detector:
         if self.encoder.fingerprint != checkpoint.encoder_fingerprint:
             raise EncoderMismatchError(
                 f"The checkpoint was made with encoder {checkpoint.encoder_fingerprint}, "
-                f"this one is {self.encoder.fingerprint}: other weights or preprocessing. Bring the same weights."
+                f"this one is {self.encoder.fingerprint}: its weights or preprocessing differ. Use the same weights."
             )
         if self.encoder.names != checkpoint.encoder.feature or self.encoder.widths != checkpoint.segments:
             raise EncoderMismatchError(
@@ -72,7 +73,7 @@ class Detector:
                 f"this encoder gives {self.encoder.names} of widths {self.encoder.widths}."
             )
         self._device = device_for(device)
-        # In double precision, the rounding that differs with the number of rows is far below that of the score.
+        # Rounding depends on the number of rows. In double precision, it is far below the float32 rounding of a score.
         self._flow = checkpoint.flow().to(self._device).double()
 
     @classmethod
@@ -87,7 +88,7 @@ class Detector:
     def detect(self, data: bytes | Sequence[bytes], alpha: float = 0.01) -> Finding | list[Finding]:
         """Judge encoded images at the false-positive rate `alpha`.
 
-        A bad image gives a Finding with status `error`, never an exception. Raises CalibrationError when alpha is too
+        A bad image gives a Finding with status `error`, never an exception. Raises CalibrationError if alpha is too
         small for the calibration.
         """
         self.calibration.threshold(alpha)
@@ -97,7 +98,7 @@ class Detector:
         return [f for at, chunk in enumerate(chunks) for f in self._findings(chunk, alpha, at * _BATCH)]
 
     def score_views(self, views: Images) -> Scores:
-        """uint8 [N, S, S, 3] -> Scores. They depend neither on batch-mates nor on how many there are."""
+        """uint8 [N, S, S, 3] -> Scores. The score of a view does not depend on the rest of its batch."""
         return self.score_embeddings(joined(self.encoder(views)))
 
     def score_embeddings(self, embeddings: F32) -> Scores:

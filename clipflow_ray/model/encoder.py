@@ -1,4 +1,4 @@
-"""Frozen open_clip image tower: views -> embeddings, and a fingerprint that says which tower it was."""
+"""Frozen open_clip image tower: views -> embeddings, and a fingerprint that identifies the encoder."""
 
 import hashlib
 import json
@@ -25,14 +25,15 @@ _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Encoder:
-    """The image tower in eval mode on `device` (CUDA if there is one): the first Extractor.
+    """Extractor that runs an image tower in eval mode on `device`. The default is CUDA if available, else the CPU.
 
-    An embedding does not depend on batch-mates or on how many there are, because the kernels always see one shape. On
-    a CPU, each image is a forward pass of its own on one thread; `threads` of them run at a time (torch's number by
-    default). On CUDA, a forward pass always has 32 images; the last ones repeat if there are fewer.
+    An embedding does not depend on the rest of its batch, because all forward passes have the same shape. On a CPU,
+    each image is one forward pass on one thread, and `threads` of them run at a time (default: torch's number). On
+    CUDA, each forward pass has 32 images. If fewer are left, the last one is repeated.
 
-    Float32 embeddings do not depend on the device beyond rounding: TF32 is switched off in this process. Raises
-    WeightsError if the weights are missing or do not fit the model, ConfigError if the tower lacks a feature.
+    The constructor switches TF32 off for the whole process, so that float32 embeddings differ between devices by
+    rounding only. Raises WeightsError if the weights are missing or do not fit the model, and ConfigError if the tower
+    lacks a feature.
     """
 
     needs: Final[Literal["view"]] = "view"
@@ -47,8 +48,8 @@ class Encoder:
         self.config = config
         self.names = tuple(features or config.feature)
         self.device = device_for(device)
-        # cuDNN rounds the first layer to TF32 by default, so that a score would differ from the CPU's by 0.5 % and by
-        # half of that with the number of batch-mates (H200).
+        # By default, cuDNN rounds the first layer to TF32. On an H200, a score then differed from the CPU's by 0.5 %,
+        # and by half of that between batch sizes.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         self._pool = _pool(threads or torch.get_num_threads()) if self.device.type == "cpu" else None
         weights = load_weights(config)
@@ -75,22 +76,23 @@ class Encoder:
     def _embedded(self, views: Pixels) -> dict[str, F32]:
         with torch.inference_mode():
             pixels = torch.from_numpy(np.array(views)).to(self.device).permute(0, 3, 1, 2)
-            planes = torch.empty(pixels.shape, device=self.device).copy_(pixels)  # the rest takes a third of the time
+            # Contiguous planes, because the arithmetic on them then takes a third of the time.
+            planes = torch.empty(pixels.shape, device=self.device).copy_(pixels)
             planes = planes.div_(255.0).sub_(self._mean).div_(self._std).to(self._dtype)
             outputs = _features(self._tower, planes, self.names)
             return {name: outputs[name].float().cpu().numpy() for name in self.names}
 
 
 def device_for(device: str | None) -> torch.device:
-    """The named device, else CUDA if there is one, else the CPU."""
+    """The named device. The default is CUDA if available, else the CPU."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def fingerprint(config: EncoderConfig, record: TowerRecord) -> str:
     """16 hex digits over weights, model, preprocessing, view and precision; the tensors are not needed.
 
-    What version 1 of the checkpoints could not choose is left out where it has the value of that time, so that their
-    fingerprints stay.
+    Checkpoints of format version 1 had no resize mode and no precision. Each of the two is left out if it has the value
+    that was fixed then, so that the fingerprints of those checkpoints do not change.
     """
     view = record.view
     preprocess: dict[str, Any] = {
@@ -102,7 +104,7 @@ def fingerprint(config: EncoderConfig, record: TowerRecord) -> str:
     }
     if view.resize_mode != "shortest":
         preprocess["resize_mode"] = view.resize_mode
-    # A folder or repository may be renamed or change; what it built is known by its architecture.
+    # The name of a folder or repository may change, and so may its content. The architecture identifies the model.
     model = record.architecture if config.model.startswith(WEIGHTS_INCLUDED) else config.model
     parts = {"weights_sha256": record.sha256, "model": model, "preprocess": preprocess}
     if config.precision != "float32":
@@ -111,7 +113,7 @@ def fingerprint(config: EncoderConfig, record: TowerRecord) -> str:
 
 
 def feature_widths(config: EncoderConfig, record: TowerRecord, features: Sequence[str]) -> tuple[int, ...]:
-    """The width of each feature, found without the tensors; raises ConfigError if the tower lacks one of them."""
+    """The width of each feature, computed without the tensors. Raises ConfigError if the tower lacks a feature."""
     with torch.device("meta"), torch.inference_mode():
         tower = build_tower(record.architecture).eval()
         planes = torch.empty(1, 3, record.view.size, record.view.size)
@@ -119,9 +121,7 @@ def feature_widths(config: EncoderConfig, record: TowerRecord, features: Sequenc
         if blocks:
             count = len(tower.forward_intermediates(planes, output_fmt="NCHW")["image_intermediates"])  # type: ignore[operator]
             if max(blocks) > count:
-                raise ConfigError(
-                    f"The tower of {config.model!r} has {count} blocks; {max(blocks)} is not one of them."
-                )
+                raise ConfigError(f"The tower of {config.model!r} has {count} blocks; it has no block {max(blocks)}.")
         if any(name.endswith(".cls") for name in features) and not _has_class_token(tower):
             raise ConfigError(f"The tower of {config.model!r} has no class token; use `blockN.mean` or `projected`.")
         outputs = _features(tower, planes, features)
@@ -129,12 +129,12 @@ def feature_widths(config: EncoderConfig, record: TowerRecord, features: Sequenc
 
 
 def _features(tower: nn.Module, planes: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """[N, 3, S, S] -> [N, D_i] for each name; the projected feature in the tower's precision, the others float32."""
+    """Planes [N, 3, S, S] -> [N, D_i] for each name. `projected` has the dtype of the tower, the others are float32."""
     numbers = _block_numbers(names)
     if not numbers:
         return {"projected": tower(planes)}
     projected, classes = "projected" in names, any(name.endswith(".cls") for name in names)
-    # Told to go on to the end, open_clip's ResNet stops at the last block that is asked for. So it is asked for all.
+    # open_clip's ResNet stops at the last requested block even if stop_early is False, so all blocks are requested.
     everything = isinstance(tower, ModifiedResNet)
     result = tower.forward_intermediates(  # type: ignore[operator]
         planes,
@@ -155,7 +155,7 @@ def _features(tower: nn.Module, planes: Tensor, names: Sequence[str]) -> dict[st
 
 
 def _block_numbers(names: Sequence[str]) -> list[int]:
-    """Sorted numbers, from 1, of the blocks that `names` name."""
+    """The sorted block numbers, from 1, of the features in `names`."""
     return sorted({int(found[1]) for name in names if (found := re.match(r"block(\d+)\.", name))})
 
 
@@ -164,18 +164,22 @@ def _has_class_token(tower: nn.Module) -> bool:
 
 
 def _padded(views: Pixels, size: int) -> list[Pixels]:
-    """`views` in parts of `size`; the last view fills the last part."""
+    """Split `views` into parts of `size`; the last part is filled up with copies of the last view."""
     missing = -len(views) % size
     views = np.concatenate([views, np.repeat(views[-1:], missing, axis=0)])
     return np.split(views, len(views) // size)
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads with one thread of torch each. All start now: one that torch meets later gets what was set last."""
+    """A pool of worker threads, each of which runs torch on one thread.
+
+    At its first use in a thread, torch takes the number of threads that any thread set last. So all worker threads
+    start here, before the number of this process is set back.
+    """
     number, started = torch.get_num_threads(), threading.Barrier(threads)
 
     def one() -> None:
-        torch.get_num_threads()  # torch has met this thread now, and what it is told stays
+        torch.get_num_threads()  # the first use of torch in this thread; the number set next is kept
         torch.set_num_threads(1)
         started.wait()
 
@@ -186,12 +190,12 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _loaded(model: str, weights: TowerWeights) -> nn.Module:
-    """The tower with the mapped weights themselves as its parameters: the processes of a node share one copy."""
+    """Build the tower on the memory-mapped weights, so that the processes of a node share one copy of them."""
     try:
-        with torch.device("meta"):  # random weights would be drawn, and take longer than all the rest
+        with torch.device("meta"):  # elsewhere, drawing random weights would take longer than all the rest
             tower = build_tower(weights.architecture)
         tower.load_state_dict(weights.state, strict=True, assign=True)
-        if any(buffer.is_meta for buffer in tower.buffers()):  # some timm towers compute what they do not store
+        if any(buffer.is_meta for buffer in tower.buffers()):  # some timm towers compute buffers that are not stored
             tower = build_tower(weights.architecture)
             tower.load_state_dict(weights.state, strict=True)
     except RuntimeError as error:

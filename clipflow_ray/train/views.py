@@ -1,4 +1,4 @@
-"""Ray Data task of training: makes the natural views of an image and their proxies, without torch."""
+"""Ray Data task of training: makes the natural views of an image and their proxies. Does not import torch."""
 
 from collections.abc import Sequence
 
@@ -19,10 +19,10 @@ def read_and_distort(
     config: ProxyConfig,
     plain_groups: Sequence[str],
 ) -> pa.Table:
-    """Manifest rows -> described rows with `view` (bytes of M views) and `families` (what each of them is).
+    """Manifest rows -> described rows with `view` (bytes of M views) and `families` (the family of each of them).
 
-    M is `natural_views * (1 + proxies_per_view)`. Images of `plain_groups` only calibrate, so they give one view, the
-    one that inference uses. An unreadable image keeps its row and gives no view.
+    M is `natural_views * (1 + proxies_per_view)`. Images of `plain_groups` are for calibration only, so they give
+    one view: the one that inference uses. An unreadable image keeps its row and gives no view.
     """
     outcomes = read_images(table, near, limits)
     views: list[bytes] = []
