@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clipflow_ray.images import Pixels
 from clipflow_ray.place import Place
 
 SOURCES = ("alpine", "harbour", "kitchen", "market", "meadow", "studio")
 
 
-def photo(seed: int, size: tuple[int, int] = (256, 256)) -> np.ndarray:
+def photo(seed: int, size: tuple[int, int] = (256, 256)) -> Pixels:
     """Coloured 1/f noise, uint8 [H, W, 3]: the spectrum of a photograph without anyone's photograph."""
     rng = np.random.default_rng(seed)
     height, width = size
@@ -25,10 +26,11 @@ def photo(seed: int, size: tuple[int, int] = (256, 256)) -> np.ndarray:
     tint = rng.uniform(0.2, 1.0, size=(3, 2))
     stacked = np.stack([tint[c, 0] * planes[0] + tint[c, 1] * planes[1] for c in range(3)], axis=2)
     stacked = stacked / stacked.std() * rng.uniform(25, 45) + rng.uniform(100, 150, size=3)
-    return np.clip(stacked, 0, 255).astype(np.uint8)
+    image: Pixels = np.clip(stacked, 0, 255).astype(np.uint8)
+    return image
 
 
-def encoded(rgb: np.ndarray, kind: str = "JPEG", **options: object) -> bytes:
+def encoded(rgb: Pixels, kind: str = "JPEG", **options: object) -> bytes:
     out = io.BytesIO()
     Image.fromarray(rgb).save(out, kind, **options)
     return out.getvalue()

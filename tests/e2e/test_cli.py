@@ -80,7 +80,9 @@ def test_the_demo_audits_photographs_from_s3_and_shows_its_broken_files_as_error
     assert f"{len(keys)} objects: 3 error, {len(keys) - 3} ok" in done.stdout
     assert re.search(r"flagged at alpha 0\.01: \d+ of \d+ scored, .*interval", done.stdout)
     assert "images/s" in done.stdout and "error row" in done.stdout
-    rows = pq.read_table(re.search(r"ledger: (\S+)", done.stdout)[1]).to_pylist()
+    printed = re.search(r"ledger: (\S+)", done.stdout)
+    assert printed is not None
+    rows = pq.read_table(printed[1]).to_pylist()
     assert Counter(r["error_code"] for r in rows if r["status"] == "error") == {
         "truncated": 1,
         "empty": 1,

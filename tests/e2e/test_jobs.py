@@ -50,6 +50,7 @@ def nodes(s3: Place) -> Iterator[tuple[dict[str, str], list[int]]]:
         ["bash", str(ROOT / "cluster" / "local.sh")], env=environment, stdout=subprocess.PIPE, text=True
     )
     try:
+        assert script.stdout is not None
         exports, pids = script.stdout.readline(), script.stdout.readline()
         assert exports.startswith("export "), "the cluster did not start"
         environment |= dict(word.split("=", 1) for word in exports.split()[1:])
@@ -88,7 +89,9 @@ def store(s3: Place) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(nodes: tuple[dict[str, str], list[int]], store: list[str], tmp_path_factory) -> str:
+def checkpoint(
+    nodes: tuple[dict[str, str], list[int]], store: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> str:
     """The checkpoint of a training that ran as a submitted job."""
     config = tmp_path_factory.mktemp("job") / "train.yaml"
     config.write_text(
@@ -101,14 +104,18 @@ def checkpoint(nodes: tuple[dict[str, str], list[int]], store: list[str], tmp_pa
     return "s3://jobs/train/checkpoint"
 
 
-def audit_job(environment: dict[str, str], checkpoint: str, store: list[str], source: str, output: str, *more: str):
+def audit_job(
+    environment: dict[str, str], checkpoint: str, store: list[str], source: str, output: str, *more: str
+) -> subprocess.CompletedProcess[str]:
     flags = ["--input", source, "--output", output, "--alpha", "0.1", "--checkpoint", checkpoint, "--gallery", "0"]
     command = ["submit", "--working-dir", ".", "--", "python", "jobs/audit.py", *flags, *store, *more]
     return submitted(environment, *command)
 
 
 def ledger(output: str, s3: Place) -> list[dict[str, Any]]:
-    rows = pq.read_table(**s3.with_uri(f"{output}/ledger").arguments("source", "filesystem")).to_pylist()
+    rows: list[dict[str, Any]] = pq.read_table(
+        **s3.with_uri(f"{output}/ledger").arguments("source", "filesystem")
+    ).to_pylist()
     assert len({row["row_id"] for row in rows}) == len(rows)
     return rows
 

@@ -34,6 +34,7 @@ class Answer:
     def error(self) -> dict[str, str]:
         """The error of the interface; fails if the body has another format."""
         assert self.headers["content-type"] == "application/json"
+        error: dict[str, str]
         (error,) = json.loads(self.body).values()
         assert set(error) == {"code", "message", "request_id"}
         assert error["request_id"] == self.headers["x-request-id"]
@@ -106,7 +107,7 @@ def asking(client: Callable[[], httpx.Client], ask: Callable[[httpx.Client], T])
             each.result()
 
 
-def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds:g} s"

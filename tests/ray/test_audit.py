@@ -27,6 +27,7 @@ from clipflow_ray.config import AuditConfig
 from clipflow_ray.data.resources import ScoringPlan, plan_scoring
 from clipflow_ray.data.scoring import Score
 from clipflow_ray.errors import CalibrationError, CheckpointError, InputError, ResourceError, RunConflictError
+from clipflow_ray.inputs.format import Row
 from clipflow_ray.model.calibration import verdict
 from clipflow_ray.model.checkpoint import load_checkpoint
 from clipflow_ray.model.detector import Detector
@@ -67,8 +68,9 @@ def record(cluster: None, config: AuditConfig) -> AuditRecord:
     return audit(config)
 
 
-def ledger(output: str) -> list[dict]:
-    return pq.read_table(f"{output}/ledger").to_pylist()
+def ledger(output: str) -> list[Row]:
+    rows: list[Row] = pq.read_table(f"{output}/ledger").to_pylist()
+    return rows
 
 
 def test_every_object_gives_one_row_and_a_broken_one_gives_an_error_row(
@@ -114,6 +116,7 @@ def test_verdicts_rates_and_q_values_follow_from_the_stored_p_values(record: Aud
     np.testing.assert_allclose(np.array([row["q_value"] for row in rows])[order], np.minimum(expected, 1), rtol=1e-5)
     flagged = sum(row["verdict"] == "likely_ai" for row in rows)
     assert record.flagged.count == flagged and record.flagged.of == len(rows)
+    assert record.flagged.wilson_95 is not None
     low, high = record.flagged.wilson_95
     assert low <= flagged / len(rows) <= high
 
@@ -265,7 +268,7 @@ def test_the_scoring_actors_metrics_are_on_rays_prometheus_endpoint(cluster: Non
             "error_message": pa.nulls(3, pa.string()),
         }
     )
-    actor = ray.remote(num_cpus=0)(Score).remote(load_checkpoint(trained), 1)
+    actor: Any = ray.remote(num_cpus=0)(Score).remote(load_checkpoint(trained), 1)
     ray.get(actor.__call__.remote(table))
     (node,) = ray.nodes()
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
@@ -289,7 +292,7 @@ def test_the_scoring_actors_metrics_are_on_rays_prometheus_endpoint(cluster: Non
         ([{"CPU": 2.0, "GPU": 1.0}], "needs 3"),
     ],
 )
-def test_a_cluster_on_which_reading_would_never_start_is_refused(nodes: list[dict], reason: str) -> None:
+def test_a_cluster_on_which_reading_would_never_start_is_refused(nodes: list[dict[str, float]], reason: str) -> None:
     with pytest.raises(ResourceError, match=reason):
         plan_scoring(1000, 32, [{"Alive": True, "Resources": node} for node in nodes])
 

@@ -21,6 +21,7 @@ from clipflow_ray.audit.run import audit, judge_again, plan
 from clipflow_ray.columns import manifest_table
 from clipflow_ray.config import AuditConfig, ImageLimits, InventoryOptions
 from clipflow_ray.errors import InputError, RunConflictError
+from clipflow_ray.inputs.format import Row
 from clipflow_ray.inputs.listing import rows
 from clipflow_ray.inputs.reading import read_bytes
 from clipflow_ray.place import Place
@@ -47,14 +48,14 @@ def record(cluster: None, config: AuditConfig) -> AuditRecord:
     return audit(config)
 
 
-def ledger(output: str) -> dict[str, dict]:
+def ledger(output: str) -> dict[str, Row]:
     return {row["row_id"]: row for row in pq.read_table(f"{output}/ledger").to_pylist()}
 
 
 def test_a_sample_is_the_same_in_every_run_and_a_larger_one_holds_a_smaller_one(
     record: AuditRecord, config: AuditConfig, tmp_path: Path
 ) -> None:
-    def sampled(share: float, name: str) -> dict[str, dict]:
+    def sampled(share: float, name: str) -> dict[str, Row]:
         audit(config.model_copy(update={"sample": share, "output": str(tmp_path / name)}))
         return ledger(str(tmp_path / name))
 
@@ -148,8 +149,11 @@ def test_a_run_whose_lease_was_taken_over_stops_and_leaves_the_output_to_the_oth
         """As a run does that found the lease unrenewed; when the first rows are there."""
         while not client.list_objects_v2(Bucket="taken", Prefix="out/scored/").get("KeyCount"):
             time.sleep(0.05)
-        while not other._put(other._holder().etag):  # renewed between the two
-            pass
+        taken = False
+        while not taken:  # repeat if the run renewed the lease in between
+            holder = other._holder()
+            assert holder is not None
+            taken = other._put(holder.etag)
 
     taking = threading.Thread(target=take_over)
     taking.start()

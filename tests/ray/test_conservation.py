@@ -18,6 +18,7 @@ import yaml
 
 from clipflow_ray.audit.run import audit
 from clipflow_ray.config import AuditConfig, ImageLimits
+from clipflow_ray.inputs.format import Row
 from tests.conftest import encoded, photo, scan_bomb
 
 KILLS = 10
@@ -56,21 +57,21 @@ def config(trained: str, tmp_path_factory: pytest.TempPathFactory) -> AuditConfi
     return listed(trained, tmp_path_factory.mktemp("conserved"), 120)
 
 
-def ledger(output: Path) -> dict[str, dict]:
+def ledger(output: Path) -> dict[str, Row]:
     rows = pq.read_table(output / "ledger").to_pylist()
     assert len({row["row_id"] for row in rows}) == len(rows)
     return {row["row_id"]: row for row in rows}
 
 
 @pytest.fixture(scope="module")
-def calm(cluster: None, config: AuditConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+def calm(cluster: None, config: AuditConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Row]:
     """The ledger of a run without faults."""
     output = tmp_path_factory.mktemp("calm") / "run"
     audit(config.model_copy(update={"output": str(output)}))
     return ledger(output)
 
 
-def assert_same(rows: dict[str, dict], calm: dict[str, dict], images: int = 120) -> None:
+def assert_same(rows: dict[str, Row], calm: dict[str, Row], images: int = 120) -> None:
     codes = {key: row["error_code"] for key, row in rows.items()}
     poison = max(2, images // 100)
     assert len(rows) == images + images // 10 + poison
@@ -138,7 +139,7 @@ def audit_until_killed(settings: AuditConfig, file: Path, blocks: int, kills: in
 
 
 @pytest.mark.stress
-def test_killed_workers_lose_and_duplicate_nothing(calm: dict[str, dict], config: AuditConfig, tmp_path: Path) -> None:
+def test_killed_workers_lose_and_duplicate_nothing(calm: dict[str, Row], config: AuditConfig, tmp_path: Path) -> None:
     output = tmp_path / "run"
     with killing(os.getpid(), KILLS, output) as counted:
         record = audit(config.model_copy(update={"output": str(output)}))
@@ -149,7 +150,7 @@ def test_killed_workers_lose_and_duplicate_nothing(calm: dict[str, dict], config
 
 @pytest.mark.stress
 def test_three_killed_drivers_lose_and_duplicate_nothing(
-    calm: dict[str, dict], config: AuditConfig, tmp_path: Path
+    calm: dict[str, Row], config: AuditConfig, tmp_path: Path
 ) -> None:
     settings = config.model_copy(update={"output": str(tmp_path / "run")})
     for _ in range(DRIVER_KILLS):

@@ -95,7 +95,9 @@ def test_every_figure_is_derived_again_from_the_shipped_tables_alone(
 
 def test_the_figures_are_what_their_names_say(result: EvaluationFigures, config: EvaluateConfig, trained: str) -> None:
     table = shipped(config, "scores").to_pandas()
-    threshold = load_checkpoint(trained).calibration.threshold(0.05)
+    fitted = load_checkpoint(trained).calibration
+    assert fitted is not None
+    threshold = fitted.threshold(0.05)
     for variant, figures in result.variants.items():
         rows = table[table.variant == variant]
         assert len(rows) == 50
@@ -119,6 +121,7 @@ def test_what_is_audited_together_gives_a_lower_bound_of_what_is_suspicious(
         together = at.audited_together
         assert together.count == at.tpr.flagged + at.fpr.flagged and together.of == 50
         assert together.generated_share == pytest.approx(0.4)
+        assert together.excess_lower_bound is not None and together.share is not None
         assert 0 <= together.excess_lower_bound < together.share
 
 
@@ -197,7 +200,7 @@ def test_the_page_is_one_file_with_the_figures_and_the_worst_errors_first(
     found = result.variants["as_found"]
     errors = [found.thresholds["0.05"].fpr.flagged, 20 - found.thresholds["0.05"].tpr.flagged]
     assert page.count("data:image/jpeg;base64,") == sum(min(3, count) for count in errors) > 0
-    assert f"{result['auroc']:.3f} as found" in page
+    assert f"{result.auroc:.3f} as found" in page
     for name in ("lake", "tower", "phase_jitter", "low_pass"):
         assert f"<td>{name}</td>" in page
     scores = shipped(config, "scores").to_pandas()

@@ -5,6 +5,7 @@ import json
 import random
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import psutil
@@ -123,7 +124,7 @@ def test_requests_generated_from_the_openapi_document_never_get_a_5xx(site: Site
         @settings(
             max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
         )
-        def every_case(case: schemathesis.Case) -> None:
+        def every_case(case: schemathesis.Case[Any]) -> None:
             start = time.monotonic()
             answer = case.call(base_url=site.url)
             assert time.monotonic() - start <= SLOWEST_SECONDS

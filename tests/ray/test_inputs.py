@@ -20,6 +20,7 @@ from clipflow_ray.audit.record import AuditRecord
 from clipflow_ray.audit.run import audit
 from clipflow_ray.config import AuditConfig, InventoryOptions
 from clipflow_ray.errors import InputError
+from clipflow_ray.inputs.format import Row
 from clipflow_ray.inputs.listing import sources
 from clipflow_ray.inputs.manifest import write_manifest
 from clipflow_ray.place import Place
@@ -28,8 +29,9 @@ from tests.conftest import encoded, photo, s3_client
 IMAGES = {f"{label}/{at} +%2F'.jpg": encoded(photo(3000 + at)) for at, label in enumerate(("cat", "dog") * 4)}
 
 
-def ledger(record: AuditRecord) -> list[dict]:
-    return pq.read_table(record.ledger).to_pylist()
+def ledger(record: AuditRecord) -> list[Row]:
+    rows: list[Row] = pq.read_table(record.ledger).to_pylist()
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def written_as(kind: str, folder: Path, root: Path) -> Path:
     ],
 )
 def test_every_kind_of_input_gives_the_scores_of_the_files(
-    reference: dict, trained: str, folder: Path, s3: Place, tmp_path: Path, kind: str, where: str
+    reference: dict[str, float], trained: str, folder: Path, s3: Place, tmp_path: Path, kind: str, where: str
 ) -> None:
     source = str(written_as(kind, folder, tmp_path))
     if where == "s3":
@@ -105,7 +107,9 @@ def test_every_kind_of_input_gives_the_scores_of_the_files(
     assert labels == ({"cat": 4, "dog": 4} if kind in ("csv", "jsonl", "parquet") else {None: 8})
 
 
-def test_an_imagefolder_passes_its_labels_through(reference: dict, trained: str, folder: Path, tmp_path: Path) -> None:
+def test_an_imagefolder_passes_its_labels_through(
+    reference: dict[str, float], trained: str, folder: Path, tmp_path: Path
+) -> None:
     options = InventoryOptions(input_format="hf")
     config = AuditConfig(
         input=(str(folder),), output=str(tmp_path / "run"), checkpoint=trained, alpha=0.1, inventory=options
@@ -115,7 +119,9 @@ def test_an_imagefolder_passes_its_labels_through(reference: dict, trained: str,
     assert {row["sha256"]: row["score"] for row in rows} == pytest.approx(reference, rel=1e-5)
 
 
-def test_one_line_in_the_registry_adds_a_format_to_audits(reference: dict, trained: str, tmp_path: Path) -> None:
+def test_one_line_in_the_registry_adds_a_format_to_audits(
+    reference: dict[str, float], trained: str, tmp_path: Path
+) -> None:
     """In a cluster of its own, whose workers register the format as the driver does."""
     for at, data in enumerate(IMAGES.values()):
         (tmp_path / "in").mkdir(exist_ok=True)
@@ -136,7 +142,7 @@ def test_one_line_in_the_registry_adds_a_format_to_audits(reference: dict, train
 
 
 def test_a_list_with_repeats_missing_files_and_bad_uris_gives_a_row_for_each_line(
-    reference: dict, trained: str, folder: Path, tmp_path: Path
+    reference: dict[str, float], trained: str, folder: Path, tmp_path: Path
 ) -> None:
     good = [f"{folder}/{name}" for name in IMAGES]
     lines = [good[0], good[1], good[0], "absent.jpg", "http://host/x.jpg", "../x.jpg", good[0]]

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -117,7 +118,7 @@ def test_a_replica_killed_every_ten_seconds_gives_no_500(site: Site, kills: int)
     with load(site, body) as answers:
         for at in range(kills):
             deployment = ("Ingress", "Detector")[at % 2]
-            until(lambda deployment=deployment: bool(replicas(deployment)))
+            until(partial(replicas, deployment))
             for name in replicas(deployment):
                 ray.kill(ray.get_actor(name, namespace="serve"))
             time.sleep(10)

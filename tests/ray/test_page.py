@@ -6,6 +6,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -103,7 +104,7 @@ def wait_for(page: Page, count: int) -> None:
     expect(page.locator("#list .item:not(.waiting)")).to_have_count(count, timeout=30_000)
 
 
-def answers(page: Page) -> list[dict]:
+def answers(page: Page) -> list[dict[str, Any]]:
     """The raw JSON of every image that has one."""
     return [json.loads(text) for text in page.locator("#list pre").all_text_contents() if text]
 
@@ -287,7 +288,9 @@ def test_images_can_be_chosen_by_keyboard_with_a_visible_focus(page: Page) -> No
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1200])
-def test_the_page_passes_the_accessibility_check_and_fits_the_screen(page: Page, scheme: str, width: int) -> None:
+def test_the_page_passes_the_accessibility_check_and_fits_the_screen(
+    page: Page, scheme: Literal["light", "dark"], width: int
+) -> None:
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": width, "height": 844})
     broken: FilePayload = {"name": "long_" * 30 + ".jpg", "mimeType": "image/jpeg", "buffer": b"a note"}
@@ -321,7 +324,9 @@ def test_the_page_shows_the_model_and_its_card(page: Page, served: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_documentation_passes_the_same_check(browser: Browser, served: str, scheme: str) -> None:
+def test_the_documentation_passes_the_same_check(
+    browser: Browser, served: str, scheme: Literal["light", "dark"]
+) -> None:
     page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme=scheme, base_url=served)
     page.goto("/docs")
     expect(page.get_by_role("heading", name="POST /v1/detect")).to_be_visible()

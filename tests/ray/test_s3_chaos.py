@@ -9,6 +9,7 @@ import urllib.parse
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -132,7 +133,7 @@ def through(chaos: Chaos, s3: Place) -> Place:
 
 
 def test_every_good_object_is_scored_through_faults_and_few_are_read_twice(
-    cluster: None, trained: str, chaos: Chaos, s3: Place, bucket: str, tmp_path
+    cluster: None, trained: str, chaos: Chaos, s3: Place, bucket: str, tmp_path: Path
 ) -> None:
     config = AuditConfig(
         input=(bucket,), output=str(tmp_path / "calm"), checkpoint=trained, alpha=0.1, s3=s3.options, gallery=0
@@ -166,7 +167,7 @@ def test_a_fault_that_stays_ends_in_a_row_with_its_code_and_in_time(
 
 
 def test_credentials_that_list_and_do_not_read_fail_the_audit_at_once(
-    cluster: None, trained: str, chaos: Chaos, s3: Place, bucket: str, tmp_path
+    cluster: None, trained: str, chaos: Chaos, s3: Place, bucket: str, tmp_path: Path
 ) -> None:
     chaos.always = {f"/chaos/in/{at}.jpg": "403" for at in range(OBJECTS)}
     config = AuditConfig(

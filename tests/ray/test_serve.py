@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,13 +190,17 @@ def test_a_new_checkpoint_is_served_without_a_failed_request(endpoint: Endpoint,
     endpoint.checkpoint = other
 
 
+def gone(name: str) -> bool:
+    return name not in replicas("Detector")
+
+
 def test_a_detector_that_is_killed_under_load_gives_no_500(endpoint: Endpoint) -> None:
     with load(endpoint, [encoded(photo(4))]) as answers, endpoint.client() as client:
         for _ in range(2):
             until(lambda: len(replicas("Detector")) == 1 and client.get("/readyz").status_code == 200)
             (name,) = replicas("Detector")
             ray.kill(ray.get_actor(name, namespace="serve"))
-            until(lambda name=name: name not in replicas("Detector"))
+            until(partial(gone, name))
         until(lambda: client.get("/readyz").status_code == 200)
         seen = len(answers)
         until(lambda: len(answers) > seen + 5)

@@ -48,7 +48,9 @@ def test_calibration_images_are_the_sources_that_training_never_saw(trained: str
     assert "low_pass" not in set(data.proxy.family)
     assert set(data.held_out.family) == {"low_pass"}
     scores = Detector.from_checkpoint(trained).score_embeddings(data.calibration.embedding).score
-    np.testing.assert_allclose(np.sort(scores), load_checkpoint(trained).calibration.scores, rtol=1e-4)
+    fitted = load_checkpoint(trained).calibration
+    assert fitted is not None
+    np.testing.assert_allclose(np.sort(scores), fitted.scores, rtol=1e-4)
 
 
 def test_embeddings_are_reused_when_nothing_changed_and_made_anew_when_the_input_did(

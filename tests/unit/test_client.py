@@ -56,9 +56,11 @@ def found(names: Sequence[str]) -> bytes:
 def parts(content_type: str, body: bytes) -> dict[str, list[tuple[str | None, bytes]]]:
     message = BytesParser().parsebytes(b"Content-Type: " + content_type.encode() + b"\r\n\r\n" + body)
     known: dict[str, list[tuple[str | None, bytes]]] = {}
-    for part in message.get_payload():
-        name = part.get_param("name", header="content-disposition")
-        known.setdefault(name, []).append((part.get_filename(), part.get_payload(decode=True)))
+    for part in message.walk():
+        if not part.is_multipart():
+            name, content = part.get_param("name", header="content-disposition"), part.get_payload(decode=True)
+            assert isinstance(name, str) and isinstance(content, bytes)
+            known.setdefault(name, []).append((part.get_filename(), content))
     return known
 
 
@@ -76,7 +78,7 @@ def endpoint() -> Iterator[Endpoint]:
             alpha = form["alpha"][0][1].decode() if "alpha" in form else None
             authorization = self.headers.get("Authorization")
             state.asked.append(Asked(self.path, authorization, files, alpha, len(body), time.monotonic()))
-            answer = (200, {}, found([name for name, _ in files]))
+            answer: tuple[int, dict[str, str], bytes] = (200, {}, found([name for name, _ in files]))
             status, headers, content = state.planned.pop(0) if state.planned else answer
             if status == 0:
                 self.connection.shutdown(socket.SHUT_RDWR)

@@ -26,14 +26,15 @@ KUBERNETES = "1.30"
 
 
 def resource(name: str) -> dict[str, Any]:
-    return yaml.safe_load((CLUSTER / name).read_text())
+    loaded: dict[str, Any] = yaml.safe_load((CLUSTER / name).read_text())
+    return loaded
 
 
 def cluster_spec(document: dict[str, Any]) -> dict[str, Any]:
     spec = document["spec"]
-    return {"RayCluster": spec, "RayService": spec.get("rayClusterConfig")}.get(document["kind"]) or spec[
-        "rayClusterSpec"
-    ]
+    inner = {"RayService": "rayClusterConfig", "RayJob": "rayClusterSpec"}.get(document["kind"])
+    cluster: dict[str, Any] = spec[inner] if inner else spec
+    return cluster
 
 
 KUBERAY = sorted(path.name for path in CLUSTER.glob("ray*.yaml"))
@@ -139,6 +140,8 @@ def test_rays_autoscaler_reads_each_cluster_as_it_would_from_kuberay(name: str) 
 def test_the_entrypoint_of_a_job_is_a_command_line_that_its_script_accepts(name: str) -> None:
     python, script, *words = resource(name)["spec"]["entrypoint"].split()
     assert python == "python" and (CLUSTER.parent / script).is_file()
-    command = typer.main.get_command(app).commands[Path(script).stem]
+    group = typer.main.get_command(app)
+    assert isinstance(group, typer.core.TyperGroup)
+    command = group.commands[Path(script).stem]
     given = command.make_context(script, words).params
     assert given["inputs"][0].startswith("s3://") and given["output"].startswith("s3://")

@@ -59,7 +59,7 @@ def through_all_stages() -> pa.Table:
     table = described(manifest_table([row(name) for name in "abcd"]), outcomes, [b"view", b"view", None, None])
     numbers = (np.array([value, np.nan], np.float32) for value in (-1.0, -2.0, 1.0, 45.0, 0.1))
     table = scored(table, Scores(*numbers), CALIBRATION)
-    return judged(table, lambda p: p / 2, [None] * 4, False, 0.2, CONSTANTS)
+    return judged(table, lambda p: np.divide(p, 2, dtype=np.float32), [None] * 4, False, 0.2, CONSTANTS)
 
 
 def test_the_stages_together_give_the_ledger() -> None:

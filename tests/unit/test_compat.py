@@ -27,7 +27,7 @@ def test_a_handle_takes_the_option_that_chooses_how_calls_are_sent() -> None:
 
 
 def test_the_controller_tells_the_addresses_of_an_application(monkeypatch: pytest.MonkeyPatch) -> None:
-    client = ray.serve.context.ServeControllerClient
+    client = vars(ray.serve.context)["ServeControllerClient"]
     package = client.__module__.rpartition(".")[0]
     controller = importlib.import_module(f"{package}.controller").ServeController
     asked: list[str] = []
@@ -55,7 +55,7 @@ def test_the_client_of_serve_can_deploy_a_config(monkeypatch: pytest.MonkeyPatch
     assert "raise_if_no_controller_running" in inspect.signature(vars(context)[name]).parameters
     monkeypatch.setattr(context, name, lambda raise_if_no_controller_running: found)
     assert compat.serve_client() is found
-    assert "config" in inspect.signature(context.ServeControllerClient.deploy_apps).parameters
+    assert "config" in inspect.signature(vars(context)["ServeControllerClient"].deploy_apps).parameters
 
 
 def test_the_autoscaler_reads_a_cluster() -> None:

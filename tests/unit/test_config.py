@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ AUDIT = {"input": ["photos"], "output": "out"}
     ("values", "named"),
     [({"aplha": 0.1}, "aplha"), ({"limits": {"min_sde": 3}}, "limits.min_sde"), ({"s3": {"secret": "x"}}, "s3.secret")],
 )
-def test_an_unknown_key_is_refused_by_name(values: dict, named: str) -> None:
+def test_an_unknown_key_is_refused_by_name(values: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         validated(AuditConfig, AUDIT | values)
 
@@ -209,7 +210,7 @@ plain = st.dictionaries(st.text(max_size=5), scalars | st.lists(scalars, max_siz
 
 @settings(max_examples=50, deadline=None)
 @given(plain, st.randoms())
-def test_the_hash_ignores_key_order(values: dict, random) -> None:
+def test_the_hash_ignores_key_order(values: dict[str, Any], random: Random) -> None:
     items = list(values.items())
     random.shuffle(items)
     assert stable_hash(dict(items)) == stable_hash(values)
@@ -218,7 +219,7 @@ def test_the_hash_ignores_key_order(values: dict, random) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(plain, st.data())
-def test_the_hash_changes_with_any_value(values: dict, data) -> None:
+def test_the_hash_changes_with_any_value(values: dict[str, Any], data: st.DataObject) -> None:
     key = data.draw(st.sampled_from(sorted(values)))
     other = data.draw(scalars.filter(lambda value: repr(value) != repr(values[key])))
     assert stable_hash(values | {key: other}) != stable_hash(values)
@@ -226,7 +227,7 @@ def test_the_hash_changes_with_any_value(values: dict, data) -> None:
 
 
 @pytest.mark.parametrize("change", [{"blocks": 9}, {"hidden": 191}, {"clamp": 1.91}, {"translation_clamp": 1.0}])
-def test_the_hash_of_a_config_changes_with_any_setting(change: dict) -> None:
+def test_the_hash_of_a_config_changes_with_any_setting(change: dict[str, Any]) -> None:
     assert stable_hash(FlowConfig(**change)) != stable_hash(FlowConfig())
     assert stable_hash(FlowConfig(), "a", "b") != stable_hash(FlowConfig(), "b", "a")
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -64,7 +65,7 @@ def reference(views: np.ndarray) -> dict[str, np.ndarray]:
     def keep(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         tokens.append(output)
 
-    for block in tower.transformer.resblocks:
+    for block in tower.get_submodule("transformer.resblocks").children():
         block.register_forward_hook(keep)
     pixels = torch.stack([normalize(to_tensor(v), OPENAI_DATASET_MEAN, OPENAI_DATASET_STD) for v in views])
     with torch.inference_mode():
@@ -121,7 +122,7 @@ def test_an_embedding_does_not_depend_on_its_batch_mates(names: tuple[str, ...],
 
 
 def test_an_encoder_switches_tf32_off_whatever_was_set_before() -> None:
-    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [backend.allow_tf32 for backend in backends]
     try:
         for backend in backends:

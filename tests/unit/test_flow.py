@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipflow_ray.config import FlowConfig
 from clipflow_ray.model.flow import CouplingBlock, Flow
@@ -55,8 +55,10 @@ def test_the_log_determinant_is_that_of_the_jacobian(
     segments: tuple[int, ...], translation_clamp: float | None
 ) -> None:
     flow = randomised(segments, FlowConfig(blocks=5, hidden=16, translation_clamp=translation_clamp)).double()
+    first = flow.blocks[0]
+    assert isinstance(first, CouplingBlock)
     with torch.no_grad():
-        flow.blocks[0].log_scale[0] = 3.0  # beyond the limit of 2, where it saturates
+        first.log_scale[0] = 3.0  # beyond the limit of 2, where it saturates
     x = normal(6, sum(segments)).double()
     _, log_det = flow.transform(x)
     for row, claimed in zip(x, log_det.sum(dim=1), strict=True):
@@ -131,7 +133,9 @@ def test_every_parameter_gets_a_gradient_once_the_zero_layer_has_moved() -> None
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for block in flow.blocks:
+            assert isinstance(block, CouplingBlock)
             last = block.subnet[-1]
+            assert isinstance(last, nn.Linear)
             last.weight.add_(torch.randn(last.weight.shape, generator=generator) * 0.1)
     flow(normal(64, 16)).per_dim.mean().backward()
     silent = [n for n, p in flow.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
@@ -144,6 +148,7 @@ def scales_and_translations(config: FlowConfig) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)  # the same hidden layer for every config
     block = CouplingBlock(8, config, index=0)
     last = block.subnet[-1]
+    assert isinstance(last, nn.Linear)
     last.weight.copy_(normal(*last.weight.shape) * 50)
     x = normal(200, 8)
     active = block.permutation[block.passive :]

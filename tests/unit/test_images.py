@@ -5,6 +5,7 @@ import io
 import resource
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,7 +55,9 @@ def chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def png(samples: np.ndarray, depth: int, colour: int, *, size: tuple[int, int], before=b"", after=b"") -> bytes:
+def png(
+    samples: np.ndarray, depth: int, colour: int, *, size: tuple[int, int], before: bytes = b"", after: bytes = b""
+) -> bytes:
     """A PNG written by hand from big-endian rows of `samples`, with extra chunks around its data."""
     rows = b"".join(b"\0" + row.tobytes() for row in samples)
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0))
@@ -102,12 +105,16 @@ def as_stored(upright: np.ndarray, orientation: int) -> np.ndarray:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize(("image_format", "tolerance"), [("PNG", 0), ("WEBP", 0), ("JPEG", 6)])
-def test_all_eight_rotated_copies_decode_to_the_same_upright_pixels(image_format, tolerance, orientation) -> None:
+def test_all_eight_rotated_copies_decode_to_the_same_upright_pixels(
+    image_format: str, tolerance: int, orientation: int
+) -> None:
     upright = NOISE if tolerance == 0 else SMOOTH
-    options = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}, "PNG": {}}[image_format]
+    options: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}, "PNG": {}}
     for order in "<>":
         stored = as_stored(upright, orientation)
-        image = decode(encoded(stored, image_format, exif=exif(orientation, order=order), **options), LIMITS)
+        image = decode(
+            encoded(stored, image_format, exif=exif(orientation, order=order), **options[image_format]), LIMITS
+        )
         assert image.has_exif
         assert (image.width, image.height) == (96, 80)
         np.testing.assert_allclose(image.rgb.astype(int), upright.astype(int), atol=tolerance)
@@ -153,7 +160,7 @@ def test_every_png_mode_is_composited_on_white(mode: str) -> None:
     bits, triple = grey > 99, np.repeat(grey[..., None], 3, 2)
     indexed = Image.frombytes("P", (96, 80), index.tobytes())
     indexed.putpalette(palette.tobytes())
-    saved, rgb, shown, options = {
+    cases: dict[str, tuple[Any, np.ndarray, np.ndarray, dict[str, Any]]] = {
         "1": (bits, np.repeat(bits[..., None] * 255, 3, 2), opaque, {}),
         "L": (grey, triple, opaque, {}),
         "LA": (np.dstack([grey, alpha]), triple, alpha, {}),
@@ -161,7 +168,8 @@ def test_every_png_mode_is_composited_on_white(mode: str) -> None:
         "P+alpha": (indexed, palette[index], index * 4, {"transparency": bytes(range(0, 256, 4))}),
         "P+tRNS": (indexed, palette[index], np.where(index == 5, 0, 255), {"transparency": 5}),
         "RGBA": (np.dstack([NOISE, alpha]), NOISE, alpha, {}),
-    }[mode]
+    }
+    saved, rgb, shown, options = cases[mode]
     image = decode(encoded(saved, "PNG", **options), LIMITS)
     assert image.mode == mode.split("+")[0]
     np.testing.assert_allclose(image.rgb, on_white(rgb, shown), atol=1)
@@ -192,8 +200,8 @@ def test_the_transparent_grey_of_a_png_is_white_at_every_depth(depth: int) -> No
 def test_the_first_frame_is_scored_and_frames_are_counted(kind: str, expected: str) -> None:
     first = SMOOTH // 64 * 64 if kind == "GIF" else SMOOTH
     more = [Image.fromarray(255 - first), Image.fromarray(first[::-1].copy())]
-    options = {"WEBP": {"lossless": True}, "MPO": {"quality": 95}}.get(kind, {})
-    image = decode(encoded(first, kind, save_all=True, append_images=more, **options), LIMITS)
+    options: dict[str, dict[str, Any]] = {"WEBP": {"lossless": True}, "MPO": {"quality": 95}}
+    image = decode(encoded(first, kind, save_all=True, append_images=more, **options.get(kind, {})), LIMITS)
     assert (image.format, image.frames) == (expected, 3)
     np.testing.assert_allclose(image.rgb.astype(int), first.astype(int), atol=6 if kind == "MPO" else 0)
 
@@ -219,7 +227,7 @@ def test_a_png_that_claims_billions_of_frames_still_fits_the_ledger() -> None:
 )
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("size", [(32, 33), (97, 61), (240, 320)])
-def test_jpegs_decode_to_the_very_pixels_of_pillow(mode: str, size: tuple[int, int], options: dict) -> None:
+def test_jpegs_decode_to_the_very_pixels_of_pillow(mode: str, size: tuple[int, int], options: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     Image.fromarray(photo(3, size)).convert(mode).save(buffer, "JPEG", **options)
     np.testing.assert_array_equal(decode(buffer.getvalue(), LIMITS).rgb, np.asarray(Image.open(buffer).convert("RGB")))
@@ -364,7 +372,7 @@ def test_the_resize_view_of_a_photograph_is_open_clips_within_one_grey_level(
     wanted = spec(size=size, interpolation=interpolation, resize_mode=resize_mode)
     rgb = photo(7, (height, width))
     actual = view(rgb, wanted)
-    assert (actual.shape, actual.dtype) == ((size, size, 3), np.uint8)
+    assert actual.shape == (size, size, 3) and actual.dtype == np.uint8
     np.testing.assert_allclose(actual, open_clips(rgb, wanted), atol=1.001)
 
 
@@ -375,7 +383,7 @@ def test_the_resize_view_of_pure_noise_is_open_clips_but_for_single_values(width
     expected = open_clips(rgb, OPENAI_VIEW)
     for kind in ("resize", "crop") if min(width, height) < 224 else ("resize",):
         actual = view(rgb, spec(kind=kind))
-        assert (actual.shape, actual.dtype) == ((224, 224, 3), np.uint8)
+        assert actual.shape == (224, 224, 3) and actual.dtype == np.uint8
         difference = np.abs(actual - expected)
         assert difference.max() <= 2 and (difference > 1.5).mean() < 1e-4
 

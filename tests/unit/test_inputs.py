@@ -16,7 +16,7 @@ from clipflow_ray.columns import MANIFEST_SCHEMA
 from clipflow_ray.config import ImageLimits, InventoryOptions, validated
 from clipflow_ray.errors import ConfigError, InputError, ItemError
 from clipflow_ray.inputs import manifest as manifests
-from clipflow_ray.inputs.format import InputFormat, format_named, row_id
+from clipflow_ray.inputs.format import InputFormat, Row, format_named, row_id
 from clipflow_ray.inputs.listing import check_apart, listing_hash, sources
 from clipflow_ray.inputs.manifest import write_source
 from clipflow_ray.inputs.reading import read_bytes
@@ -36,7 +36,7 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def manifest(tmp_path: Path, *inputs: Path | str, **options: str) -> list[dict]:
+def manifest(tmp_path: Path, *inputs: Path | str, **options: str) -> list[Row]:
     """The rows of all sources of `inputs`, in order, through parquet."""
     folder = tmp_path / f"manifest-{len(os.listdir(tmp_path))}"
     folder.mkdir()
@@ -50,7 +50,7 @@ def manifest(tmp_path: Path, *inputs: Path | str, **options: str) -> list[dict]:
     return rows
 
 
-def read(rows: list[dict], max_bytes: int = 99) -> list[bytes | str]:
+def read(rows: list[Row], max_bytes: int = 99) -> list[bytes | str]:
     """The bytes of manifest rows, or the error code of a row that cannot be read."""
     table = pa.Table.from_pylist(rows, MANIFEST_SCHEMA)
     outcomes = read_bytes(table, Place.at("."), ImageLimits(max_bytes=max_bytes))
@@ -105,7 +105,9 @@ def test_a_file_that_two_inputs_name_is_listed_once(tmp_path: Path, photos: Path
     assert sorted(row["uri"] for row in rows) == sorted(f"{photos}/{name}" for name in FILES)
 
 
-def test_a_long_listing_fills_several_files_in_order(tmp_path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_listing_fills_several_files_in_order(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(manifests, "_ROWS_PER_FILE", 2)
     listed = [row["uri"].removeprefix(f"{photos}/") for row in manifest(tmp_path, photos)]
     assert listed == list(FILES)

@@ -21,10 +21,11 @@ def objective(kind: str, boundary: float = -1.5, **settings_: float) -> Objectiv
 
 
 def loss_and_gradients(loss: Objective, natural: list[float], proxy: list[float]) -> tuple[float, Tensor, Tensor]:
-    n, p = (torch.tensor(values, requires_grad=True) for values in (natural, proxy))
+    n, p = torch.tensor(natural, requires_grad=True), torch.tensor(proxy, requires_grad=True)
     value = loss(n, p)
     value.backward()
-    return float(value.detach()), *(t.grad if t.grad is not None else torch.zeros_like(t) for t in (n, p))
+    to_natural, to_proxy = (t.grad if t.grad is not None else torch.zeros_like(t) for t in (n, p))
+    return float(value.detach()), to_natural, to_proxy
 
 
 @pytest.mark.parametrize("kind", KINDS)

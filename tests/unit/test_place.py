@@ -7,9 +7,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pyarrow as pa
@@ -84,7 +85,7 @@ def store(credentials: None) -> Iterator[Place]:
 
 
 @pytest.fixture(scope="module")
-def bucket(store: Place):
+def bucket(store: Place) -> Any:
     """boto3's own client, so that what we list and read is not what we wrote ourselves."""
     client = boto3.client("s3", endpoint_url=store.options.endpoint_url, region_name=store.options.region)
     client.create_bucket(Bucket="shelf")
@@ -93,10 +94,16 @@ def bucket(store: Place):
     return client
 
 
+class LiarServer(ThreadingHTTPServer):
+    requests = 0
+    faults = 0
+
+
 class Liar(BaseHTTPRequestHandler):
     """Declares BODY's length but hangs up half way, as often as `faults` says; then sends it whole."""
 
     BODY = b"0123456789" * 1000
+    server: LiarServer
 
     def do_GET(self) -> None:
         self.server.requests += 1
@@ -112,9 +119,8 @@ class Liar(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def liar() -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Liar)
-    server.requests = server.faults = 0
+def liar() -> Iterator[LiarServer]:
+    server = LiarServer(("127.0.0.1", 0), Liar)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -126,13 +132,13 @@ def lie_of(server: ThreadingHTTPServer) -> Place:
 
 
 @pytest.mark.parametrize("faults", [0, 2])
-def test_a_body_that_breaks_off_twice_is_read_at_the_third_attempt(liar: ThreadingHTTPServer, faults: int) -> None:
+def test_a_body_that_breaks_off_twice_is_read_at_the_third_attempt(liar: LiarServer, faults: int) -> None:
     liar.faults = faults
     assert lie_of(liar).read(10**6) == Liar.BODY
     assert liar.requests == faults + 1
 
 
-def test_a_body_that_always_breaks_off_is_read_failed_after_five_attempts(liar: ThreadingHTTPServer) -> None:
+def test_a_body_that_always_breaks_off_is_read_failed_after_five_attempts(liar: LiarServer) -> None:
     liar.faults = 10**6
     assert refusal(lie_of(liar), 10**6).item_code == "read_failed"
     assert liar.requests == 5
@@ -145,7 +151,7 @@ def test_a_store_that_does_not_answer_is_read_failed() -> None:
         assert refusal(place).item_code == "read_failed"
 
 
-def test_nasty_keys_are_listed_and_read_back(store: Place, bucket) -> None:
+def test_nasty_keys_are_listed_and_read_back(store: Place, bucket: Any) -> None:
     listed = list((store / "photos/").objects())
     assert sorted(item.uri for item in listed) == sorted(f"s3://shelf/{key}" for key in NASTY_KEYS)
     for item in listed:
@@ -154,30 +160,30 @@ def test_nasty_keys_are_listed_and_read_back(store: Place, bucket) -> None:
         assert item.bytes == len(body)
 
 
-def test_hidden_keys_and_folder_markers_are_left_out(store: Place, bucket) -> None:
+def test_hidden_keys_and_folder_markers_are_left_out(store: Place, bucket: Any) -> None:
     for key in ("marked/", "marked/sub/", "marked/.hidden.jpg", "marked/seen.jpg"):
         bucket.put_object(Bucket="shelf", Key=key, Body=b"x")
     assert [item.uri for item in (store / "marked/").objects()] == ["s3://shelf/marked/seen.jpg"]
 
 
-def test_hidden_folders_are_left_out_on_s3_as_they_are_on_disk(store: Place, bucket) -> None:
+def test_hidden_folders_are_left_out_on_s3_as_they_are_on_disk(store: Place, bucket: Any) -> None:
     for key in ("tree/.cache/thumb.jpg", "tree/seen.jpg"):
         bucket.put_object(Bucket="shelf", Key=key, Body=b"x")
     assert [item.uri for item in (store / "tree/").objects()] == ["s3://shelf/tree/seen.jpg"]
 
 
 @pytest.mark.parametrize("uri", ["s3://nowhere/photos", "s3://shelf/empty/", "s3:///photos"])
-def test_a_prefix_that_holds_nothing_is_an_input_error(store: Place, bucket, uri: str) -> None:
+def test_a_prefix_that_holds_nothing_is_an_input_error(store: Place, bucket: Any, uri: str) -> None:
     with pytest.raises(InputError):
         list(store.with_uri(uri).objects())
 
 
 @pytest.mark.parametrize("uri", ["s3://shelf/absent.jpg", "s3://nowhere/absent.jpg"])
-def test_a_missing_key_is_not_found(store: Place, bucket, uri: str) -> None:
+def test_a_missing_key_is_not_found(store: Place, bucket: Any, uri: str) -> None:
     assert refusal(store.with_uri(uri)).item_code == "not_found"
 
 
-def test_an_object_that_changed_after_its_listing_is_refused(store: Place, bucket) -> None:
+def test_an_object_that_changed_after_its_listing_is_refused(store: Place, bucket: Any) -> None:
     bucket.put_object(Bucket="shelf", Key="changing/a.jpg", Body=b"before")
     (listed,) = (store / "changing/").objects()
     bucket.put_object(Bucket="shelf", Key="changing/a.jpg", Body=b"behind")
@@ -185,13 +191,13 @@ def test_an_object_that_changed_after_its_listing_is_refused(store: Place, bucke
     assert listed.place.read(1000) == b"behind"
 
 
-def test_an_object_above_the_limit_is_refused_and_one_at_the_limit_is_read(store: Place, bucket) -> None:
+def test_an_object_above_the_limit_is_refused_and_one_at_the_limit_is_read(store: Place, bucket: Any) -> None:
     bucket.put_object(Bucket="shelf", Key="big.jpg", Body=b"x" * 100)
     assert refusal(store / "big.jpg", 99).item_code == "too_large_bytes"
     assert len((store / "big.jpg").read(100)) == 100
 
 
-def test_a_body_above_the_limit_is_not_read(liar: ThreadingHTTPServer) -> None:
+def test_a_body_above_the_limit_is_not_read(liar: LiarServer) -> None:
     liar.faults = 10**6  # reading this body fails, so a refusal by size must come first
     assert refusal(lie_of(liar), len(Liar.BODY) - 1).item_code == "too_large_bytes"
     assert liar.requests == 1
@@ -203,7 +209,8 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     if request.param == "local":
         return Place.at(tmp_path / "deep" / "er")
     request.getfixturevalue("bucket")
-    return request.getfixturevalue("store") / "run" / tmp_path.name
+    store: Place = request.getfixturevalue("store")
+    return store / "run" / tmp_path.name
 
 
 def test_text_is_written_whole_and_replaced(folder: Place) -> None:
@@ -231,8 +238,9 @@ def test_a_reader_of_a_local_file_sees_the_old_text_or_the_new_one(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
-def test_a_write_that_the_store_refuses_is_an_os_error(store: Place, bucket) -> None:
-    for write in (lambda place: place.write(b"x"), lambda place: place.write_if(b"x", None)):
+def test_a_write_that_the_store_refuses_is_an_os_error(store: Place, bucket: Any) -> None:
+    writes: tuple[Callable[[Place], object], ...] = (lambda p: p.write(b"x"), lambda p: p.write_if(b"x", None))
+    for write in writes:
         with pytest.raises(OSError, match="NoSuchBucket"):
             write(store.with_uri("s3://nowhere/key"))
 
@@ -275,7 +283,7 @@ def test_a_folder_of_files_is_replaced(folder: Place) -> None:
         assert [path.name for path in Path(folder.uri).parent.iterdir()] == ["er"]
 
 
-def test_a_conditional_write_holds_only_for_the_etag_that_is_there(store: Place, bucket) -> None:
+def test_a_conditional_write_holds_only_for_the_etag_that_is_there(store: Place, bucket: Any) -> None:
     place = store / "run/.lease"
     assert place.read_with_etag() is None
     first = place.write_if(b"1", None)
@@ -289,7 +297,7 @@ def test_a_conditional_write_holds_only_for_the_etag_that_is_there(store: Place,
     assert place.read_with_etag() is None and place.write_if(b"5", second) is None
 
 
-def test_folders_are_listed_apart_only_if_they_hold_everything(store: Place, bucket, tmp_path: Path) -> None:
+def test_folders_are_listed_apart_only_if_they_hold_everything(store: Place, bucket: Any, tmp_path: Path) -> None:
     for key in ("parted/a/1.jpg", "parted/b/2.jpg", "parted/.c/3.jpg", "mixed/a/1.jpg", "mixed/b/2.jpg", "mixed/3.jpg"):
         bucket.put_object(Bucket="shelf", Key=key, Body=b"x")
     assert [folder.uri for folder in (store / "parted/").folders()] == ["s3://shelf/parted/a/", "s3://shelf/parted/b/"]
@@ -353,7 +361,9 @@ def test_a_pipe_among_the_files_is_refused_and_does_not_block(tmp_path: Path) ->
     assert [type(error) for error in caught] == [ReadError]
 
 
-def test_local_paths_become_absolute_and_s3_uris_stay_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_local_paths_become_absolute_and_s3_uris_stay_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/me")
     assert Place.at("a//b/../c/").uri == f"{tmp_path}/a/c"
@@ -372,7 +382,7 @@ def test_other_schemes_are_refused(uri: str) -> None:
         settled(AuditConfig(input=(uri,), output="out"), "input")
 
 
-def test_every_slash_of_a_key_counts(store: Place, bucket) -> None:
+def test_every_slash_of_a_key_counts(store: Place, bucket: Any) -> None:
     for key in ("slashes/a//b", "slashes//a", "/slashes"):
         bucket.put_object(Bucket="shelf", Key=key, Body=key.encode())
         assert Place(f"s3://shelf/{key}", store.options).read(100) == key.encode()

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from skimage import restoration
 from clipflow_ray import images, proxies
 from clipflow_ray.config import OPENAI_VIEW, ProxyConfig
 from clipflow_ray.errors import ConfigError
+from clipflow_ray.images import Pixels
 from clipflow_ray.proxies import FAMILIES
 
 SIZE = 224
@@ -28,7 +30,8 @@ each_size = pytest.mark.parametrize("size", [SIZE, 336, 378, 448])
 
 
 def radii_of(size: int) -> np.ndarray:
-    return 2.0 * np.hypot(np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None, :])
+    result: np.ndarray = 2.0 * np.hypot(np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None, :])
+    return result
 
 
 radii = radii_of(SIZE)
@@ -45,7 +48,8 @@ def photo_like(seed: int = 0, size: int = SIZE) -> np.ndarray:
         noise = 0.8 * shared + 0.6 * rng.standard_normal((size, size))
         plane = np.fft.ifft2(np.fft.fft2(noise) * amplitude).real
         channels.append(mean + 22.0 * plane / plane.std())
-    return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+    image: Pixels = np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+    return image
 
 
 def source_of(size: int) -> np.ndarray:
@@ -176,7 +180,7 @@ def ramp(radius: np.ndarray, start: float) -> np.ndarray:
     ],
 )
 def test_a_radial_family_multiplies_the_amplitude_by_its_formula(
-    family: str, ranges: dict[str, tuple[float, ...]], expected: Callable[[np.ndarray], np.ndarray], size: int
+    family: str, ranges: dict[str, Any], expected: Callable[[np.ndarray], np.ndarray], size: int
 ) -> None:
     ratio = spectrum(applied(family, size=size, **ranges)) / spectrum(source_of(size))
     wanted = np.broadcast_to(expected(radii_of(size)), ratio.shape)
@@ -282,7 +286,7 @@ def test_the_natural_round_trip_keeps_every_8_bit_view(seed: int, levels: int, s
 
 
 @pytest.mark.parametrize("families", [{}, {"low_pass": {}, "sepia": {}}])
-def test_an_unknown_family_or_none_is_refused_with_the_list_of_those_there(families: dict[str, dict]) -> None:
+def test_an_unknown_family_or_none_is_refused_with_the_list_of_those_there(families: dict[str, dict[str, Any]]) -> None:
     with pytest.raises(ConfigError, match="phase_jitter") as refusal:
         proxies.check(ProxyConfig(families=families))
     assert all(name in str(refusal.value) for name in set(families) - set(FAMILIES))
@@ -314,7 +318,7 @@ def test_texture_loss_takes_weak_detail_and_leaves_edges() -> None:
 
 
 def test_tone_scales_contrast_and_colour_by_its_draws() -> None:
-    ranges = {"contrast": (0.3, 0.3), "saturation": (-0.4, -0.4), "min_change": (0.1,)}
+    ranges: dict[str, Any] = {"contrast": (0.3, 0.3), "saturation": (-0.4, -0.4), "min_change": (0.1,)}
     changed = applied("tone", **ranges)
     grey, before = changed.mean(axis=0), SOURCE.mean(axis=0)
     assert grey.std() / before.std() == pytest.approx(np.exp(0.3), rel=1e-3)
@@ -322,7 +326,7 @@ def test_tone_scales_contrast_and_colour_by_its_draws() -> None:
 
 
 def test_tone_never_changes_less_than_it_must() -> None:
-    ranges = {"contrast": (0.01, 0.01), "saturation": (-0.02, -0.02), "min_change": (0.25,)}
+    ranges: dict[str, Any] = {"contrast": (0.01, 0.01), "saturation": (-0.02, -0.02), "min_change": (0.25,)}
     changed = applied("tone", **ranges)
     assert changed.mean(axis=0).std() / SOURCE.mean(axis=0).std() == pytest.approx(np.exp(0.125), rel=1e-3)
 
@@ -335,7 +339,7 @@ def test_rotated_amplitude_swaps_power_between_directions_and_keeps_phases() -> 
 
 
 def test_an_amplitude_transplant_keeps_phases_and_takes_the_amplitude_of_one_of_several_photographs() -> None:
-    ranges = {"start": (0.2, 0.2), "mix": (1.0, 1.0)}
+    ranges: dict[str, Any] = {"start": (0.2, 0.2), "mix": (1.0, 1.0)}
     before, band = spectrum(SOURCE), radii > 0.35
     donors = {}
     for name in ("astronaut.png", "chelsea.png", "coffee.png", "gravel.png", "motorcycle_left.png", "rocket.jpg"):
@@ -384,7 +388,7 @@ def test_an_amplitude_transplant_enlarges_the_photographs_if_none_is_large_enoug
 
 
 def test_chroma_gain_moves_colour_up_and_down_and_keeps_luminance() -> None:
-    ranges = {"start": (0.2, 0.2), "log_gain": (1.5, 1.5)}
+    ranges: dict[str, Any] = {"start": (0.2, 0.2), "log_gain": (1.5, 1.5)}
     colour = np.square(np.abs(spectrum(SOURCE - SOURCE.mean(axis=0))))[:, radii > 0.7].mean()
     gains = []
     for seed in DRAWS:
@@ -490,7 +494,7 @@ def test_halo_amplifies_what_a_blur_takes_away() -> None:
     assert abs(low) < 0.1 and high == pytest.approx(2.0 * np.log(2.0), abs=0.05)
 
 
-def log_gain_of(family: str, band: tuple[float, float], **ranges: tuple[float, ...]) -> float:
+def log_gain_of(family: str, band: tuple[float, float], **ranges: Any) -> float:
     inside = (radii > band[0]) & (radii <= band[1])
     energy = [np.square(np.abs(spectrum(v)))[:, inside].mean() for v in (applied(family, **ranges), SOURCE)]
     return float(np.log(energy[0] / energy[1]))

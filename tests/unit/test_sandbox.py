@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from PIL import Image
 from clipflow_ray import images, sandbox
 from clipflow_ray.config import OPENAI_VIEW, ImageLimits
 from clipflow_ray.errors import ImageError
+from clipflow_ray.images import DecodedImage
 from clipflow_ray.sandbox import DecodeChild
 from tests.conftest import scan_bomb
 
@@ -95,6 +97,7 @@ def test_images_beside_a_scan_bomb_and_a_broken_one_all_decode_in_their_order(ch
     assert [o.item_code for o in outcomes if isinstance(o, ImageError)] == ["decode_timeout", "unsupported_format"]
     assert [isinstance(o, ImageError) for o in outcomes] == [False] * 3 + [True] * 2 + [False] * 3
     for outcome, pixels in zip(outcomes[:3] + outcomes[5:], pictures, strict=True):
+        assert isinstance(outcome, DecodedImage)
         np.testing.assert_array_equal(outcome.rgb, pixels)
     assert child.decode_all([], LIMITS) == []
 
@@ -107,7 +110,7 @@ def test_images_on_their_way_to_a_child_that_dies_go_to_the_next_one(child: Deco
     killer.start()
     outcomes = child.decode_all(contents, LIMITS)
     killer.join()
-    assert [int(outcome.rgb[0, 0, 0]) for outcome in outcomes] == list(range(200))
+    assert [int(o.rgb[0, 0, 0]) for o in outcomes if isinstance(o, DecodedImage)] == list(range(200))
     assert child.pid != first
 
 
@@ -186,7 +189,7 @@ def unusual() -> dict[str, bytes]:
     wide = (np.arange(300 * 420, dtype=np.uint32).reshape(300, 420) % 65536).astype(np.uint16)
     transparent = image.quantize(16)
     frames = [image.rotate(90 * turn) for turn in range(4)]
-    saved = {
+    saved: dict[str, tuple[Image.Image, dict[str, Any]]] = {
         "exif.jpg": (image, {"exif": exif, "format": "JPEG", "xmp": b"<x:xmpmeta xmlns:x='adobe:ns:meta/'/>"}),
         "exif.png": (image, {"exif": exif, "format": "PNG"}),
         "exif.webp": (image, {"exif": exif, "format": "WEBP"}),

@@ -15,6 +15,7 @@ import schemathesis
 from hypothesis import given, settings
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
+from schemathesis.core.result import Ok
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from clipflow_ray.config import OPENAI_VIEW, ImageLimits, ServeConfig
@@ -407,6 +408,7 @@ def test_the_api_does_what_its_openapi_document_says(service: Service) -> None:
     described = schemathesis.openapi.from_asgi("/openapi.json", service.app)
     paths = []
     for found in described.get_all_operations():
+        assert isinstance(found, Ok)
         operation = found.ok()
         paths.append(operation.path)
         if operation.path == "/metrics":
@@ -414,7 +416,7 @@ def test_the_api_does_what_its_openapi_document_says(service: Service) -> None:
 
         @settings(max_examples=60, deadline=None, database=None, derandomize=True)
         @given(operation.as_strategy())
-        def check(case: schemathesis.Case) -> None:
+        def check(case: schemathesis.Case[Any]) -> None:
             # A schema cannot say whether text is base64, or whether the calibration supports an alpha.
             case.call_and_validate(excluded_checks=[positive_data_acceptance])
 

@@ -17,7 +17,8 @@ EDGE_READ_SECONDS = 35
 
 
 def config(name: str) -> dict[str, Any]:
-    return yaml.safe_load((FOLDER / name).read_text())
+    loaded: dict[str, Any] = yaml.safe_load((FOLDER / name).read_text())
+    return loaded
 
 
 @pytest.mark.parametrize("name", NAMES)

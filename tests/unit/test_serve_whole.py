@@ -85,7 +85,8 @@ def answered(app: ASGIApp, *received: bytes) -> Transport:
         config = Config(app, lifespan="off", log_config=None)
         config.load()
         state = ServerState()
-        protocol: Any = config.http_protocol_class(config, state, {})
+        protocol_class: Any = config.http_protocol_class
+        protocol = protocol_class(config, state, {})
         transport = Transport()
         protocol.connection_made(transport)
         for data in received:
