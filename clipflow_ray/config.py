@@ -333,7 +333,7 @@ class Tuning(Config):
     """Settings that can change without a restart, as `user_config` of the detector deployment."""
 
     alpha: float = Field(0.01, gt=0, lt=1, description="for requests that give none")
-    max_batch_size: int = Field(32, ge=1, description="images in one forward pass")
+    max_batch_size: int = Field(32, ge=1, description="images that are scored together")
     batch_wait_seconds: float = Field(0.0, ge=0, description="time that an idle detector waits for more images")
 
 
@@ -358,7 +358,7 @@ class ServeConfig(Tuning):
     ingress_replicas: tuple[int, int] = Field((1, 1), description="minimum and maximum")
     ingress_cpus: float = Field(1.0, ge=0)
     detector_replicas: tuple[int, int] = Field((1, 1), description="minimum and maximum")
-    detector_cpus: float = Field(1.0, ge=0, description="also the number of torch threads")
+    detector_cpus: float = Field(1.0, ge=0, description="also the number of images encoded at a time")
     detector_gpus: float = Field(0.0, ge=0)
     drain_seconds: float = Field(20.0, ge=0, description="time for a stopping replica to finish its requests")
     health_check_seconds: float = Field(2.0, gt=0)

@@ -136,7 +136,7 @@ def load_checkpoint(where: Place | str | Path) -> Checkpoint:
     if plain.get("record_sha256") != _record_sha256(plain):
         raise CheckpointError(f"{RECORD} of {uri} was altered (sha256 differs); fetch or train the checkpoint again.")
     try:
-        record = CheckpointRecord.model_validate(plain)
+        record = CheckpointRecord.model_validate(_current(plain))
         tensors = {name: _tensors(place / name, digest) for name, digest in record.sha256.items()}
         calibration = None
         if "calibration.safetensors" in tensors:
@@ -145,7 +145,7 @@ def load_checkpoint(where: Place | str | Path) -> Checkpoint:
         return Checkpoint(
             encoder=record.encoder,
             encoder_fingerprint=record.encoder_fingerprint,
-            view=_view(record),
+            view=record.view,
             segments=record.segments,
             flow_config=record.flow,
             flow_state=tensors["flow.safetensors"],
@@ -156,7 +156,7 @@ def load_checkpoint(where: Place | str | Path) -> Checkpoint:
             reference=tensors.get("reference.safetensors", {}),
             training=record.training,
         )
-    except (KeyError, ValidationError) as error:
+    except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{uri} has a missing or invalid field: {error}") from error
 
 
@@ -164,13 +164,17 @@ def _place(where: Place | str | Path) -> Place:
     return where if isinstance(where, Place) else Place.at(where)
 
 
-def _view(record: CheckpointRecord) -> ViewSpec:
-    """The recorded view. Version 1 recorded only its kind, because all views were those of OpenAI's towers.
+def _current(plain: dict[str, Any]) -> dict[str, Any]:
+    """A record of version 1 as one of the current version.
 
-    The weights of such a checkpoint may have another mean and standard deviation. Both affect only the encoder, which
-    takes them from its weights.
+    Version 1 recorded only the kind of the view, because all views were those of OpenAI's towers. The weights of such a
+    checkpoint may have another mean and standard deviation. Both affect only the encoder, which takes them from its
+    weights.
     """
-    return record.view or OPENAI_VIEW.model_copy(update={"kind": record.encoder.view})
+    if plain["format_version"] == FORMAT_VERSION:
+        return plain
+    view = OPENAI_VIEW.model_copy(update={"kind": plain["encoder"]["view"]})
+    return plain | {"format_version": FORMAT_VERSION, "view": view}
 
 
 def _record_sha256(record: dict[str, Any]) -> str:

@@ -43,14 +43,13 @@ FORMAT_VERSION: Final = 2
 
 
 class CheckpointRecord(Closed):
-    """`checkpoint.json`. Version 2 added `view`; version 1 is read as well."""
+    """`checkpoint.json`. Version 2 added `view`. A version 1 is read as well, with OpenAI's view of 224 pixels."""
 
-    format_version: Literal[1, 2] = Field(FORMAT_VERSION, description="Version of the file's format.")
-
+    format_version: Literal[2] = Field(FORMAT_VERSION, description="Version of the file's format.")
     model_id: str = Field(description="16 hex digits over the flow's tensors and the encoder's fingerprint.")
     encoder: EncoderConfig = Field(description="The encoder: its architecture, weights, view and features.")
     encoder_fingerprint: str = Field(description="Fingerprint of the encoder that the flow was fitted on.")
-    view: ViewSpec | None = Field(None, description="The view that the encoder sees; null in version 1.")
+    view: ViewSpec = Field(description="The view that the encoder sees.")
     segments: tuple[int, ...] = Field(description="Widths of the encoder's named features.")
     flow: FlowConfig = Field(description="Settings of the flow.")
     limits: ImageLimits = Field(description="Size and time limits for decoding an image.")

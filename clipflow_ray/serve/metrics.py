@@ -30,9 +30,9 @@ class DetectorMetrics:
     """Metrics of a detector: sizes of batches, the time that images wait for one, and the time of a forward pass."""
 
     def __init__(self) -> None:
-        self.batch_size = Histogram("clipflow_serve_batch_size", "Images in one forward pass.", _SIZES)
+        self.batch_size = Histogram("clipflow_serve_batch_size", "Images scored together.", _SIZES)
         self.queue = Histogram("clipflow_serve_queue_seconds", "Wait of an image for its batch.", _SECONDS)
-        self.inference = Histogram("clipflow_serve_inference_seconds", "Seconds of one forward pass.", _SECONDS)
+        self.inference = Histogram("clipflow_serve_inference_seconds", "Seconds of scoring one batch.", _SECONDS)
 
 
 async def exposition() -> str:

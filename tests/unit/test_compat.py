@@ -4,9 +4,11 @@ import importlib
 import inspect
 from typing import Any
 
+import open_clip
 import pytest
 import ray
 import ray.serve.context
+import torch
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import Target, TargetGroup
 
@@ -56,6 +58,15 @@ def test_the_client_of_serve_can_deploy_a_config(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(context, name, lambda raise_if_no_controller_running: found)
     assert compat.serve_client() is found
     assert "config" in inspect.signature(vars(context)["ServeControllerClient"].deploy_apps).parameters
+
+
+@pytest.mark.parametrize("model", ["ViT-B-32", "RN50", "PE-Core-T-16-384"])
+def test_an_image_tower_is_built_from_an_open_clip_configuration_and_fetches_no_weights(model: str) -> None:
+    config = open_clip.get_model_config(model)
+    vision = config["vision_cfg"] | {"timm_model_pretrained": True}
+    with torch.device("meta"):
+        tower = compat.image_tower(config["embed_dim"], vision, quick_gelu=True)
+        assert tower(torch.empty(1, 3, vision["image_size"], vision["image_size"])).shape == (1, config["embed_dim"])
 
 
 def test_the_autoscaler_reads_a_cluster() -> None:

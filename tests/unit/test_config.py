@@ -60,6 +60,15 @@ def test_a_config_cannot_be_changed_after_it_was_made() -> None:
         limits.max_bytes = 1  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("model", ["hf-hub:timm/PE-Core-T-16-384", "local-dir:/models/tower"])
+def test_a_folder_or_repository_brings_its_own_weights(model: str) -> None:
+    made = validated(EncoderConfig, {"model": model})
+    assert (made.model, made.pretrained) == (model, "")
+    assert validated(EncoderConfig, made.model_dump(mode="json")) == made
+    with pytest.raises(ConfigError, match="must be left out"):
+        validated(EncoderConfig, {"model": model, "pretrained": "openai"})
+
+
 @pytest.mark.parametrize(
     "values",
     [{"pretrained": "seed:1"}, {"model": TEST_TOWER}, {"model": TEST_TOWER, "pretrained": "openai"}],

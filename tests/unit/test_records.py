@@ -37,6 +37,7 @@ from clipflow_ray.audit.record import (
     Timing,
 )
 from clipflow_ray.config import (
+    OPENAI_VIEW,
     AuditConfig,
     Closed,
     Config,
@@ -236,6 +237,7 @@ def checkpoint_record() -> CheckpointRecord:
         model_id="m" * 16,
         encoder=EncoderConfig(feature=("block1.cls", "block2.mean")),
         encoder_fingerprint="e" * 16,
+        view=OPENAI_VIEW,
         segments=(6, 4),
         flow=FlowConfig(blocks=2),
         limits=ImageLimits(min_side=16),
@@ -257,13 +259,14 @@ RECORDS = [
     evaluation_figures(),
     checkpoint_record(),
 ]
+VERSIONS: dict[type, int] = {CheckpointRecord: 2}
 each_record = pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
 
 
 @each_record
 def test_what_is_written_comes_back(record: Record) -> None:
     assert type(record).model_validate_json(record.model_dump_json(indent=1)) == record
-    assert json.loads(record.model_dump_json())["format_version"] == 1
+    assert json.loads(record.model_dump_json())["format_version"] == VERSIONS.get(type(record), 1)
 
 
 @each_record
@@ -298,7 +301,7 @@ def test_a_file_older_than_the_format_version_is_read_and_one_of_another_version
     del plain["format_version"]
     assert type(record).model_validate_json(json.dumps(plain)) == record
     with pytest.raises(ValidationError, match="format_version"):
-        type(record).model_validate_json(json.dumps(plain | {"format_version": 2}))
+        type(record).model_validate_json(json.dumps(plain | {"format_version": VERSIONS.get(type(record), 1) + 1}))
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

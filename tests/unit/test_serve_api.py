@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import schemathesis
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from clipflow_ray.config import OPENAI_VIEW, ImageLimits, ServeConfig
 from clipflow_ray.images import Pixels
 from clipflow_ray.model.finding import Numbers
+from clipflow_ray.serve.detector import DetectorReplica
 from clipflow_ray.serve.ingress import Ingress
 from clipflow_ray.serve.messages import Decoding, Description, Refused, Scored
 from clipflow_ray.serve.schemas import ModelInfo, Threshold
@@ -422,3 +424,10 @@ def test_the_api_does_what_its_openapi_document_says(service: Service) -> None:
 
         check()
     assert paths == ["/v1/detect", "/v1/model", "/healthz", "/readyz", "/metrics"]
+
+
+def test_a_view_of_another_size_gets_no_score_and_does_not_break_the_detector() -> None:
+    replica = object.__new__(DetectorReplica)
+    replica._decoding = Decoding(ImageLimits(), OPENAI_VIEW)
+    numbers = asyncio.run(replica._scored(np.zeros((384, 384, 3), np.uint8)))
+    assert np.isnan([numbers.log_likelihood, numbers.score, numbers.p_value]).all()

@@ -15,14 +15,16 @@ from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from clipflow_ray.config import PACKAGED_WEIGHTS, TEST_TOWER, EncoderConfig
+from clipflow_ray.config import OPENAI_VIEW, PACKAGED_WEIGHTS, TEST_TOWER, EncoderConfig, ViewSpec
 from clipflow_ray.errors import WeightsError
 from clipflow_ray.model.weights import (
+    TowerRecord,
     architecture_of,
     build_tower,
     cache_dir,
     cached_path,
     contents_sha256,
+    load_record,
     load_weights,
 )
 
@@ -175,6 +177,68 @@ def test_a_local_file_gives_its_image_tower_and_follows_a_changed_file(
     write(changed)
     os.utime(file, ns=(1, 1))
     np.testing.assert_allclose(load_weights(config).state["proj"], first.state["proj"] + 1.0)
+
+
+def repository(folder: Path, preprocess: dict[str, Any], image_size: Any = 224) -> EncoderConfig:
+    """A configuration and weights as a hub repository holds them."""
+    folder.mkdir()
+    vision = {"image_size": image_size, "layers": 1, "width": 32, "head_width": 16, "patch_size": 32}
+    config: dict[str, Any] = {"embed_dim": 8, "vision_cfg": vision}
+    config["text_cfg"] = {"context_length": 4, "vocab_size": 32, "width": 16, "heads": 1, "layers": 1}
+    record = {"model_cfg": config, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(record))
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return EncoderConfig(model=f"local-dir:{folder}")
+
+
+def test_a_folder_gives_its_tower_and_the_view_that_it_records(tmp_path: Path) -> None:
+    preprocess = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
+    config = repository(tmp_path / "tower", preprocess, 96)
+    weights = load_weights(config)
+    assert weights.view == ViewSpec(kind="resize", size=96, **preprocess)
+    assert load_record(config.model_copy(update={"view": "crop"})).view.kind == "crop"
+    before = cached_path(config)
+    os.utime(tmp_path / "tower/open_clip_model.safetensors", ns=(1, 1))
+    assert cached_path(config) != before
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "image_size", "said"),
+    [
+        ({"resize_mode": "longest"}, 224, "resize_mode 'longest'"),
+        ({"interpolation": "random"}, 224, "interpolation 'random'"),
+        ({}, [224, 192], r"size \[224, 192\]"),
+    ],
+)
+def test_preprocessing_that_a_view_cannot_follow_is_refused_in_a_sentence(
+    tmp_path: Path, cache: Path, preprocess: dict[str, Any], image_size: Any, said: str
+) -> None:
+    config = repository(tmp_path / "tower", preprocess, image_size)
+    with pytest.raises(WeightsError, match=f"prepares images with {said}, which is not supported; choose"):
+        load_record(config)
+    assert not list(cache.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("other", [0.5, 0.4])
+def test_a_file_of_weights_alone_has_the_preprocessing_that_the_tags_of_its_model_share(
+    tiny_clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: float
+) -> None:
+    file = tmp_path / "tiny.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in tiny_clip.state_dict().items()}, file)
+    tags = {"one": {"mean": (0.5,) * 3, "url": "x"}, "two": {"mean": (other,) * 3, "url": "y"}}
+    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda model: [*tags] if model == TINY else [])
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda model, tag: tags[tag])
+    view = load_record(EncoderConfig(model=TINY, pretrained=str(file))).view
+    assert view == (OPENAI_VIEW.model_copy(update={"mean": (0.5,) * 3}) if other == 0.5 else OPENAI_VIEW)
+
+
+def test_the_record_of_weights_is_that_of_the_loaded_weights_and_is_verified() -> None:
+    record, weights = load_record(TOWER), load_weights(TOWER)
+    assert record == TowerRecord(weights.sha256, weights.architecture, weights.view)
+    rewritten(cached_path(TOWER), lambda state, metadata: metadata.pop("record_sha256"))
+    with pytest.raises(WeightsError, match="delete the file"):
+        load_record(TOWER)
 
 
 class _Trap:
