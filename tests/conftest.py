@@ -1,4 +1,4 @@
-"""What all tests share: photo-like images that we made."""
+"""Helpers and fixtures for all tests, such as synthetic photo-like images."""
 
 import io
 from pathlib import Path
@@ -16,7 +16,7 @@ SOURCES = ("alpine", "harbour", "kitchen", "market", "meadow", "studio")
 
 
 def photo(seed: int, size: tuple[int, int] = (256, 256)) -> Pixels:
-    """Coloured 1/f noise, uint8 [H, W, 3]: the spectrum of a photograph without anyone's photograph."""
+    """Coloured 1/f noise, uint8 [H, W, 3]: synthetic, with the spectrum of a photograph."""
     rng = np.random.default_rng(seed)
     height, width = size
     radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None, :])
@@ -42,7 +42,7 @@ def s3_client(place: Place) -> Any:
 
 
 def scan_bomb() -> bytes:
-    """A progressive JPEG of 36 megapixels whose last scan comes 2,000 times: minutes of decoding in a small file."""
+    """A small progressive JPEG of 36 megapixels that takes minutes to decode: its last scan is repeated 2,000 times."""
     flat = encoded(np.full((6000, 6000, 3), 90, np.uint8), quality=60, progressive=True)
     last = flat.rindex(b"\xff\xda")
     return flat[:last] + flat[last:-2] * 2000 + flat[-2:]

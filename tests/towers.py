@@ -1,4 +1,4 @@
-"""Towers of the sizes, normalisations and architectures that pretrained weights come in, with weights from a seed."""
+"""Towers with the sizes, normalisations and architectures of published weights. Each has weights of a fixed seed."""
 
 import json
 from copy import deepcopy
@@ -25,7 +25,7 @@ _TEXT = {"context_length": 4, "vocab_size": 32, "width": 16, "heads": 1, "layers
 
 @dataclass(frozen=True)
 class Tower:
-    """An open_clip model by name; `cut` replaces entries of its `vision_cfg`."""
+    """The open_clip model named `model`. `cut` replaces entries of its `vision_cfg`: large models get fewer layers."""
 
     model: str
     size: int
@@ -35,7 +35,7 @@ class Tower:
     cut: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> EncoderConfig:
-        """Write configuration and weights as a hub repository holds them; returns the encoder that names them."""
+        """Write the files of a hub repository to `folder` and return the EncoderConfig that names it."""
         config: dict[str, Any] = deepcopy(open_clip.get_model_config(self.model))
         config["vision_cfg"] |= self.cut
         config["text_cfg"] = _TEXT
@@ -46,11 +46,11 @@ class Tower:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = open_clip.create_model(name, load_weights=False)
-            for parameter in model.visual.parameters():  # what starts at zero would hide a branch
+            for parameter in model.visual.parameters():  # a branch whose weights start at zero would not be tested
                 parameter.data += 0.01 * torch.randn(parameter.shape)
             norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
             for norm in norms:
-                norm.momentum = None  # statistics of what follows; by default an image would hardly change the output
+                norm.momentum = None  # keeps the statistics of the batch below; by default all outputs are alike
             if norms:
                 with torch.no_grad():
                     model.visual.train()(torch.rand(4, 3, self.size, self.size))

@@ -1,4 +1,4 @@
-"""What inputs hold, whatever their format: their sources, their manifest rows, and a hash of the listing."""
+"""List inputs of any format: their sources, their manifest rows, and a hash of the listing."""
 
 import hashlib
 from collections.abc import Iterator, Sequence

@@ -42,7 +42,7 @@ def write_manifest(inputs: Sequence[Place], folder: Place, options: InventoryOpt
     count = sum(rows for _, rows in written)
     if count == 0:
         held = ", ".join(place.uri for place in inputs)
-        raise InputError(f"{held} hold nothing to look at: check the path, or the prefix and its bucket.")
+        raise InputError(f"{held} hold no images: check the path, or the prefix and its bucket.")
     return count
 
 

@@ -1,4 +1,4 @@
-"""Read the encoded images of manifest rows, whatever their input format."""
+"""Read the encoded images of manifest rows from inputs of any format."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final

@@ -121,7 +121,7 @@ def feature_widths(config: EncoderConfig, record: TowerRecord, features: Sequenc
         if blocks:
             count = len(tower.forward_intermediates(planes, output_fmt="NCHW")["image_intermediates"])  # type: ignore[operator]
             if max(blocks) > count:
-                raise ConfigError(f"The tower of {config.model!r} has {count} blocks; it has no block {max(blocks)}.")
+                raise ConfigError(f"The tower of {config.model!r} has {count} blocks; choose a block up to {count}.")
         if any(name.endswith(".cls") for name in features) and not _has_class_token(tower):
             raise ConfigError(f"The tower of {config.model!r} has no class token; use `blockN.mean` or `projected`.")
         outputs = _features(tower, planes, features)

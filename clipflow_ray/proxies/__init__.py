@@ -1,9 +1,10 @@
 """Natural view -> proxy view: a photograph, changed in the ways in which generated images differ from photographs.
 
 Each family is a pure function `(view, rng, **ranges) -> view` on float32 [3, H, W] in 0..255. Views are square and
-of any size. `ProxyConfig.families` holds the ranges. Lengths in a range are pixels of the view, whatever its size;
-frequencies are relative to Nyquist. Every family acts on the view that the encoder sees. `proxy` then restores the
-mean colour, clips and rounds to 8 bits, as `natural` does for natural views, so that rounding gives no proxy away.
+of any size. `ProxyConfig.families` holds the ranges. Lengths in a range are in pixels of the view and do not scale with
+its size; frequencies are relative to Nyquist. Every family acts on the view that the encoder sees. `proxy` then
+restores the mean colour, clips and rounds to 8 bits, as `natural` does for natural views, so that rounding gives no
+proxy away.
 
 Sources: Durall et al. 2020 (arXiv 2003.01826), Zhang et al. 2019 (1907.06515), Corvi et al. 2023 (2304.06408) and
 Shiohara & Yamasaki 2022 (self-blended images). The strengths are ours. So are the families from `warp` to

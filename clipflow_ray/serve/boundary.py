@@ -65,7 +65,7 @@ class Boundary:
         except asyncio.CancelledError:
             status = status or _CLIENT_GONE
             raise
-        except Exception as error:  # the last layer: whatever was not handled is logged and answered with a 500
+        except Exception as error:  # the last layer: log any unhandled error and answer 500
             self._log.error(json.dumps({"request_id": request_id, "error": type(error).__name__}), exc_info=True)
             if not status:
                 await refusal(scope, "internal", INTERNAL)(scope, receive, answer)

@@ -126,7 +126,7 @@ class DetectorReplica(Detectors):
         try:
             views = [view for view, _ in waiting]
             scores = await asyncio.to_thread(self._detector.score_views, views)
-        except Exception as error:  # whatever fails in torch leaves a replica that must not go on
+        except Exception as error:  # after any failure in torch, the replica must not go on
             self._broken = f"A forward pass failed: {type(error).__name__}."
             raise
         finally:

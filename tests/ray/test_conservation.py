@@ -1,4 +1,4 @@
-"""Rows in are rows out, whatever dies on the way."""
+"""An audit loses no row and repeats none if processes are killed on the way."""
 
 import os
 import signal

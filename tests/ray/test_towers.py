@@ -1,4 +1,4 @@
-"""Towers of all kinds go the whole way: training, audit, Detector and endpoint, with the same score of an image."""
+"""Each tower can be trained, and audit, Detector and endpoint then give the same scores."""
 
 from collections.abc import Iterator
 from pathlib import Path

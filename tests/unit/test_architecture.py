@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, and where names of other packages' insides may stand."""
+"""The import rules: which module may import which, and which may use private names of other packages."""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""The checkpoint directory: what is saved comes back, and nothing altered, partial or foreign is let in."""
+"""The checkpoint directory: saving and loading changes nothing, and altered, partial or foreign files are refused."""
 
 import dataclasses
 import hashlib
@@ -65,7 +65,7 @@ each_file = pytest.mark.parametrize("name", FILES)
 
 
 def whole(**changes: Any) -> Checkpoint:
-    """A checkpoint with every field away from its default."""
+    """A checkpoint in which no field has its default."""
     generator = torch.Generator().manual_seed(0)
     flow = Flow((6, 4), FLOW)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def whole(**changes: Any) -> Checkpoint:
 
 
 def plain(value: Any) -> Any:
-    """Comparable by `==`: tensors and arrays as dtype, shape and bytes, dataclasses as dicts."""
+    """A form that `==` compares: tensors and arrays as dtype, shape and bytes, dataclasses as dicts."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes()
     if isinstance(value, np.ndarray):
@@ -113,7 +113,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_everything_saved_comes_back(saved: Path) -> None:
+def test_a_loaded_checkpoint_equals_the_saved_one(saved: Path) -> None:
     loaded = load_checkpoint(saved)
     assert plain(loaded) == plain(whole())
     assert loaded.model_id == whole().model_id
@@ -129,7 +129,7 @@ def test_calibration_and_reference_may_be_absent(tmp_path: Path) -> None:
     assert loaded.calibration is None
 
 
-def test_a_relative_path_is_as_good_as_an_absolute_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_path_works_like_an_absolute_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_checkpoint(whole(), "model")
     assert plain(load_checkpoint("model")) == plain(load_checkpoint(tmp_path / "model"))
@@ -145,7 +145,7 @@ def test_the_rebuilt_flow_scores_as_the_trained_one(saved: Path) -> None:
     assert not rebuilt.training and not any(p.requires_grad for p in rebuilt.parameters())
 
 
-def test_saving_over_a_checkpoint_replaces_it_whole(saved: Path) -> None:
+def test_saving_over_a_checkpoint_replaces_all_its_files(saved: Path) -> None:
     newer = whole(calibration=None, reference={}, encoder_fingerprint="f" * 16)
     save_checkpoint(newer, saved)
     assert plain(load_checkpoint(saved)) == plain(newer)
@@ -153,7 +153,7 @@ def test_saving_over_a_checkpoint_replaces_it_whole(saved: Path) -> None:
     assert os.listdir(saved.parent) == ["model"]
 
 
-def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_debris(saved: Path) -> None:
+def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_other_file(saved: Path) -> None:
     with pytest.raises(ValidationError):
         save_checkpoint(whole(training=object()), saved)
     assert plain(load_checkpoint(saved)) == plain(whole())
@@ -232,7 +232,7 @@ def test_a_record_whose_fields_were_changed_is_refused(saved: Path, keys: tuple[
 
 
 @pytest.mark.parametrize("version", [0, 3, "1", None])
-def test_another_format_version_is_refused_by_its_number(saved: Path, version: object) -> None:
+def test_an_unknown_format_version_is_refused(saved: Path, version: object) -> None:
     altered(saved, "format_version", value=version)
     with pytest.raises(CheckpointError, match="format version"):
         load_checkpoint(saved)
@@ -253,13 +253,13 @@ def test_a_record_of_version_1_is_read_with_the_view_that_all_towers_had(saved: 
 @pytest.mark.parametrize(
     "garbage", [b"", b"\xff\xfe\x00", b"{", b"null", b"[]", b"3", b'"x"', b'{"format_version": 1}', b"[" * 100_000]
 )
-def test_a_record_of_garbage_is_refused(saved: Path, garbage: bytes) -> None:
+def test_a_malformed_record_is_refused(saved: Path, garbage: bytes) -> None:
     (saved / "checkpoint.json").write_bytes(garbage)
     with pytest.raises(CheckpointError):
         load_checkpoint(saved)
 
 
-def test_a_place_without_a_checkpoint_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_a_path_without_a_checkpoint_raises_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="directory that training wrote"):
         load_checkpoint(tmp_path / "nowhere")
@@ -291,7 +291,7 @@ def test_flow_tensors_that_do_not_fit_the_config_are_refused(change: str) -> Non
         whole(flow_state=state).flow()
 
 
-def test_the_model_id_follows_weights_and_encoder_and_not_the_calibration() -> None:
+def test_the_model_id_depends_on_weights_and_encoder_but_not_on_the_calibration() -> None:
     base = whole()
     state = {name: tensor.clone() for name, tensor in base.flow_state.items()}
     state["mean"][0] += 1e-6
@@ -301,7 +301,7 @@ def test_the_model_id_follows_weights_and_encoder_and_not_the_calibration() -> N
     assert whole(flow_state=dict(reversed(base.flow_state.items()))).model_id == base.model_id
 
 
-def test_a_checkpoint_travels_by_pickle_unchanged() -> None:
+def test_pickling_does_not_change_a_checkpoint() -> None:
     assert plain(pickle.loads(pickle.dumps(whole()))) == plain(whole())
 
 
@@ -324,7 +324,7 @@ def test_the_config_of_the_packaged_training_is_what_the_packaged_checkpoint_was
     assert config.fit == packaged.training.fit
 
 
-def test_what_a_record_says_beyond_its_fields_is_refused_even_with_the_right_hash(saved: Path) -> None:
+def test_a_record_with_an_unknown_field_is_refused_even_with_the_right_hash(saved: Path) -> None:
     path = saved / "checkpoint.json"
     for change in ({"something": 1}, {"training": {**json.loads(path.read_text())["training"], "something": 1}}):
         plain = {name: value for name, value in (json.loads(path.read_text()) | change).items() if name != HASH}
@@ -336,6 +336,6 @@ def test_what_a_record_says_beyond_its_fields_is_refused_even_with_the_right_has
             load_checkpoint(elsewhere)
 
 
-def test_the_packaged_record_is_one_of_the_model_and_says_the_same_when_it_is_written_again() -> None:
+def test_the_packaged_record_is_valid_and_does_not_change_if_it_is_written_again() -> None:
     plain = json.loads(Path(DEFAULT_CHECKPOINT, "checkpoint.json").read_text())
     assert CheckpointRecord.model_validate(plain).model_dump(mode="json") == plain

@@ -1,4 +1,4 @@
-"""The scoring path end to end, on the test tower, against a score put together here by other means."""
+"""The scoring path end to end on the test tower, compared with scores that this file computes independently."""
 
 import dataclasses
 import io
@@ -52,7 +52,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def reference_scores(flow: Flow, images: list[Image.Image]) -> np.ndarray:
-    """Scores of 224 x 224 images: torchvision's pixels, open_clip's tower, a float64 flow, the normal density."""
+    """Scores of 224 x 224 images by torchvision's pixels, open_clip's tower, a float64 flow and the normal density."""
     weights = load_weights(TOWER)
     tower = build_tower(weights.architecture).eval()
     tower.load_state_dict(weights.state)
@@ -138,7 +138,7 @@ def test_a_score_does_not_depend_on_batch_mates_or_on_how_many_there_are(detecto
 
 
 def test_scores_and_embeddings_do_not_depend_on_batch_mates_on_an_older_processor() -> None:
-    """The kernels depend on the instruction set: the same tests in a process that is restricted to AVX2."""
+    """Kernels depend on the instruction set, so the same tests run in a process that is restricted to AVX2."""
     tests = [
         f"{__file__}::{test_a_score_does_not_depend_on_batch_mates_or_on_how_many_there_are.__name__}",
         f"{Path(__file__).with_name('test_encoder.py')}::test_an_embedding_does_not_depend_on_its_batch_mates",
@@ -149,7 +149,7 @@ def test_scores_and_embeddings_do_not_depend_on_batch_mates_on_an_older_processo
     assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout[-3000:]
 
 
-def test_bad_bytes_among_good_ones_are_errors_at_their_own_place(detector: Detector) -> None:
+def test_bad_bytes_among_good_ones_are_errors_at_their_own_position(detector: Detector) -> None:
     jpeg = encoded(picture(1, 300, 200), "JPEG")
     data = [
         b"",
@@ -174,7 +174,7 @@ def test_bad_bytes_among_good_ones_are_errors_at_their_own_place(detector: Detec
     assert (found[1].width, found[1].height, found[1].format, found[1].stratum) == (300, 200, "JPEG", "jpeg|256-512")
 
 
-def test_only_bad_bytes_or_no_bytes_at_all_are_no_exception(detector: Detector) -> None:
+def test_a_request_without_any_good_image_raises_no_exception(detector: Detector) -> None:
     assert [f.error and f.error["code"] for f in detector.detect([b"x", b""])] == ["unsupported_format", "empty"]
     assert detector.detect([]) == []
     assert detector.detect(b"").index == 0
@@ -197,14 +197,14 @@ def test_warnings_say_when_exif_is_absent_and_when_the_image_was_enlarged(detect
     ]
 
 
-def test_an_alpha_below_what_the_calibration_resolves_is_refused(detector: Detector) -> None:
+def test_an_alpha_that_is_too_small_for_the_calibration_is_refused(detector: Detector) -> None:
     assert detector.detect(encoded(picture(0)), alpha=1 / (CALIBRATION_SIZE + 1)).status == "ok"
     for data in (encoded(picture(0)), [encoded(picture(0))], [], [b""]):
         with pytest.raises(CalibrationError, match="larger alpha"):
             detector.detect(data, alpha=0.9 / (CALIBRATION_SIZE + 1))
 
 
-def test_a_checkpoint_without_calibration_does_not_start(checkpoint: Checkpoint) -> None:
+def test_a_checkpoint_without_calibration_is_refused(checkpoint: Checkpoint) -> None:
     with pytest.raises(CalibrationError, match="no calibration"):
         Detector(dataclasses.replace(checkpoint, calibration=None), device="cpu")
 
@@ -212,12 +212,14 @@ def test_a_checkpoint_without_calibration_does_not_start(checkpoint: Checkpoint)
 @pytest.mark.parametrize(
     "encoder", [TOWER.model_copy(update={"view": "crop"}), TOWER.model_copy(update={"pretrained": "seed:1"})]
 )
-def test_another_encoder_than_the_checkpoints_is_refused(checkpoint: Checkpoint, encoder: EncoderConfig) -> None:
+def test_an_encoder_that_differs_from_the_checkpoints_is_refused(
+    checkpoint: Checkpoint, encoder: EncoderConfig
+) -> None:
     with pytest.raises(EncoderMismatchError, match=checkpoint.encoder_fingerprint):
         Detector(dataclasses.replace(checkpoint, encoder=encoder), device="cpu")
 
 
-def test_embeddings_that_are_not_finite_or_have_no_length_have_no_score(detector: Detector) -> None:
+def test_embeddings_that_are_not_finite_or_all_zero_have_no_score(detector: Detector) -> None:
     rows = np.random.default_rng(3).normal(size=(5, 32)).astype(np.float32)
     alone = detector.score_embeddings(rows[2:3])
     rows[0, 5], rows[1], rows[3, 0] = np.nan, 0.0, -np.inf
@@ -232,7 +234,7 @@ def test_embeddings_that_are_not_finite_or_have_no_length_have_no_score(detector
 
 
 @pytest.mark.parametrize(("far", "scale"), [(0.0, 1e-6), (1e25, 1.0)], ids=["large", "overflowing float32"])
-def test_the_score_of_an_embedding_beyond_measure_saturates_and_stays_json(
+def test_the_score_of_an_extreme_embedding_saturates_and_can_be_written_as_json(
     checkpoint: Checkpoint, far: float, scale: float
 ) -> None:
     state = {**checkpoint.flow_state, "mean": torch.full((32,), far), "std": torch.full((32,), scale)}
@@ -243,7 +245,7 @@ def test_the_score_of_an_embedding_beyond_measure_saturates_and_stays_json(
     json.dumps(dataclasses.asdict(finding), allow_nan=False)
 
 
-def test_a_saved_checkpoint_detects_as_the_one_in_memory(
+def test_a_saved_checkpoint_gives_the_findings_of_the_one_in_memory(
     detector: Detector, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     save_checkpoint(checkpoint, tmp_path / "model")
@@ -254,7 +256,7 @@ def test_a_saved_checkpoint_detects_as_the_one_in_memory(
         Detector.from_checkpoint(tmp_path / "nowhere")
 
 
-def test_no_finding_speaks_of_real_fake_authentic_or_probability(detector: Detector) -> None:
+def test_no_finding_contains_the_words_real_fake_authentic_or_probability(detector: Detector) -> None:
     bad = [b"", b"x", encoded(picture(0, 20, 20)), encoded(picture(0), "JPEG")[:-9]]
     found = detector.detect([encoded(picture(seed)) for seed in range(30)] + bad, alpha=0.1)
     assert {f.verdict for f in found} == {*VERDICTS, None}

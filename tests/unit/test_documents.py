@@ -22,7 +22,7 @@ DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), PACKAGE / "assets" / "default" / "MODEL_CARD.md")
 )
-# Folders of the repository: a path that begins with one of them must exist, whatever its ending.
+# Folders of the repository: any path that begins with one of them must exist.
 TOP = (".ci", "cluster", "clipflow_ray", "docs", "jobs", "serve_configs", "tests")
 # Endings that name a file of the repository even without a folder. Other endings are those of data and results.
 SOURCES = r"(?:py|md|sh|toml|lock|yaml|yml|conf)"

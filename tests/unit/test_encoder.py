@@ -1,4 +1,4 @@
-"""Embeddings against open_clip's own tower, watched from outside by hooks."""
+"""Embeddings compared with the outputs of open_clip's own tower, recorded by forward hooks."""
 
 import hashlib
 import json
@@ -56,7 +56,7 @@ def views() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def reference(views: np.ndarray) -> dict[str, np.ndarray]:
-    """The tower's output, and each block's as a forward hook sees it, on pixels prepared by torchvision."""
+    """The outputs of the tower and, recorded by forward hooks, of its blocks, on pixels prepared by torchvision."""
     weights = load_weights(TOWER)
     tower = build_tower(weights.architecture).eval()
     tower.load_state_dict(weights.state)
@@ -89,7 +89,7 @@ def test_the_projected_feature_is_the_towers_output(views: np.ndarray, reference
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_each_feature_alone_is_what_the_tower_computes_there(
+def test_each_single_feature_equals_the_output_of_its_block(
     name: str, views: np.ndarray, reference: dict[str, np.ndarray]
 ) -> None:
     np.testing.assert_allclose(encoder(name).embed(views), reference[name], rtol=1e-4, atol=1e-5)
@@ -106,7 +106,7 @@ def test_features_are_concatenated_in_the_order_they_are_named(
     assert [part.shape[1] for part in each.values()] == [32 if name == "projected" else 64 for name in names]
 
 
-def test_features_given_at_construction_win_over_the_configs(views: np.ndarray) -> None:
+def test_features_given_to_the_constructor_override_the_config(views: np.ndarray) -> None:
     other = Encoder(TOWER, device="cpu", features=("block1.mean", "projected"))
     np.testing.assert_array_equal(other.embed(views), encoder("block1.mean", "projected").embed(views))
 
@@ -121,7 +121,7 @@ def test_an_embedding_does_not_depend_on_its_batch_mates(names: tuple[str, ...],
     assert np.abs(alone[0] - alone[1]).max() > 1e-3 * np.abs(alone).max()
 
 
-def test_an_encoder_switches_tf32_off_whatever_was_set_before() -> None:
+def test_an_encoder_switches_tf32_off_in_the_process() -> None:
     backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [backend.allow_tf32 for backend in backends]
     try:
@@ -139,11 +139,11 @@ def test_embeddings_of_many_views_on_several_threads_are_those_of_one_view_at_a_
     many = np.concatenate(shifted)[:33]
     one_by_one = Encoder(TOWER, device="cpu", features=ALL, threads=1)
     expected = np.concatenate([one_by_one.embed(view[None]) for view in many])
-    assert np.abs(np.diff(expected, axis=0)).max(axis=1).min() > 1e-2  # no two alike: order shows
+    assert np.abs(np.diff(expected, axis=0)).max(axis=1).min() > 1e-2  # all differ, so a wrong order would fail
     np.testing.assert_array_equal(Encoder(TOWER, "cpu", ALL, threads=3).embed(many), expected)
 
 
-def test_threads_of_an_encoder_leave_other_threads_their_number_of_torch_threads(views: np.ndarray) -> None:
+def test_an_encoder_does_not_change_the_torch_threads_of_other_threads(views: np.ndarray) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(5)
     try:
@@ -173,7 +173,7 @@ def test_a_block_that_the_tower_does_not_have_is_refused(name: str) -> None:
         encoder("projected", name)
 
 
-def test_the_fingerprint_follows_view_and_weights_and_not_the_feature() -> None:
+def test_the_fingerprint_depends_on_view_and_weights_but_not_on_the_feature() -> None:
     base = encoder()
     assert base.fingerprint == encoder().fingerprint == encoder(*ALL).fingerprint
     others = [encoder(view="crop"), encoder(pretrained="seed:1"), encoder(view="crop", pretrained="seed:1")]
@@ -181,7 +181,7 @@ def test_the_fingerprint_follows_view_and_weights_and_not_the_feature() -> None:
     assert len(base.fingerprint) == 16 and int(base.fingerprint, 16) >= 0
 
 
-def test_the_fingerprint_follows_each_part_of_the_view_and_the_precision() -> None:
+def test_the_fingerprint_depends_on_each_part_of_the_view_and_on_the_precision() -> None:
     config, record = EncoderConfig(model=TEST_TOWER, pretrained="seed:0"), load_record(TOWER)
     changes: list[dict[str, object]] = [
         {"kind": "crop"},
@@ -198,14 +198,14 @@ def test_the_fingerprint_follows_each_part_of_the_view_and_the_precision() -> No
     assert len(set(found)) == 2 + len(changes)
 
 
-def test_the_fingerprint_of_the_packaged_checkpoint_is_what_it_was_before_views_were_recorded() -> None:
+def test_the_fingerprint_of_the_packaged_checkpoint_is_that_of_format_version_1() -> None:
     packaged = load_checkpoint(DEFAULT_CHECKPOINT)
     record = TowerRecord(PACKAGED_SHA256, architecture_of(packaged.encoder.model), OPENAI_VIEW)
     assert fingerprint(packaged.encoder, record) == packaged.encoder_fingerprint == "e66e6ed4105b2026"
     assert packaged.view == OPENAI_VIEW
 
 
-def test_bfloat16_gives_float32_embeddings_near_those_of_float32_and_apart_from_batch_mates(views: np.ndarray) -> None:
+def test_bfloat16_embeddings_are_float32_close_to_exact_ones_and_independent_of_batch_mates(views: np.ndarray) -> None:
     exact, rounded = (Encoder(TOWER.model_copy(update={"precision": p}), "cpu", ALL) for p in ("float32", "bfloat16"))
     found, wanted = rounded.embed(views), exact.embed(views)
     assert found.dtype == np.float32
@@ -213,8 +213,8 @@ def test_bfloat16_gives_float32_embeddings_near_those_of_float32_and_apart_from_
     np.testing.assert_array_equal(rounded.embed(views[2:3])[0], found[2])
 
 
-def test_the_fingerprint_follows_the_models_name_even_with_the_same_weights(tmp_path: Path) -> None:
-    # quick_gelu changes what the same tensors compute, and only the name of the model says it.
+def test_the_fingerprint_depends_on_the_models_name_even_with_the_same_weights(tmp_path: Path) -> None:
+    # With quick_gelu the same tensors give another output, and only the name of the model selects quick_gelu.
     config = {
         "embed_dim": 16,
         "vision_cfg": {"image_size": 224, "layers": 1, "width": 32, "head_width": 16, "patch_size": 112},

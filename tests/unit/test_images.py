@@ -1,4 +1,4 @@
-"""Colour rules, orientations and limits of `images.decode`, and both views, against numpy, Pillow and open_clip."""
+"""Colours, orientations and limits of `images.decode`, and both views, compared with numpy, Pillow and open_clip."""
 
 import hashlib
 import io
@@ -29,7 +29,7 @@ INT32_MAX = 2**31 - 1
 NOISE = np.random.default_rng(0).integers(0, 256, (80, 96, 3), dtype=np.uint8)
 SMOOTH = np.full((80, 96, 3), 90.0)
 SMOOTH[..., 0], SMOOTH[..., 1] = np.meshgrid(np.linspace(40, 215, 96), np.linspace(215, 40, 80))
-SMOOTH = SMOOTH.astype(np.uint8)  # low frequencies: what JPEG keeps
+SMOOTH = SMOOTH.astype(np.uint8)  # low frequencies only, which JPEG preserves
 
 
 def encoded(pixels: np.ndarray | Image.Image, image_format: str, **options: object) -> bytes:
@@ -73,7 +73,7 @@ def exif(orientation: int, *, order: str = "<", more: tuple[bytes, ...] = ()) ->
 
 
 def around_last_scan(data: bytes) -> tuple[bytes, bytes, bytes]:
-    """What comes before the last scan of a JPEG, that scan, and the end marker; FFDA never occurs inside a scan."""
+    """The bytes before the last scan of a JPEG, that scan, and the end marker. FFDA never occurs inside a scan."""
     place = data.rindex(b"\xff\xda")
     return data[:place], data[place:-2], data[-2:]
 
@@ -97,7 +97,7 @@ def test_each_format_decodes_to_the_pixels_that_were_saved(image_format: str, to
 
 
 def as_stored(upright: np.ndarray, orientation: int) -> np.ndarray:
-    """How EXIF says that an upright image lies in the file: quarter turns, then a left-right mirror."""
+    """The pixels as a file with this EXIF orientation stores them: quarter turns, then a left-right mirror."""
     turns, mirrored = [(0, 0), (0, 1), (2, 0), (2, 1), (3, 1), (1, 0), (1, 1), (3, 0)][orientation - 1]
     turned = np.rot90(upright, turns)
     return np.ascontiguousarray(turned[:, ::-1] if mirrored else turned)
@@ -133,7 +133,7 @@ def test_a_valid_orientation_counts_even_beside_a_broken_tag() -> None:
     assert np.array_equal(decode(data, LIMITS).rgb, NOISE)
 
 
-def test_exif_is_seen_wherever_a_png_keeps_it() -> None:
+def test_exif_is_found_before_and_after_the_pixels_of_a_png() -> None:
     block = chunk(b"eXIf", exif(3)[6:])
     for place in ({"before": block}, {"after": block}):
         image = decode(png(NOISE.reshape(80, -1), 8, 2, size=(96, 80), **place), LIMITS)
@@ -154,7 +154,7 @@ def test_cmyk_jpeg_follows_the_plain_formula() -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "P+alpha", "P+tRNS", "RGBA"])
 def test_every_png_mode_is_composited_on_white(mode: str) -> None:
-    """Colour hidden below zero alpha must not come back."""
+    """The colour of fully transparent pixels must not be visible."""
     alpha, opaque = np.tile(np.linspace(0, 255, 96).astype(np.uint8), (80, 1)), np.full((80, 96), 255)
     grey, index, palette = NOISE[..., 0], NOISE[..., 1] % 64, NOISE[0, :64]
     bits, triple = grey > 99, np.repeat(grey[..., None], 3, 2)
@@ -227,13 +227,15 @@ def test_a_png_that_claims_billions_of_frames_still_fits_the_ledger() -> None:
 )
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("size", [(32, 33), (97, 61), (240, 320)])
-def test_jpegs_decode_to_the_very_pixels_of_pillow(mode: str, size: tuple[int, int], options: dict[str, Any]) -> None:
+def test_jpegs_decode_to_exactly_the_pixels_of_pillow(
+    mode: str, size: tuple[int, int], options: dict[str, Any]
+) -> None:
     buffer = io.BytesIO()
     Image.fromarray(photo(3, size)).convert(mode).save(buffer, "JPEG", **options)
     np.testing.assert_array_equal(decode(buffer.getvalue(), LIMITS).rgb, np.asarray(Image.open(buffer).convert("RGB")))
 
 
-def test_damaged_jpegs_decode_to_the_very_pixels_of_pillow_or_are_refused() -> None:
+def test_damaged_jpegs_decode_to_exactly_the_pixels_of_pillow_or_are_refused() -> None:
     data, rng, same = encoded(photo(4, (96, 128)), "JPEG", quality=85), np.random.default_rng(0), 0
     for _ in range(300):
         broken = bytearray(data)
@@ -286,7 +288,7 @@ def test_byte_and_side_limits_are_exact() -> None:
 
 @pytest.mark.parametrize("side", [11_900, 13_000, 2**31 - 1])
 def test_a_pixel_bomb_is_refused_before_its_pixels_take_memory(side: int) -> None:
-    """A valid black bilevel square where the side allows it: decoding it would take `side` squared bytes."""
+    """A black bilevel square, valid if `side` is below 20,000. Decoding it would take `side` squared bytes."""
     rows = np.zeros((side, (side + 7) // 8), np.uint8) if side < 20_000 else np.zeros((1, 8), np.uint8)
     bomb = png(rows, 1, 0, size=(side, side))
     del rows
@@ -302,7 +304,7 @@ def test_a_jpeg_scan_bomb_is_refused() -> None:
 
 
 def test_scans_hidden_behind_a_stuffed_zero_are_refused_too() -> None:
-    """libjpeg steps over 0xFF00 between segments and reads on; a walk that takes it for a segment jumps the scans."""
+    """libjpeg skips 0xFF00 between segments. Code that took it for a segment would not count the scans behind it."""
     start, last, end = around_last_scan(encoded(SMOOTH, "JPEG", quality=60, progressive=True))
     hidden = last * 200
     comment, stuffed = b"\xff\xfe\x00\x02", b"\xff\x00" + struct.pack(">H", len(hidden) + 2)
@@ -310,7 +312,7 @@ def test_scans_hidden_behind_a_stuffed_zero_are_refused_too() -> None:
 
 
 @pytest.mark.parametrize("kind", SAMPLES)
-def test_a_cut_file_is_refused_as_truncated_and_never_an_image(kind: str) -> None:
+def test_a_truncated_file_is_always_refused(kind: str) -> None:
     data = SAMPLES[kind]
     for end in {*range(0, len(data), max(1, len(data) // 100)), *range(1, 16), len(data) - 1}:
         allowed = {"truncated"} if end >= 12 else {"truncated", "unsupported_format", "empty"}
@@ -366,7 +368,7 @@ def open_clips(rgb: np.ndarray, wanted: ViewSpec) -> np.ndarray:
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [224, 256, 336, 384])
 @pytest.mark.parametrize(("width", "height"), [(640, 480), (300, 900), (2000, 1500), (150, 400), (224, 224)])
-def test_the_resize_view_of_a_photograph_is_open_clips_within_one_grey_level(
+def test_the_resize_view_of_a_photograph_equals_open_clips_within_one_grey_level(
     width: int, height: int, size: int, interpolation: str, resize_mode: str
 ) -> None:
     wanted = spec(size=size, interpolation=interpolation, resize_mode=resize_mode)
@@ -378,7 +380,9 @@ def test_the_resize_view_of_a_photograph_is_open_clips_within_one_grey_level(
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(32, 700), st.integers(32, 700), st.integers(0, 9))
-def test_the_resize_view_of_pure_noise_is_open_clips_but_for_single_values(width: int, height: int, seed: int) -> None:
+def test_the_resize_view_of_pure_noise_equals_open_clips_except_at_few_values(
+    width: int, height: int, seed: int
+) -> None:
     rgb = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     expected = open_clips(rgb, OPENAI_VIEW)
     for kind in ("resize", "crop") if min(width, height) < 224 else ("resize",):
@@ -401,7 +405,7 @@ def test_the_crop_view_is_the_native_centre(
     assert np.array_equal(centre, rgb[top : top + size, left : left + size])
 
 
-def test_the_views_of_the_packaged_checkpoint_are_those_of_the_releases_before() -> None:
+def test_the_views_of_the_packaged_checkpoint_are_those_of_earlier_releases() -> None:
     rng = np.random.default_rng(0)
     noise = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((640, 480), (300, 900), (1500, 1100), (150, 400))]
     views = b"".join(view(rgb, OPENAI_VIEW).tobytes() for rgb in noise)

@@ -442,7 +442,7 @@ def test_the_bilateral_filter_is_that_of_scikit_image(sigma: float, level: float
 
 def test_a_dct_shrinkage_in_blocks_of_two_takes_haar_details_below_its_level() -> None:
     pixels = np.zeros((3, SIZE, SIZE), np.float32) + 128.0
-    pixels[:, ::2, ::2] += 8.0  # details of 4 in each block, whatever the grid's shift
+    pixels[:, ::2, ::2] += 8.0  # details of 4 in each block for any shift of the grid
     ranges = {"sides": (2,), "level": (5.0, 5.0)}
     changed = FAMILIES["dct_shrinkage"](pixels, np.random.default_rng(0), **ranges)
     np.testing.assert_allclose(changed, 130.0, atol=1e-3)

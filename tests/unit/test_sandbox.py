@@ -1,4 +1,4 @@
-"""Decoding in a child that may die: the same pixels, the same refusals, and a verdict where the decoder never ends."""
+"""Decoding in a child process that may be killed: same pixels, same errors, and a timeout if the decoder hangs."""
 
 import errno
 import io
@@ -49,7 +49,7 @@ NO_SCAN_LIMIT = LIMITS.model_copy(update={"max_jpeg_scans": 10_000})
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF"])
-def test_the_child_returns_what_decoding_here_returns(child: DecodeChild, image_format: str) -> None:
+def test_the_child_returns_the_same_image_as_decoding_in_this_process(child: DecodeChild, image_format: str) -> None:
     data = encoded(image_format)
     here, there = images.decode(data, LIMITS), child.decode(data, LIMITS)
     np.testing.assert_array_equal(there.rgb, here.rgb)
@@ -70,7 +70,7 @@ def test_the_child_returns_what_decoding_here_returns(child: DecodeChild, image_
         (encoded("PNG", PIXELS[:20]), "too_small"),
     ],
 )
-def test_a_refusal_crosses_with_its_code_and_sentence(child: DecodeChild, data: bytes, code: str) -> None:
+def test_the_child_returns_the_code_and_message_of_an_error(child: DecodeChild, data: bytes, code: str) -> None:
     with pytest.raises(ImageError) as here:
         images.decode(data, LIMITS)
     with pytest.raises(ImageError) as there:
@@ -102,7 +102,7 @@ def test_images_beside_a_scan_bomb_and_a_broken_one_all_decode_in_their_order(ch
     assert child.decode_all([], LIMITS) == []
 
 
-def test_images_on_their_way_to_a_child_that_dies_go_to_the_next_one(child: DecodeChild) -> None:
+def test_images_sent_to_a_child_that_is_killed_are_decoded_by_the_next_one(child: DecodeChild) -> None:
     contents = [encoded("PNG", np.full((400, 400, 3), at, np.uint8)) for at in range(200)]
     child.decode(contents[0], LIMITS)
     first = child.pid
@@ -114,7 +114,7 @@ def test_images_on_their_way_to_a_child_that_dies_go_to_the_next_one(child: Deco
     assert child.pid != first
 
 
-def test_a_call_that_is_interrupted_leaves_no_answer_to_the_next_one(child: DecodeChild) -> None:
+def test_an_interrupted_call_leaves_no_answers_for_the_next_call(child: DecodeChild) -> None:
     class Interrupted(BaseException):
         pass
 
@@ -140,7 +140,7 @@ def test_a_decoder_that_dies_each_time_is_tried_three_times(child: DecodeChild) 
     def kill_each_child() -> None:
         while not done.is_set():
             pid = child.pid
-            if pid is not None and pid not in killed and cpu_ticks(pid) > 60:  # start-up is over, the bomb is at work
+            if pid is not None and pid not in killed and cpu_ticks(pid) > 60:  # it has started up and decodes the bomb
                 os.kill(pid, signal.SIGSEGV)
                 killed.add(pid)
             time.sleep(0.01)
@@ -157,14 +157,14 @@ def test_a_decoder_that_dies_each_time_is_tried_three_times(child: DecodeChild) 
     np.testing.assert_array_equal(child.decode(encoded("PNG"), LIMITS).rgb, PIXELS)
 
 
-def test_a_child_killed_between_images_is_replaced_unnoticed(child: DecodeChild) -> None:
+def test_a_child_killed_between_images_is_replaced_without_an_error(child: DecodeChild) -> None:
     child.decode(encoded("PNG"), LIMITS)
     assert child.pid is not None
     os.kill(child.pid, signal.SIGKILL)
     np.testing.assert_array_equal(child.decode(encoded("PNG"), LIMITS).rgb, PIXELS)
 
 
-def test_a_lost_nursery_is_replaced_unnoticed() -> None:
+def test_a_killed_zygote_process_is_replaced_without_an_error() -> None:
     first = DecodeChild()
     first.decode(encoded("PNG"), LIMITS)
     os.kill(parent_of(first.pid), signal.SIGKILL)
@@ -182,7 +182,7 @@ def test_the_child_gets_no_secrets(child: DecodeChild, monkeypatch: pytest.Monke
 
 
 def unusual() -> dict[str, bytes]:
-    """Images whose decoding goes through seldom used parts of Pillow."""
+    """Images whose decoding uses rarely used parts of Pillow."""
     image = Image.fromarray(PIXELS)
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a description"
@@ -214,9 +214,7 @@ def unusual() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("name", "data"), unusual().items())
-def test_a_child_that_can_open_no_file_decodes_all_that_is_decoded_here(
-    child: DecodeChild, name: str, data: bytes
-) -> None:
+def test_a_child_that_can_open_no_file_decodes_unusual_images_too(child: DecodeChild, name: str, data: bytes) -> None:
     here, there = images.decode(data, LIMITS), child.decode(data, LIMITS)
     np.testing.assert_array_equal(there.rgb, here.rgb)
     assert {**asdict(there), "rgb": None} == {**asdict(here), "rgb": None}
@@ -233,13 +231,13 @@ def test_the_child_can_open_no_file_and_no_socket() -> None:
         "        else: print('opened')\n"
         "    sys.stdout.flush()\n"
         "    raise sandbox.ImageError('empty', 'tried')\n"
-        "images.decode = tried\nsandbox.nursery(int(sys.argv[1]))"
+        "images.decode = tried\nsandbox.run_zygote(int(sys.argv[1]))"
     )
     control, theirs = socket.socketpair()
     ours, childs = socket.socketpair()
     with control, ours:
         command = [sys.executable, "-c", code, str(theirs.fileno())]
-        with subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, text=True) as nursery:
+        with subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, text=True) as zygote:
             theirs.close()
             socket.send_fds(control, [b"c"], [childs.fileno()])
             childs.close()
@@ -248,18 +246,18 @@ def test_the_child_can_open_no_file_and_no_socket() -> None:
             control.recv(4)
             control.close()
             ours.close()
-            assert nursery.stdout is not None
-            assert nursery.stdout.read().split() == [str(errno.EMFILE)] * 4
+            assert zygote.stdout is not None
+            assert zygote.stdout.read().split() == [str(errno.EMFILE)] * 4
     assert json.loads(answer)["error_code"] == "empty"
 
 
-def test_the_child_can_write_no_file_and_take_no_more_than_2_gib_more(child: DecodeChild) -> None:
+def test_the_child_can_write_no_file_and_allocate_at_most_2_gib(child: DecodeChild) -> None:
     child.decode(encoded("PNG"), LIMITS)
     limits = Path(f"/proc/{child.pid}/limits").read_text()
     assert [line.split()[-3:-1] for line in limits.splitlines() if line.startswith("Max file size")] == [["0", "0"]]
     (line,) = [line for line in limits.splitlines() if line.startswith("Max address space")]
     held = int(Path(f"/proc/{child.pid}/statm").read_text().split()[0]) * resource.getpagesize()
-    assert 2**31 <= int(line.split()[-3]) <= 2**31 + held  # two more than what it was born with
+    assert 2**31 <= int(line.split()[-3]) <= 2**31 + held  # 2 GiB beyond the memory that it inherited
 
 
 def test_the_child_ends_with_its_parent() -> None:

@@ -1,4 +1,4 @@
-"""Towers of all kinds give what open_clip's own model computes on open_clip's own preprocessing."""
+"""Each tower gives the features of open_clip's own model on open_clip's own preprocessing."""
 
 from collections.abc import Iterator
 
@@ -30,7 +30,7 @@ def written(
 
 
 def block(model: nn.Module, number: int) -> nn.Module:
-    """The module whose output is the block's, by each architecture's own names."""
+    """The module that computes block `number`; each architecture has its own name for it."""
     visual = model.visual
     if hasattr(visual, "transformer"):
         return visual.transformer.resblocks[number - 1]
@@ -40,7 +40,7 @@ def block(model: nn.Module, number: int) -> nn.Module:
 
 
 def expected(config: EncoderConfig, images: list[Image.Image]) -> dict[str, np.ndarray]:
-    """Features by open_clip's whole model and its own transform; blocks as forward hooks see them."""
+    """Features from open_clip's whole model and its own transform; forward hooks record the outputs of blocks."""
     model, transform = open_clip.create_model_from_pretrained(config.model)
     seen: dict[str, torch.Tensor] = {}
     for name in config.feature:
@@ -65,18 +65,18 @@ def expected(config: EncoderConfig, images: list[Image.Image]) -> dict[str, np.n
     return {name: seen[name].numpy() for name in config.feature}
 
 
-def test_a_tower_gives_open_clips_features_of_open_clips_own_view(written: tuple[Tower, EncoderConfig]) -> None:
+def test_a_tower_gives_the_features_of_open_clips_own_model(written: tuple[Tower, EncoderConfig]) -> None:
     tower, config = written
     encoder = Encoder(config, "cpu")
     assert (encoder.view.size, encoder.names, encoder.widths) == (tower.size, tower.features, tower.widths)
-    images = [photo(seed, (tower.size, tower.size)) for seed in range(2)]  # of the view's size, so that no view differs
+    images = [photo(seed, (tower.size, tower.size)) for seed in range(2)]  # of the view's size: nothing is resized
     found = encoder([view(rgb, encoder.view) for rgb in images])
     for name, wanted in expected(config, [Image.fromarray(rgb) for rgb in images]).items():
         assert np.abs(wanted[0] - wanted[1]).max() > 1e-3 * np.abs(wanted).max()
         np.testing.assert_allclose(found[name], wanted, atol=1e-5 * np.abs(wanted).max(), rtol=1e-4, err_msg=name)
 
 
-def test_a_view_is_open_clips_own_within_one_grey_level(written: tuple[Tower, EncoderConfig]) -> None:
+def test_a_view_equals_open_clips_own_within_one_grey_level(written: tuple[Tower, EncoderConfig]) -> None:
     spec = load_record(written[1]).view
     _, transform = open_clip.create_model_from_pretrained(written[1].model)
     for seed, size in enumerate([(480, 640), (700, 300), (200, 260), (spec.size, spec.size)]):
@@ -106,7 +106,7 @@ def test_a_tower_in_bfloat16_is_close_to_itself_in_float32(written: tuple[Tower,
         assert 1e-5 < difference < 0.2, name
 
 
-def test_a_block_beyond_the_last_and_a_class_token_that_is_not_there_are_refused(
+def test_a_block_or_a_class_token_that_the_tower_lacks_is_refused(
     written: tuple[Tower, EncoderConfig],
 ) -> None:
     tower, config = written

@@ -1,4 +1,4 @@
-"""Tower weights: same everywhere, cached once, refused when altered, and never random by mistake."""
+"""Tower weights are reproducible, cached once, refused if altered, and never random by mistake."""
 
 import json
 import multiprocessing
@@ -30,7 +30,7 @@ from clipflow_ray.model.weights import (
 
 TOWER = EncoderConfig(model=TEST_TOWER, pretrained="seed:0")
 TINY = "clipflow-unit-test-tiny"
-# Every checkpoint's fingerprint contains it: a change of the dequantization would orphan them all.
+# Part of the fingerprint in each checkpoint: another dequantization would make all of them unusable.
 PACKAGED_SHA256 = "cc73a66ebb83340cabc6ecf952113199ad66eb17d42a405b11cc66cf4d8d1cb8"
 
 
@@ -46,7 +46,7 @@ def cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A whole CLIP of two blocks and one, registered with open_clip under a name of our own."""
+    """A CLIP model with two image blocks and one text block, registered with open_clip as TINY."""
     config = {
         "embed_dim": 16,
         "vision_cfg": {"image_size": 224, "layers": 2, "width": 32, "head_width": 16, "patch_size": 56},
@@ -82,13 +82,13 @@ def test_the_test_tower_is_the_same_in_every_fresh_cache(tmp_path: Path, monkeyp
     build_tower(second.architecture).load_state_dict(second.state, strict=True)
 
 
-def test_each_seed_is_another_tower() -> None:
+def test_each_seed_gives_another_tower() -> None:
     other = EncoderConfig(model=TEST_TOWER, pretrained="seed:1")
     assert load_weights(TOWER).sha256 != load_weights(other).sha256
     assert cached_path(TOWER) != cached_path(other)
 
 
-def test_the_second_load_reads_the_cache_and_leaves_it_as_it_is(cache: Path) -> None:
+def test_the_second_load_reads_the_cache_and_does_not_change_it(cache: Path) -> None:
     assert not cached_path(TOWER).exists()
     first = load_weights(TOWER)
     before = cached_path(TOWER).stat()
@@ -96,7 +96,7 @@ def test_the_second_load_reads_the_cache_and_leaves_it_as_it_is(cache: Path) -> 
     assert cached_path(TOWER).stat().st_mtime_ns == before.st_mtime_ns
     assert [name for name in os.listdir(cache) if not name.endswith(".lock")] == [cached_path(TOWER).name]
 
-    # Proof that it is the file that is read: another seed's file under this name is what comes back.
+    # The cached file itself is read: if the file of another seed has its name, those weights are loaded.
     other = EncoderConfig(model=TEST_TOWER, pretrained="seed:1")
     load_weights(other)
     cached_path(other).replace(cached_path(TOWER))
@@ -142,7 +142,7 @@ def test_a_truncated_cache_file_is_refused(fraction: float) -> None:
         (TINY, "/no/such/file.safetensors", "Name a local file"),
     ],
 )
-def test_weights_that_cannot_be_had_are_an_error_that_says_what_to_do(
+def test_unavailable_weights_raise_an_error_that_says_what_to_do(
     tiny_clip: Any, cache: Path, model: str, pretrained: str, said: str
 ) -> None:
     with pytest.raises(WeightsError, match=said):
@@ -150,13 +150,13 @@ def test_weights_that_cannot_be_had_are_an_error_that_says_what_to_do(
     assert not list(cache.glob("*.safetensors")), "nothing is cached, least of all random weights"
 
 
-def test_a_tower_of_an_unknown_name_is_refused() -> None:
+def test_an_unknown_model_is_refused() -> None:
     with pytest.raises(WeightsError, match="list_models"):
         architecture_of("no-such-model")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_a_local_file_gives_its_image_tower_and_follows_a_changed_file(
+def test_a_local_file_gives_its_image_tower_and_is_read_again_after_a_change(
     tiny_clip: Any, tmp_path: Path, suffix: str
 ) -> None:
     def write(state: dict[str, torch.Tensor]) -> None:
@@ -265,7 +265,7 @@ def test_a_local_file_that_is_not_these_weights_is_refused_and_runs_no_code(
     assert not (tmp_path / "sprung").exists()
 
 
-def test_the_contents_hash_sees_names_shapes_types_and_values_and_not_order_or_layout() -> None:
+def test_the_contents_hash_covers_names_shapes_types_and_values_but_not_order_or_layout() -> None:
     state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(1.0)}
     same = {"b": torch.tensor(1.0), "a": torch.arange(6.0).reshape(2, 3).T.contiguous().T}
     others = [
@@ -285,7 +285,7 @@ def _load_at_once(barrier: Any, results: Any) -> None:
     results.put(load_weights(TOWER).sha256)
 
 
-def test_two_processes_that_load_first_at_once_get_the_same_weights(cache: Path) -> None:
+def test_two_processes_that_fetch_at_the_same_time_get_the_same_weights(cache: Path) -> None:
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(2), context.Queue()
     children = [context.Process(target=_load_at_once, args=(barrier, results)) for _ in range(2)]
@@ -299,7 +299,7 @@ def test_two_processes_that_load_first_at_once_get_the_same_weights(cache: Path)
     assert not list(cache.glob("*.tmp"))
 
 
-def test_a_load_waits_for_the_one_that_is_fetching(cache: Path) -> None:
+def test_a_load_waits_while_another_one_fetches(cache: Path) -> None:
     cache.mkdir()
     waiting = threading.Thread(target=load_weights, args=(TOWER,))
     with FileLock(f"{cached_path(TOWER)}.lock"):
@@ -311,7 +311,7 @@ def test_a_load_waits_for_the_one_that_is_fetching(cache: Path) -> None:
 
 
 @pytest.mark.real_weights
-def test_the_packaged_weights_are_clip_and_see_what_a_photograph_shows() -> None:
+def test_the_packaged_weights_are_clip_and_match_two_crops_of_a_photograph() -> None:
     from skimage import data
 
     from clipflow_ray.images import view
