@@ -46,22 +46,20 @@ def nodes(s3: Place) -> Iterator[tuple[dict[str, str], list[int]]]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment |= {"RAY": RAY, "PORT": str(free_port()), "DASHBOARD_PORT": str(free_port()), "CPUS": "3"}
     environment |= {"CLIENT_PORT": str(free_port())}
-    script = subprocess.Popen(
-        ["bash", str(ROOT / "cluster" / "local.sh")], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert script.stdout is not None
-        exports, pids = script.stdout.readline(), script.stdout.readline()
-        assert exports.startswith("export "), "the cluster did not start"
-        environment |= dict(word.split("=", 1) for word in exports.split()[1:])
-        deadline = time.monotonic() + 120
-        while submitted(environment, "list").returncode and time.monotonic() < deadline:
-            assert script.poll() is None, "the cluster ended"
-            time.sleep(0.5)
-        yield environment, [int(pid) for pid in pids.split()[1:]]
-    finally:
-        kill_all(script.pid)  # a graceful end would take half a minute
-        script.wait()
+    command = ["bash", str(ROOT / "cluster" / "local.sh")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as script:
+        try:
+            assert script.stdout is not None
+            exports, pids = script.stdout.readline(), script.stdout.readline()
+            assert exports.startswith("export "), "the cluster did not start"
+            environment |= dict(word.split("=", 1) for word in exports.split()[1:])
+            deadline = time.monotonic() + 120
+            while submitted(environment, "list").returncode and time.monotonic() < deadline:
+                assert script.poll() is None, "the cluster ended"
+                time.sleep(0.5)
+            yield environment, [int(pid) for pid in pids.split()[1:]]
+        finally:
+            kill_all(script.pid)  # a graceful end would take half a minute
 
 
 def kill_all(pid: int) -> None:

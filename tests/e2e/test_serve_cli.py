@@ -95,7 +95,7 @@ def test_serve_answers_finishes_what_is_under_way_on_sigterm_and_exits_0(
     finally:
         if server.poll() is None:
             server.kill()
-            server.wait()
+        server.communicate()
 
 
 def test_a_new_token_is_printed_once_beside_its_hash() -> None:

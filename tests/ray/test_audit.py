@@ -232,7 +232,7 @@ def test_an_audit_whose_driver_was_killed_goes_on_without_loss_or_duplicate(
     file = tmp_path / "audit.yaml"
     file.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     command = [sys.executable, "-m", "clipflow_ray", "audit", "--config", str(file)]
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
     def committed() -> list[Path]:
         return [path for path in (output / "resume" / "scored").glob("*.parquet") if ".pending." not in path.name]

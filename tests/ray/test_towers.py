@@ -71,7 +71,7 @@ def test_a_tower_trains_audits_detects_and_serves(name: str, endpoint: str, pict
     scores = np.array([finding.score for finding in found])
     assert np.isfinite(scores).all() and np.ptp(scores) > 1e-3
     enlarged = ["enlarged_to_view" in finding.warnings for finding in found]
-    assert enlarged == [min(finding.width, finding.height) < tower.size for finding in found]
+    assert enlarged == [min(finding.width or 0, finding.height or 0) < tower.size for finding in found]
 
     output = tmp_path / "audit"
     audit(AuditConfig(input=(str(pictures),), output=str(output), checkpoint=trained, alpha=ALPHA, gallery=0))

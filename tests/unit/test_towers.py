@@ -1,6 +1,7 @@
 """Each tower gives the features of open_clip's own model on open_clip's own preprocessing."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -31,12 +32,15 @@ def written(
 
 def block(model: nn.Module, number: int) -> nn.Module:
     """The module that computes block `number`; each architecture has its own name for it."""
-    visual = model.visual
+    visual: Any = model.visual
+    found: nn.Module
     if hasattr(visual, "transformer"):
-        return visual.transformer.resblocks[number - 1]
-    if hasattr(visual, "attnpool"):
-        return visual.get_submodule(f"layer{number - 1}")
-    return visual.trunk.blocks[number - 1] if hasattr(visual.trunk, "blocks") else visual.trunk.stages[number - 1]
+        found = visual.transformer.resblocks[number - 1]
+    elif hasattr(visual, "attnpool"):
+        found = visual.get_submodule(f"layer{number - 1}")
+    else:
+        found = (visual.trunk.blocks if hasattr(visual.trunk, "blocks") else visual.trunk.stages)[number - 1]
+    return found
 
 
 def expected(config: EncoderConfig, images: list[Image.Image]) -> dict[str, np.ndarray]:
