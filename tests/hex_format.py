@@ -1,9 +1,9 @@
-"""An input format that only tests have: text files, each with one encoded image in hex digits."""
+"""An input format that only tests have: text files with one encoded image a line, in hex digits."""
 
 from collections.abc import Iterator
 
 from clipflow_ray.config import InventoryOptions
-from clipflow_ray.inputs.format import InputFormat, Row, Source, file_row
+from clipflow_ray.inputs.format import InputFormat, Row, Source, manifest_row
 from clipflow_ray.inputs.registry import FORMATS
 from clipflow_ray.place import Place, StoredObject
 
@@ -15,10 +15,13 @@ class Hex(InputFormat):
         return item.uri.endswith(".hex")
 
     def list(self, source: Source, options: InventoryOptions) -> Iterator[Row]:
-        return (file_row(source, item, options) | {"label": "toy"} for item in source.place.objects())
+        for item in source.place.objects():
+            for number in range(len(item.place.read_text().splitlines())):
+                yield manifest_row(source, item.uri, "toy", f"line {number}", etag=item.etag)
 
     def read(self, place: Place, row: Row, options: InventoryOptions, max_bytes: int) -> bytes:
-        return bytes.fromhex(place.read(2 * max_bytes, row["etag"]).decode())
+        number = int(row["member"].removeprefix("line "))
+        return bytes.fromhex(place.read_text().splitlines()[number])
 
 
 def register() -> None:

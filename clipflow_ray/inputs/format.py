@@ -62,7 +62,7 @@ class InputFormat(ABC):
     def read(self, place: Place, row: Row, options: InventoryOptions, max_bytes: int) -> bytes:
         """The encoded image of a manifest row; `place` is the place of its URI. By default the object as a whole.
 
-        Raises ReadError.
+        The row's `uri`, `member`, `offset`, `bytes` and `etag` are as `list` set them. Raises ReadError.
         """
         return place.read(max_bytes, row["etag"])
 

@@ -11,7 +11,7 @@ from clipflow_ray.inputs.format import Row, format_named
 from clipflow_ray.place import Place
 
 _READ_THREADS: Final = 8
-_COLUMNS: Final = ("uri", "input_format", "offset", "bytes", "etag")
+_COLUMNS: Final = ("uri", "member", "input_format", "offset", "bytes", "etag")
 
 
 def read_row(row: Row, near: Place, options: InventoryOptions, limits: ImageLimits) -> bytes:

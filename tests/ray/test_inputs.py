@@ -123,9 +123,8 @@ def test_one_line_in_the_registry_adds_a_format_to_audits(
     reference: dict[str, float], trained: str, tmp_path: Path
 ) -> None:
     """In a cluster of its own, whose workers register the format as the driver does."""
-    for at, data in enumerate(IMAGES.values()):
-        (tmp_path / "in").mkdir(exist_ok=True)
-        (tmp_path / "in" / f"{at}.hex").write_text(data.hex())
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/all.hex").write_text("\n".join(data.hex() for data in IMAGES.values()))
     code = (
         "import sys, ray\nfrom clipflow_ray.cli import main\nfrom tests import hex_format\nhex_format.register()\n"
         "ray.init(num_cpus=4, runtime_env={'worker_process_setup_hook': 'tests.hex_format.register'})\n"
@@ -138,7 +137,7 @@ def test_one_line_in_the_registry_adds_a_format_to_audits(
     assert done.returncode == 0, done.stderr
     rows = ledger(json.loads(done.stdout))
     assert {row["sha256"]: row["score"] for row in rows} == pytest.approx(reference, rel=1e-5)
-    assert {row["label"] for row in rows} == {"toy"}
+    assert {row["group"] for row in rows} == {"toy"}
 
 
 def test_a_list_with_repeats_missing_files_and_bad_uris_gives_a_row_for_each_line(

@@ -319,11 +319,11 @@ def test_an_input_that_is_one_file_has_the_format_of_its_name(tmp_path: Path, na
 
 def test_one_line_in_the_registry_adds_a_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in").mkdir()
-    (tmp_path / "in/1.hex").write_text(b"one".hex())
+    (tmp_path / "in/1.hex").write_text(f"{b'one'.hex()}\n{b'two'.hex()}\n")
     assert [row["input_format"] for row in manifest(tmp_path, tmp_path / "in")] == ["images"]
     for name, line in hex_format.LINE.items():
         monkeypatch.setitem(FORMATS, name, line)
     rows = manifest(tmp_path, tmp_path / "in")
-    assert [(row["input_format"], row["label"]) for row in rows] == [("hex", "toy")]
-    assert read(rows) == [b"one"]
+    assert [(row["input_format"], row["group"]) for row in rows] == [("hex", "toy")] * 2
+    assert read(rows) == [b"one", b"two"]
     assert rows == manifest(tmp_path, tmp_path / "in", input_format="hex")
