@@ -1,4 +1,4 @@
-"""The command line as a user meets it, with the packaged checkpoint and real CLIP weights."""
+"""The command line as a user runs it, with the packaged checkpoint and real CLIP weights."""
 
 import json
 import re
@@ -51,7 +51,7 @@ def test_a_failure_is_one_sentence_on_stderr_and_exit_code_1(tmp_path: Path) -> 
 
 
 @pytest.mark.real_weights
-def test_score_prints_a_json_line_a_file_and_keeps_bad_files_apart(tmp_path: Path) -> None:
+def test_score_prints_one_json_line_for_each_file_and_an_error_line_for_a_bad_one(tmp_path: Path) -> None:
     good, bad = tmp_path / "good.jpg", tmp_path / "bad.jpg"
     good.write_bytes(encoded(photo(1)))
     bad.write_bytes(b"text")
@@ -65,7 +65,7 @@ def test_score_prints_a_json_line_a_file_and_keeps_bad_files_apart(tmp_path: Pat
 
 
 @pytest.mark.real_weights
-def test_doctor_finds_everything_in_order() -> None:
+def test_doctor_finds_no_fault() -> None:
     done = run("doctor")
     assert done.returncode == 0, done.stdout
     assert f"clipflow-ray {__version__}" in done.stdout and "FAIL" not in done.stdout

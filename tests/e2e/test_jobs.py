@@ -42,7 +42,7 @@ def s3() -> Iterator[Place]:
 
 @pytest.fixture(scope="module")
 def nodes(s3: Place) -> Iterator[tuple[dict[str, str], list[int]]]:
-    """`cluster/local.sh`: the environment that reaches it, and the process ids of head and workers."""
+    """A cluster of `cluster/local.sh`: the environment that connects to it, and the process ids of head and workers."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment |= {"RAY": RAY, "PORT": str(free_port()), "DASHBOARD_PORT": str(free_port()), "CPUS": "3"}
     environment |= {"CLIENT_PORT": str(free_port())}
@@ -63,7 +63,7 @@ def nodes(s3: Place) -> Iterator[tuple[dict[str, str], list[int]]]:
 
 
 def kill_all(pid: int) -> None:
-    """Kill a process and all below it; one that ends by itself meanwhile is no fault."""
+    """Kill a process and its descendants. A process that has already ended is skipped."""
     root = psutil.Process(pid)
     for process in (*root.children(recursive=True), root):
         with suppress(psutil.NoSuchProcess):
@@ -77,7 +77,7 @@ def submitted(environment: dict[str, str], *arguments: str) -> subprocess.Comple
 
 @pytest.fixture(scope="module")
 def store(s3: Place) -> list[str]:
-    """Five sources of photo-like images in a bucket, and the flags that reach it."""
+    """Five sources of photo-like images in a bucket, and the flags that name its endpoint."""
     client = s3_client(s3)
     client.create_bucket(Bucket="jobs")
     for source in ("a", "b", "c", "d", "e"):
@@ -136,7 +136,7 @@ def test_a_client_without_the_token_is_refused(nodes: tuple[dict[str, str], list
     assert submitted(environment, "list").returncode != 0
 
 
-def test_a_node_that_dies_in_mid_audit_costs_nothing_beside_poison_and_repeated_keys(
+def test_an_audit_of_poison_and_repeated_keys_is_complete_although_a_node_dies(
     nodes: tuple[dict[str, str], list[int]], checkpoint: str, store: list[str], s3: Place
 ) -> None:
     environment, pids = nodes

@@ -52,7 +52,7 @@ def port() -> Iterator[int]:
     yield number
 
 
-def test_serve_answers_finishes_what_is_under_way_on_sigterm_and_exits_0(
+def test_serve_answers_and_on_sigterm_finishes_open_requests_and_exits_0(
     checkpoint: str, port: int, tmp_path: Path
 ) -> None:
     token, digest = new_token()
@@ -98,7 +98,7 @@ def test_serve_answers_finishes_what_is_under_way_on_sigterm_and_exits_0(
         server.communicate()
 
 
-def test_a_new_token_is_printed_once_beside_its_hash() -> None:
+def test_a_new_token_is_printed_with_its_hash() -> None:
     done = subprocess.run([*CLI, "serve", "token", "new"], capture_output=True, text=True)
     token, digest = done.stdout.split()
     assert done.returncode == 0 and token.startswith("clipflow_") and len(digest) == 64

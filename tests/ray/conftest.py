@@ -26,7 +26,9 @@ FAMILIES = ("low_pass", "radial_gain_down", "resample", "tone")
 
 @pytest.fixture(scope="session")
 def cluster(s3: Place) -> Iterator[None]:
-    """Started after the S3 server, so that its workers inherit the credentials; and as `clipflow-ray serve` does it."""
+    """A Ray cluster. It starts after the S3 server, so that its workers inherit the credentials.
+
+    The environment is that of `clipflow-ray serve`."""
     os.environ.update(SWITCHES)
     resources.connect()
     yield
@@ -42,13 +44,13 @@ def s3() -> Iterator[Place]:
 
 @pytest.fixture(scope="session")
 def tiny(naturals: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """A whole training that takes seconds: the test tower, a small flow, six sources."""
+    """A training that takes seconds: the test tower, a small flow, six sources."""
     families = ProxyConfig().families
     return TrainConfig(
         input=(str(naturals),),
         output=str(tmp_path_factory.mktemp("train")),
         encoder=EncoderConfig(model=TEST_TOWER, pretrained="seed:0"),
-        # Few families: which ones an image draws depends on its path, and "alpine" must draw the held-out one.
+        # An image draws its families by its path. With few families, "alpine" draws the held-out one.
         proxies=ProxyConfig(families={name: families[name] for name in FAMILIES}),
         flow=FlowConfig(blocks=3, hidden=32),
         fit=FitConfig(epochs=3, batch_size=32, learning_rate=2e-3),

@@ -1,4 +1,4 @@
-"""The application with the tiny checkpoint and the edge in front of it, as a client sees them."""
+"""The application with the tiny checkpoint and the edge in front of it, as a client reaches them."""
 
 import json
 import socket
@@ -21,7 +21,7 @@ from clipflow_ray.serve.edge import edge
 from clipflow_ray.serve.upstreams import APPLICATION, edge_of_serve
 
 T = TypeVar("T")
-ALPHA = 0.1  # the tiny calibration supports it
+ALPHA = 0.1  # large enough for the tiny calibration
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Site:
     folder: Path
 
     def connect(self, source: str = "127.0.0.1") -> socket.socket:
-        """Connect from `source`, any address of the loopback network, which the edge takes for the client's."""
+        """Connect from `source`, an address of the loopback network; the edge counts it as the client's address."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=10, source_address=(source, 0))
 
     def raw(self, request: bytes) -> Answer:

@@ -126,7 +126,7 @@ def test_groups_are_the_folders_below_the_input(record: AuditRecord, config: Aud
     assert groups == {"alpha": 14, "beta set": 13, "gämmä": 13, "broken": 4}
 
 
-def test_a_finished_audit_is_returned_without_work_and_another_alpha_only_judges_anew(
+def test_a_finished_audit_is_returned_without_work_and_another_alpha_only_changes_verdicts(
     record: AuditRecord, config: AuditConfig
 ) -> None:
     scored = {path: path.stat().st_mtime_ns for path in Path(config.output, "scored").iterdir()}
@@ -156,7 +156,7 @@ def test_an_alpha_below_what_the_calibration_supports_is_refused_before_anything
     assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_checkpoint_and_an_empty_input_are_said_in_a_sentence(
+def test_a_missing_checkpoint_and_an_empty_input_are_refused_with_a_sentence(
     cluster: None, config: AuditConfig, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match="No checkpoint"):
@@ -189,7 +189,7 @@ def test_an_s3_prefix_gives_the_same_scores_as_the_folder_it_was_copied_from(
 
 
 class Neighbour:
-    """Holds its CPUs and does nothing."""
+    """An actor that occupies its CPUs and does nothing."""
 
 
 def test_scores_are_written_while_later_images_are_still_read(
@@ -197,7 +197,7 @@ def test_scores_are_written_while_later_images_are_still_read(
 ) -> None:
     images = tmp_path / "in"
     images.mkdir()
-    # Slow to decode: reading goes on for long after the encoder is up.
+    # Images that are slow to decode: reading continues long after the encoder has started.
     (images / "0000.jpg").write_bytes(encoded(photo(0, (1500, 2000)), quality=98, progressive=True))
     for at in range(1, 160):
         os.link(images / "0000.jpg", images / f"{at:04d}.jpg")
@@ -205,7 +205,7 @@ def test_scores_are_written_while_later_images_are_still_read(
     neighbours: list[Any] = []
 
     def crowd() -> None:
-        """From the first file on, leave half a CPU beside the encoder: one reader's."""
+        """As soon as a file is written, take 1.5 CPUs: half a CPU, for one reader, is left besides the encoder's."""
         while not list(output.glob("scored/*.parquet")) and not (output / "_SUCCESS").exists():
             time.sleep(0.05)
         neighbours.append(ray.remote(num_cpus=1.5)(Neighbour).remote())
@@ -224,7 +224,7 @@ def test_scores_are_written_while_later_images_are_still_read(
     assert written[len(written) // 2] < last, [round(at - last, 1) for at in written]
 
 
-def test_an_audit_whose_driver_was_killed_goes_on_without_loss_or_duplicate(
+def test_an_audit_whose_driver_was_killed_resumes_without_loss_or_duplicate(
     record: AuditRecord, config: AuditConfig, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
@@ -277,7 +277,7 @@ def test_the_scoring_actors_metrics_are_on_rays_prometheus_endpoint(cluster: Non
         r'ray_clipflow_images_total{.*error_code="truncated",.*status="error".*} 1\.0',
         r"ray_clipflow_encode_seconds_count{.*} 1\.0",
     ]
-    deadline = time.monotonic() + 60  # Ray collects every ten seconds
+    deadline = time.monotonic() + 60  # Ray collects metrics every ten seconds
     while not all(re.search(line, text := httpx.get(url).text) for line in expected):
         assert time.monotonic() < deadline, [line for line in text.splitlines() if "clipflow" in line]
         time.sleep(0.5)
@@ -314,7 +314,7 @@ def test_a_plan_gives_each_gpu_an_encoder_and_leaves_cpus_to_read_and_resume() -
         (0, [8], 1, 4, 6),
     ],
 )
-def test_a_plan_gives_encoders_a_few_cpus_each_as_far_as_reading_and_the_rows_go(
+def test_a_plan_gives_encoders_up_to_four_cpus_each_limited_by_readers_and_rows(
     rows: int, cpus: list[int], encoders: int, encoder_cpus: int, decoders: int
 ) -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": float(count)}} for count in cpus]

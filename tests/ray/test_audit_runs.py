@@ -1,4 +1,4 @@
-"""What an audit of many objects needs beside scores: samples, repeats, leases, progress, a report, exit codes."""
+"""Audits of many objects: samples, duplicates, leases, progress, the report and exit codes."""
 
 import json
 import os
@@ -115,7 +115,7 @@ def test_a_second_run_on_the_same_output_is_refused_while_the_first_holds_it(tmp
         pass
 
 
-def test_on_s3_a_living_run_is_refused_and_a_dead_ones_lease_is_taken_over(
+def test_on_s3_the_lease_of_a_live_run_is_kept_and_that_of_a_dead_run_is_taken_over(
     s3: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.2)
@@ -133,7 +133,7 @@ def test_on_s3_a_living_run_is_refused_and_a_dead_ones_lease_is_taken_over(
     dead.take()
     with lease.exclusive(output):
         threading.Event().wait(0.5)
-        dead.release()  # wakes up late: the lease is no longer its own
+        dead.release()  # too late: another run holds the lease
         assert client.list_objects_v2(Bucket="leases")["KeyCount"] == 1
 
 
@@ -146,7 +146,7 @@ def test_a_run_whose_lease_was_taken_over_stops_and_leaves_the_output_to_the_oth
     other = lease._ObjectLease(s3.with_uri("s3://taken/out"))
 
     def take_over() -> None:
-        """As a run does that found the lease unrenewed; when the first rows are there."""
+        """Once rows are written, take the lease as a run does that found it not renewed."""
         while not client.list_objects_v2(Bucket="taken", Prefix="out/scored/").get("KeyCount"):
             time.sleep(0.05)
         taken = False
@@ -174,7 +174,7 @@ def test_a_renewal_whose_answer_was_lost_is_no_takeover(s3: Place, monkeypatch: 
     held.take()
     before = held._etag
     assert held._put(before)
-    held._etag = before  # as if the store had not answered
+    held._etag = before  # as if the store's answer had been lost
     stop = threading.Event()
     renewing = threading.Thread(target=held.renew_until, args=(stop, stop.set))
     renewing.start()
@@ -232,7 +232,7 @@ def test_the_report_is_one_file_with_the_facts_of_the_record(record: AuditRecord
 @pytest.mark.parametrize(
     ("flags", "code"), [((), 0), (("--max-error-rate", "0.001"), 3), (("--fail-if-flag-rate-above", "0.0"), 4)]
 )
-def test_exit_codes_tell_errors_from_a_failed_gate(
+def test_an_error_and_a_failed_gate_have_different_exit_codes(
     record: AuditRecord, config: AuditConfig, flags: tuple[str, ...], code: int
 ) -> None:
     assert record.error_rate == pytest.approx(1 / 49)
@@ -244,7 +244,7 @@ def test_exit_codes_tell_errors_from_a_failed_gate(
     assert "flagged at alpha 0.1" in done.stdout
 
 
-def test_sigterm_ends_a_run_with_a_sentence_and_the_next_one_goes_on(config: AuditConfig, tmp_path: Path) -> None:
+def test_sigterm_ends_a_run_with_a_sentence_and_the_next_run_resumes(config: AuditConfig, tmp_path: Path) -> None:
     output = tmp_path / "run"
     command = [sys.executable, "-m", "clipflow_ray", "audit", "--input", config.input[0], "--output", str(output)]
     command += ["--checkpoint", config.checkpoint, "--alpha", "0.1"]
@@ -261,7 +261,7 @@ def test_sigterm_ends_a_run_with_a_sentence_and_the_next_one_goes_on(config: Aud
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium: install Debian's `chromium` to test the report's page")
-def test_the_report_fits_a_phone_sorts_its_tables_and_asks_for_nothing(record: AuditRecord) -> None:
+def test_the_report_fits_a_phone_sorts_its_tables_and_sends_no_request(record: AuditRecord) -> None:
     problems: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])

@@ -27,9 +27,9 @@ WORKERS = ("ray::MapBatches", "ray::MapWorker")
 
 
 def listed(trained: str, root: Path, images: int) -> AuditConfig:
-    """An audit in small units of work of a list: images, one in ten of them twice, and one in a hundred poison.
+    """An audit of a list in small units of work. One image in ten is listed twice, and one in a hundred is poison.
 
-    Of the poison, every other one is truncated and the others keep a decoder busy until it is stopped.
+    Half of the poison is truncated. The other half keeps a decoder busy until it is stopped.
     """
     lines = []
     for at in range(images):
@@ -87,7 +87,7 @@ def assert_same(rows: dict[str, Row], calm: dict[str, Row], images: int = 120) -
 
 
 def killed_workers(pid: int, stop: threading.Event, kills: int, output: Path) -> int:
-    """Kill busy Ray workers below the process `pid`, one after another, while its audit writes; returns how many."""
+    """Kill Ray workers of the process `pid` one after another while its audit writes. Returns the number killed."""
     done = 0
     while done < kills and not stop.wait(0.2):
         if not list(output.glob("scored/*.parquet")):
@@ -104,7 +104,7 @@ def killed_workers(pid: int, stop: threading.Event, kills: int, output: Path) ->
 
 @contextmanager
 def killing(pid: int, kills: int, output: Path) -> Iterator[list[int]]:
-    """Kill workers during the block; the list holds their number after it."""
+    """Kill workers during the block. Afterwards the list holds the number killed."""
     stop, counted = threading.Event(), []
     killer = threading.Thread(target=lambda: counted.append(killed_workers(pid, stop, kills, output)))
     killer.start()
@@ -116,9 +116,9 @@ def killing(pid: int, kills: int, output: Path) -> Iterator[list[int]]:
 
 
 def audit_until_killed(settings: AuditConfig, file: Path, blocks: int, kills: int = 0) -> int:
-    """Run an audit of its own process, kill `kills` of its workers, and it after `blocks` more blocks of scores.
+    """Run an audit in its own process; kill `kills` of its workers, then the audit after `blocks` more blocks.
 
-    Returns how many workers were killed.
+    Returns the number of workers killed.
     """
     output = Path(settings.output)
     file.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
@@ -160,7 +160,7 @@ def test_three_killed_drivers_lose_and_duplicate_nothing(
 
 
 @pytest.mark.stress
-def test_killed_workers_and_drivers_poison_and_duplicates_in_one_run_lose_and_duplicate_nothing(
+def test_a_run_of_poison_and_duplicates_loses_nothing_when_workers_and_drivers_are_killed(
     cluster: None, trained: str, tmp_path: Path
 ) -> None:
     images = 2000

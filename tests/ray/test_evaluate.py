@@ -1,4 +1,4 @@
-"""The evaluation protocol end to end, with the test tower and proxies standing in for the second class."""
+"""The evaluation protocol end to end, with the test tower; proxies are the second class."""
 
 import json
 import re
@@ -33,7 +33,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """30 photo-like images of two sources, and 20 distorted ones of two "generators", one file of them broken."""
+    """30 photo-like images of two sources, and 20 distorted images of two "generators", one of them broken."""
     root = tmp_path_factory.mktemp("labelled")
     config = ProxyConfig()
     for at in range(30):
@@ -79,7 +79,7 @@ def test_every_figure_is_derived_again_from_the_shipped_tables_alone(
 ) -> None:
     written = json.loads(Path(config.output, "figures.json").read_text())
     stored, scores = shipped(config, "calibration"), shipped(config, "scores")
-    own = stored.slice(0, len(stored) // 3)  # of three checkpoints, which are the same one here
+    own = stored.slice(0, len(stored) // 3)  # the same checkpoint is given three times
     calibration = Calibration(own["score"].to_numpy().astype(np.float32), tuple(own["stratum"].to_pylist()))
     again = json.loads(derived.figures(scores, [calibration] * 3).model_dump_json())
     assert again == {name: written[name] for name in again}
@@ -125,7 +125,7 @@ def test_what_is_audited_together_gives_a_lower_bound_of_what_is_suspicious(
         assert 0 <= together.excess_lower_bound < together.share
 
 
-def test_the_spread_over_seeds_is_none_where_all_are_the_same(
+def test_the_spread_over_seeds_is_zero_if_all_seeds_are_the_same(
     result: EvaluationFigures, config: EvaluateConfig
 ) -> None:
     spread = result.variants["as_found"].over_seeds
@@ -150,7 +150,7 @@ def test_robustness_distorts_both_classes_with_the_same_draws(
     assert (table[table.distortion == "blur"].score.to_numpy()[-12:] != originals.to_numpy()).any()
 
 
-def test_all_baselines_stand_beside_the_flow_and_the_unreadable_image_is_counted(
+def test_every_baseline_has_figures_and_the_unreadable_image_is_counted(
     result: EvaluationFigures, config: EvaluateConfig
 ) -> None:
     for figures in result.variants.values():
@@ -158,7 +158,7 @@ def test_all_baselines_stand_beside_the_flow_and_the_unreadable_image_is_counted
         assert figures.n == ClassCounts(natural=30, generated=20)
         assert len(set(figures.auroc_by_seed)) == 1
     assert result.unreadable == 1
-    assert result.metadata_only_auroc == pytest.approx(1.0)  # JPEG against PNG: the bias that it is there to show
+    assert result.metadata_only_auroc == pytest.approx(1.0)  # JPEG against PNG: the figure exists to show this bias
     flow = result.variants["as_found"].detectors["flow"].auroc
     assert result.format_gap_auroc["flow"] == pytest.approx(
         flow - result.variants["format_aligned"].detectors["flow"].auroc
@@ -211,7 +211,7 @@ def test_the_page_is_one_file_with_the_figures_and_the_worst_errors_first(
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium: install Debian's `chromium` to test the page")
-def test_the_page_reads_on_a_phone_sorts_its_tables_and_asks_for_nothing(
+def test_the_page_fits_a_phone_sorts_its_tables_and_sends_no_request(
     result: EvaluationFigures, config: EvaluateConfig
 ) -> None:
     problems: list[str] = []

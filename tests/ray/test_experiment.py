@@ -42,7 +42,7 @@ def config(tiny: TrainConfig) -> ExperimentConfig:
 
 @pytest.fixture(scope="module")
 def first(trained: str, config: ExperimentConfig) -> ExperimentResult:
-    """After the training, whose embeddings it uses."""
+    """The first experiment. It uses the embeddings of the tiny training, so that one runs first."""
     return experiment(config)
 
 
@@ -62,7 +62,7 @@ def test_every_candidate_is_fitted_once_for_each_family_and_seed(first: Experime
             assert 0.5 <= row["auroc_sources"] <= 1.0
 
 
-def test_what_a_candidate_changes_and_the_seed_change_the_figures(first: ExperimentResult) -> None:
+def test_the_figures_change_with_a_candidates_settings_and_with_the_seed(first: ExperimentResult) -> None:
     rows = {(r["candidate"], r["held_out"], r["seed"]): r for r in pq.read_table(first.results).to_pylist()}
     for family in ("low_pass", "tone"):
         one, other_seed = rows["as it is", family, 0], rows["as it is", family, 1]
@@ -81,7 +81,7 @@ def test_the_summary_is_the_mean_of_its_rows_and_puts_failures_last(first: Exper
         assert line.worst_auroc == min(line.families.values())
 
 
-def test_the_page_names_each_candidate_and_asks_for_nothing(first: ExperimentResult) -> None:
+def test_the_page_names_each_candidate_and_loads_nothing(first: ExperimentResult) -> None:
     text = Path(first.page).read_text()
     assert all(name in text for name in ("as it is", "without resample", "too fast"))
     assert text.count("<svg") == text.count("</figure>") == 5  # ranking, families, and one for each signal
@@ -148,8 +148,8 @@ def test_the_rank_correlation_is_spearmans_over_the_candidates_with_a_test_auroc
     assert rank_correlation(summary, test_auroc) == pytest.approx((expected, 3))
     assert rank_correlation(summary, test_auroc, "tpr_5") == pytest.approx((-expected, 3))
     assert rank_correlation(summary, {"a": 0.7, "b": 0.8}) is None
-    assert rank_correlation(summary, test_auroc, "auroc_sources") is None  # of b it is not known
-    assert rank_correlation(summary, test_auroc, "nll_median") is None  # all alike
+    assert rank_correlation(summary, test_auroc, "auroc_sources") is None  # candidate b has no such figure
+    assert rank_correlation(summary, test_auroc, "nll_median") is None  # all values are equal
     assert rank_correlation(summary, test_auroc | {"d": 0.73}, "auroc_sources") == pytest.approx((1.0, 3))
 
 

@@ -1,4 +1,4 @@
-"""An audit of ten times the rows takes no more memory: neither its driver nor any worker or decode child."""
+"""An audit of ten times the rows takes no more memory in its driver, its workers and its decoders."""
 
 import io
 import json
@@ -22,7 +22,7 @@ GROWTH = 1.1
 
 
 def write_shards(folder: Path, rows: int) -> None:
-    """Tar shards of small JPEGs; each has bytes of its own behind the end marker."""
+    """Write tar shards of small JPEGs. Bytes behind the end marker make each JPEG unique."""
     folder.mkdir()
     images = [encoded(photo(at, (64, 72)), quality=80) for at in range(50)]
     for start in range(0, rows, PER_SHARD):
@@ -35,7 +35,7 @@ def write_shards(folder: Path, rows: int) -> None:
 
 
 def private_bytes(driver: psutil.Process) -> dict[str, int]:
-    """The memory of its own that the largest process of each kind holds; what processes share is left out."""
+    """Private memory of the largest process of each kind, in bytes. Shared memory is not counted."""
     largest: dict[str, int] = defaultdict(int)
     for process in (driver, *driver.children(recursive=True)):
         with suppress(psutil.NoSuchProcess, psutil.ZombieProcess, IndexError):
@@ -49,7 +49,7 @@ def private_bytes(driver: psutil.Process) -> dict[str, int]:
 
 
 def peaks(checkpoint: str, source: Path, output: Path) -> dict[str, int]:
-    """Audit `source` in a process of its own; the most that each kind of process held meanwhile."""
+    """Audit `source` in a separate process. Returns the peak of `private_bytes` of each kind of process."""
     command = [sys.executable, "-m", "clipflow_ray", "audit", "--input", str(source), "--output", str(output)]
     command += ["--checkpoint", checkpoint, "--alpha", "0.1"]
     found: dict[str, int] = defaultdict(int)

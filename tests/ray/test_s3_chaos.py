@@ -1,4 +1,4 @@
-"""An audit through a proxy that answers some requests as a bad day on S3 does."""
+"""An audit through a proxy that gives some requests the faults that S3 can have."""
 
 import http.client
 import socket
@@ -21,8 +21,8 @@ from clipflow_ray.place import Place
 from tests.conftest import encoded, photo, s3_client
 
 OBJECTS = 300
-# Faults of the first GET of an object, by its number: 5 % 503, 1 % each of 500, reset, truncated, flipped; a stall and
-# a dribble, which cost whole timeouts.
+# Faults of the first GET of an object, by the object's number. 5 % are 503; 500, reset, truncated and flipped are 1 %
+# each. One stall and one dribble last until a timeout.
 FAULTS = {20 * at: "503" for at in range(15)}
 FAULTS |= {7 + 100 * at: "500" for at in range(3)} | {11 + 100 * at: "reset" for at in range(3)}
 FAULTS |= {13 + 100 * at: "truncated" for at in range(3)} | {17 + 100 * at: "flipped" for at in range(3)}
@@ -30,7 +30,7 @@ FAULTS |= {19: "stall", 119: "dribble"}
 
 
 class Chaos(ThreadingHTTPServer):
-    """Forwards to `upstream`; the first GET of a key that FAULTS names goes wrong."""
+    """Forwards to `upstream`. The first GET of a key in FAULTS fails as listed, and every GET of a key in `always`."""
 
     daemon_threads = True
 
@@ -49,7 +49,7 @@ class Chaos(ThreadingHTTPServer):
         return FAULTS.get(int(number)) if number.isdigit() and self.gets[key] == 1 else None
 
     def handle_error(self, *_: object) -> None:
-        """Clients hang up on us here; that is the point."""
+        """Print nothing: clients are expected to close connections early."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -147,7 +147,7 @@ def test_every_good_object_is_scored_through_faults_and_few_are_read_twice(
     assert OBJECTS + faults <= sum(chaos.gets.values()) <= 1.15 * OBJECTS
 
 
-def test_a_fault_that_stays_ends_in_a_row_with_its_code_and_in_time(
+def test_a_lasting_fault_raises_its_error_code_in_time(
     chaos: Chaos, s3: Place, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = through(chaos, s3).with_uri(bucket)
@@ -166,7 +166,7 @@ def test_a_fault_that_stays_ends_in_a_row_with_its_code_and_in_time(
     assert caught.value.item_code == "read_timeout" and time.monotonic() - start < 10
 
 
-def test_credentials_that_list_and_do_not_read_fail_the_audit_at_once(
+def test_credentials_that_allow_listing_but_not_reading_fail_the_audit_at_once(
     cluster: None, trained: str, chaos: Chaos, s3: Place, bucket: str, tmp_path: Path
 ) -> None:
     chaos.always = {f"/chaos/in/{at}.jpg": "403" for at in range(OBJECTS)}

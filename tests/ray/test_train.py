@@ -53,7 +53,7 @@ def test_calibration_images_are_the_sources_that_training_never_saw(trained: str
     np.testing.assert_allclose(np.sort(scores), fitted.scores, rtol=1e-4)
 
 
-def test_embeddings_are_reused_when_nothing_changed_and_made_anew_when_the_input_did(
+def test_embeddings_are_reused_if_nothing_changed_and_made_again_if_the_input_did(
     trained: str, tiny: TrainConfig, naturals: Path, tmp_path: Path
 ) -> None:
     run = features.extract(tiny)
@@ -78,11 +78,12 @@ def test_every_image_has_its_natural_views_and_proxies(trained: str, tiny: Train
         assert len(row["projected"]) == views * 32
 
 
-def test_one_worker_of_ray_train_gives_the_weights_of_the_bare_loop(trained: str, tiny: TrainConfig) -> None:
+def test_one_worker_of_ray_train_gives_the_weights_of_the_loop_without_ray(trained: str, tiny: TrainConfig) -> None:
     weights = load_checkpoint(trained).flow_state
     loop = _undisturbed(tiny)
     best = max(figures[SELECTION] for figures, _ in loop)
-    equally_good = [state for figures, state in loop if figures[SELECTION] == best]  # few proxies are held out: it ties
+    # Few proxies are held out, so several epochs may have the same figure.
+    equally_good = [state for figures, state in loop if figures[SELECTION] == best]
     assert any(
         all(torch.equal(weights[name], state[name].to(weights[name].dtype)) for name in weights)
         for state in equally_good
@@ -158,7 +159,7 @@ def test_a_killed_training_worker_is_replaced_and_the_result_is_that_of_an_undis
     epochs_after: list[int] = []
     done = threading.Event()
 
-    def kill_the_worker_after_three_epochs_and_watch_where_the_next_begins() -> None:
+    def kill_the_worker_after_three_epochs_and_record_later_epochs() -> None:
         seen: set[Path] = set()
         while not done.is_set():
             for path in sorted((tmp_path).rglob("state.json")):
@@ -166,13 +167,13 @@ def test_a_killed_training_worker_is_replaced_and_the_result_is_that_of_an_undis
                     seen.add(path)
                     if killed:
                         epochs_after.append(epoch)
-                    elif epoch >= 3:  # a report blocks until Ray took the one before it, so epoch 1 is registered
+                    elif epoch >= 3:  # a report waits until Ray has the one before: epoch 1 is registered
                         for pid in _processes("RayTrainWorker"):
                             os.kill(pid, signal.SIGKILL)
                             killed.append(pid)
             time.sleep(0.01)
 
-    killer = threading.Thread(target=kill_the_worker_after_three_epochs_and_watch_where_the_next_begins)
+    killer = threading.Thread(target=kill_the_worker_after_three_epochs_and_record_later_epochs)
     killer.start()
     try:
         survived = fit.fit(longer.model_copy(update={"output": str(tmp_path)}), run, (32,))
@@ -180,8 +181,8 @@ def test_a_killed_training_worker_is_replaced_and_the_result_is_that_of_an_undis
         done.set()
         killer.join()
     assert killed
-    assert epochs_after and 0 not in epochs_after, "the run began anew instead of going on"
-    # The chosen epoch may lie before the kill: what came after it is judged by the last one.
+    assert epochs_after and 0 not in epochs_after, "the run started over instead of resuming"
+    # The chosen epoch may come before the kill. The last epoch shows that the resumed training is right.
     chosen = undisturbed[int(survived.metrics["epoch"])][1]
     for flow, expected in ((survived.flow_state, chosen), (_last_flow(tmp_path, epoch=11), undisturbed[-1][1])):
         for name, value in expected.items():
@@ -240,7 +241,7 @@ def _epoch(path: Path) -> int | None:
 
 
 def _processes(title: str) -> list[int]:
-    """Pids of this process's descendants whose title names `title`: another Ray on the machine is left alone."""
+    """Pids of this process's descendants whose title contains `title`, so that no other Ray cluster is touched."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

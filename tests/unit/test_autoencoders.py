@@ -1,4 +1,4 @@
-"""The auto-encoders of the learned proxy families: what they are fitted on, and that they learn."""
+"""The auto-encoders of the learned proxy families: which images they are fitted on, and that they learn."""
 
 from pathlib import Path
 
@@ -38,18 +38,18 @@ def config(sources: Path, output: Path, **split: tuple[str, ...]) -> TrainConfig
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_a_few_steps_rebuild_better_than_none_and_the_same_seed_gives_the_same_weights(decoder: Decoder) -> None:
-    none, some, again = (autoencoders.fit(VIEWS, decoder, steps) for steps in (1, 30, 30))
-    assert error(some) < 0.7 * error(none)
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in some.state_dict().items())
+def test_thirty_steps_rebuild_better_than_one_and_the_same_seed_gives_the_same_weights(decoder: Decoder) -> None:
+    one, many, again = (autoencoders.fit(VIEWS, decoder, steps) for steps in (1, 30, 30))
+    assert error(many) < 0.7 * error(one)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in many.state_dict().items())
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_the_packaged_ones_rebuild_an_image_that_they_never_saw(decoder: Decoder) -> None:
+def test_the_packaged_auto_encoders_rebuild_images_that_were_not_trained_on(decoder: Decoder) -> None:
     assert error(load(decoder)) < 0.08 < error(Autoencoder(decoder).eval())
 
 
-def test_broken_files_are_left_out_and_so_are_sources_that_validate_or_calibrate(sources: Path, tmp_path: Path) -> None:
+def test_broken_files_and_the_sources_of_validation_and_calibration_are_skipped(sources: Path, tmp_path: Path) -> None:
     split = config(sources, tmp_path / "out", validation=("alpine",), calibration=("studio",))
     assert autoencoders.make(split, steps=1) == 1
     assert all(load(decoder, tmp_path / "out") for decoder in DECODERS)

@@ -1,4 +1,4 @@
-"""The detectors that stand beside the flow."""
+"""The baseline detectors that evaluation compares with the flow."""
 
 import dataclasses
 
@@ -13,9 +13,9 @@ from clipflow_ray.statistics import auroc
 from clipflow_ray.train.probes import fit_probes
 
 
-def test_every_baseline_tells_what_lies_farther_out_and_an_older_checkpoint_has_no_mlp() -> None:
+def test_every_baseline_finds_the_wider_class_and_an_older_checkpoint_has_no_mlp() -> None:
     rng = np.random.default_rng(0)
-    centre = np.ones(8)  # far from the origin: only an embedding's direction counts
+    centre = np.ones(8)  # far from the origin, because only the direction of an embedding counts
     natural, proxy = ((centre + spread * rng.normal(size=(1500, 8))).astype(np.float32) for spread in (0.05, 0.15))
     config = FlowConfig(blocks=2, hidden=16)
     flow = Flow((8,), config)

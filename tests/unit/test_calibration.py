@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from clipflow_ray.errors import CalibrationError
 from clipflow_ray.model.calibration import MIN_STRATUM, VERDICTS, Calibration, verdict
 
-# Few distinct values, so that ties between calibration and test scores are the rule.
+# Few distinct values, so that most scores tie with calibration scores.
 tied = st.integers(-6, 6).map(lambda i: i / 4)
 scores_lists = st.lists(tied | st.floats(-50, 50, width=32), min_size=1, max_size=60)
 
@@ -34,7 +34,7 @@ def test_the_p_value_counts_the_calibration_scores_that_are_no_lower(
 
 @settings(max_examples=50, deadline=None)
 @given(calibration=scores_lists, scores=scores_lists, data=st.data())
-def test_a_score_is_above_the_threshold_just_when_its_verdict_is_likely_ai(
+def test_a_score_is_above_the_threshold_if_and_only_if_its_verdict_is_likely_ai(
     calibration: list[float], scores: list[float], data: st.DataObject
 ) -> None:
     n = len(calibration)
@@ -62,7 +62,7 @@ def test_an_alpha_that_the_calibration_cannot_support_is_refused_with_the_size_i
 
 
 @pytest.mark.parametrize("n", [1, 19, 99, 100, 370])
-def test_the_alphas_that_a_calibration_supports_are_those_it_has_a_threshold_for(n: int) -> None:
+def test_a_calibration_supports_an_alpha_if_and_only_if_it_has_a_threshold_for_it(n: int) -> None:
     fit = fitted(list(range(n)))
     for k in range(1, n + 1):
         assert fit.supports(k / (n + 1)) and np.isfinite(fit.threshold(k / (n + 1)))
@@ -70,7 +70,7 @@ def test_the_alphas_that_a_calibration_supports_are_those_it_has_a_threshold_for
 
 
 @pytest.mark.parametrize("alpha", [0.0, -0.01, float("nan")])
-def test_an_alpha_that_is_no_rate_is_refused(alpha: float) -> None:
+def test_an_alpha_that_is_not_above_zero_is_refused(alpha: float) -> None:
     with pytest.raises(CalibrationError):
         fitted(np.arange(100)).threshold(alpha)
 
@@ -80,7 +80,7 @@ def test_naturals_like_the_calibration_are_flagged_at_most_at_alpha() -> None:
     alphas = np.array([0.01, 0.05, 0.1, 0.5])
     flagged = np.zeros(4)
     for _ in range(rounds):
-        # Half of the scores are rounded, so that ties occur; ties must only make the test more cautious.
+        # Half of the scores are rounded, so that ties occur. Ties may lower the rate but not raise it.
         draws = rng.standard_t(3, n + 50).astype(np.float32)
         draws[::2] = np.round(draws[::2], 1)
         draws = rng.permutation(draws)
@@ -125,13 +125,13 @@ def test_the_p_value_within_a_stratum_counts_that_stratum_alone() -> None:
     np.testing.assert_allclose(p, expected, rtol=1e-6)
 
 
-def test_a_score_that_is_not_a_number_has_no_p_value_and_an_infinite_one_the_extreme() -> None:
+def test_a_nan_score_has_no_p_value_and_an_infinite_score_has_the_extreme_one() -> None:
     p = fitted([1.0, 2.0, 3.0]).p_value(np.array([np.nan, np.inf, -np.inf, 1e6], np.float32))
     np.testing.assert_allclose(p, [np.nan, 0.25, 1.0, 0.25])
 
 
 @pytest.mark.parametrize("scores", [[], [1.0, np.nan], [np.inf, 0.0]])
-def test_a_calibration_of_nothing_or_of_non_finite_scores_is_refused(scores: list[float]) -> None:
+def test_a_calibration_without_scores_or_with_non_finite_scores_is_refused(scores: list[float]) -> None:
     with pytest.raises(CalibrationError, match="calibration split"):
         fitted(scores)
 
@@ -167,7 +167,7 @@ def test_the_calibration_id_follows_scores_and_strata_and_not_their_order() -> N
     assert len({fit.calibration_id, *(other.calibration_id for other in others)}) == 4
 
 
-def test_an_alpha_next_to_zero_is_refused_in_words_and_one_next_to_one_has_a_threshold() -> None:
+def test_the_smallest_alpha_is_refused_with_a_sentence_and_the_largest_has_a_threshold() -> None:
     calibration = Calibration.fit(np.linspace(0.0, 1.0, 200, dtype=np.float32), ["jpeg|0-256"] * 200)
     with pytest.raises(CalibrationError, match="ask for a larger alpha"):
         calibration.threshold(5e-324)

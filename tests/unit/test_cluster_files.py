@@ -1,7 +1,7 @@
-"""The files under `cluster/`, against the schemas of what consumes them.
+"""The files under `cluster/`, against the schemas of the programs that read them.
 
-No package that pip installs carries KubeRay's own CRDs. So what lies within them is checked by what reads it: pods by
-Kubernetes' OpenAPI, groups by Ray's autoscaler, the Serve config by Ray Serve, entrypoints by the command line.
+No package on PyPI contains KubeRay's CRDs. So each part is checked by the program that reads it: pods by Kubernetes'
+OpenAPI, groups by Ray's autoscaler, the Serve config by Ray Serve, entrypoints by the command line.
 """
 
 import json
@@ -99,7 +99,7 @@ def test_the_ray_service_runs_the_cluster_config_behind_the_edge() -> None:
     assert ours["http_options"]["port"] == 8000
 
 
-def test_the_edges_manifests_are_valid_and_replace_what_the_configuration_holds() -> None:
+def test_the_manifests_of_the_edge_are_valid_and_replace_lines_that_its_configuration_has() -> None:
     documents = list(yaml.safe_load_all((CLUSTER / "edge.yaml").read_text()))
     assert [document["kind"] for document in documents] == ["Deployment", "Service", "NetworkPolicy"]
     for document in documents:
@@ -110,7 +110,7 @@ def test_the_edges_manifests_are_valid_and_replace_what_the_configuration_holds(
     assert all(edge.CONFIG.read_text().count(old) == 1 for old, _ in replaced)
 
 
-def test_every_series_of_the_dashboard_is_one_that_the_service_keeps_and_none_is_missing() -> None:
+def test_the_dashboard_shows_every_series_of_the_service_and_no_other() -> None:
     dashboard = json.loads((CLUSTER / "grafana-dashboard.json").read_text())
     shown = {
         re.sub(r"_(total|bucket|sum|count)$", "", name)

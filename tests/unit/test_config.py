@@ -1,4 +1,4 @@
-"""Closed configs, YAML with overrides, and the hash that names a run."""
+"""Closed configs, YAML with overrides, and the hash that identifies a run."""
 
 import shlex
 from collections.abc import Iterator
@@ -73,7 +73,7 @@ def test_a_folder_or_repository_brings_its_own_weights(model: str) -> None:
     "values",
     [{"pretrained": "seed:1"}, {"model": TEST_TOWER}, {"model": TEST_TOWER, "pretrained": "openai"}],
 )
-def test_seed_weights_go_with_the_test_tower_and_with_no_other(values: dict[str, str]) -> None:
+def test_seed_weights_and_the_test_tower_are_accepted_only_together(values: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="encoder"):
         validated(TrainConfig, AUDIT | {"encoder": values})
     assert validated(EncoderConfig, {"model": TEST_TOWER, "pretrained": "seed:1"}).pretrained == "seed:1"
@@ -135,7 +135,7 @@ def names(config: Config) -> Iterator[str]:
 
 def test_each_setting_of_an_audit_has_a_flag_or_is_one_of_the_config_file_only() -> None:
     config = AuditConfig(output="")
-    program: Any = typer.main.get_command(app)  # typer carries a click of its own, which has no public name
+    program: Any = typer.main.get_command(app)  # typer has its own copy of click, without a public name
     options = {option for parameter in program.commands["audit"].params for option in parameter.opts}
     missing = {name for name, _ in settings_with_flags(config) if f"--{name.replace('_', '-')}" not in options}
     assert not missing, "add a flag, or list the setting in CONFIG_FILE_ONLY"
@@ -178,7 +178,7 @@ def test_the_command_line_of_a_report_gives_the_settings_of_its_audit(monkeypatc
     assert given_to_plan == [config]
 
 
-def test_overrides_alone_make_a_config() -> None:
+def test_overrides_without_a_file_make_a_config() -> None:
     assert load_yaml(AuditConfig, None, {"input": ("a", "b"), "output": "c"}).input == ("a", "b")
 
 
@@ -241,6 +241,6 @@ def test_the_hash_of_a_config_changes_with_any_setting(change: dict[str, Any]) -
     assert stable_hash(FlowConfig(), "a", "b") != stable_hash(FlowConfig(), "b", "a")
 
 
-def test_the_hash_stays_what_it_was_when_it_was_first_published() -> None:
-    """Written down by hand: sha256 of '["x", {"a": 1, "b": [2.5, null]}]'. Caches and runs are named by it."""
+def test_the_hash_is_that_of_the_first_release() -> None:
+    """The value is the sha256 of '["x", {"a": 1, "b": [2.5, null]}]'. Caches and runs are named by such hashes."""
     assert stable_hash("x", {"b": [2.5, None], "a": 1}) == "a14e677bcf4bd8b3"

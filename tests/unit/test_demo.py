@@ -17,7 +17,7 @@ def test_the_demo_has_a_dozen_photographs_from_packages_and_about_eighty_objects
     assert 70 <= sum(counts.values()) <= 90
 
 
-def test_the_demo_is_the_same_every_time_and_only_its_broken_files_are_refused() -> None:
+def test_the_demo_has_the_same_objects_every_time_and_only_its_broken_files_are_refused() -> None:
     first, second = dict(objects()), dict(objects())
     assert first == second
     refused = {}
@@ -33,7 +33,7 @@ def test_the_demo_is_the_same_every_time_and_only_its_broken_files_are_refused()
     }
 
 
-def test_each_edited_twin_differs_from_its_crop_and_keeps_its_size() -> None:
+def test_each_edited_image_differs_from_its_crop_and_has_its_size() -> None:
     made = dict(objects())
     for key in made:
         if key.startswith("edited/"):

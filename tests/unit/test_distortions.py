@@ -1,4 +1,4 @@
-"""What evaluation does to images before it measures them."""
+"""The distortions of the robustness evaluation, and format alignment."""
 
 import io
 
@@ -27,7 +27,7 @@ def test_a_stronger_level_is_farther_from_the_original(name: str) -> None:
     assert distances == sorted(distances) and distances[0] < distances[-1]
 
 
-def test_a_crop_lies_where_its_draw_says_whatever_the_image() -> None:
+def test_the_position_of_a_crop_depends_on_its_draw_and_not_on_the_image() -> None:
     corners = np.stack(np.meshgrid(np.arange(100), np.arange(200), indexing="ij"), axis=2).astype(np.uint8)
     index = np.concatenate([corners, corners[..., :1]], axis=2)
     for draw in range(20):
@@ -44,7 +44,7 @@ def test_web_shrinks_the_long_edge_to_768_and_enlarges_nothing(
     assert distorted(photo(3, size), "web", 60, 0).shape == shape
 
 
-def test_tiny_images_survive_every_distortion() -> None:
+def test_every_distortion_of_a_tiny_image_gives_an_image() -> None:
     for name, level in CASES:
         assert min(distorted(photo(4, (32, 33)), name, level, 0).shape[:2]) >= 1
 
@@ -55,7 +55,7 @@ def test_aligned_images_are_all_jpegs_of_one_size(size: tuple[int, int]) -> None
     assert (image.format, image.size, image.mode) == ("JPEG", (448, 448), "RGB")
 
 
-def test_the_help_names_the_cost_of_robustness_as_it_is() -> None:
+def test_the_help_gives_the_true_cost_of_robustness() -> None:
     callbacks = [command.callback for command in app.registered_commands if command.callback is not None]
     (evaluate,) = (callback for callback in callbacks if callback.__name__ == "evaluate")
     (option,) = (hint.__metadata__[0] for name, hint in evaluate.__annotations__.items() if name == "robustness")

@@ -15,7 +15,7 @@ def fitted(natural: np.ndarray, proxy: np.ndarray) -> tuple[list[float], dict[st
     return [fitting.train(epoch) for epoch in range(FIT.epochs)], fitting.flow.state_dict()
 
 
-def test_an_objective_on_naturals_alone_needs_no_proxies_and_ignores_those_there_are() -> None:
+def test_an_objective_on_naturals_alone_needs_no_proxies_and_ignores_given_ones() -> None:
     rng = np.random.default_rng(0)
     natural, proxy = ((1.0 + 0.1 * rng.normal(size=(count, 6))).astype(np.float32) for count in (100, 40))
     losses, without = fitted(natural, proxy[:0])

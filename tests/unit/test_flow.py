@@ -15,7 +15,7 @@ SMALL = FlowConfig(blocks=4, hidden=32)
 
 
 def randomised(segments: tuple[int, ...], config: FlowConfig = SMALL, seed: int = 0, strength: float = 1.0) -> Flow:
-    """A flow far from the identity: scales and translations of order one in every block."""
+    """A flow far from the identity, with scales and translations of order one in every block."""
     flow = Flow(segments, config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_the_log_determinant_is_that_of_the_jacobian(
     first = flow.blocks[0]
     assert isinstance(first, CouplingBlock)
     with torch.no_grad():
-        first.log_scale[0] = 3.0  # beyond the limit of 2, where it saturates
+        first.log_scale[0] = 3.0  # beyond the limit of 2, to which it is clamped
     x = normal(6, sum(segments)).double()
     _, log_det = flow.transform(x)
     for row, claimed in zip(x, log_det.sum(dim=1), strict=True):
@@ -110,7 +110,7 @@ def test_a_dimension_that_never_varies_stays_finite() -> None:
 @settings(max_examples=20, deadline=None)
 @given(scale=st.floats(1e-3, 1e3), seed=st.integers(0, 50))
 @torch.no_grad()
-def test_the_length_of_an_embedding_does_not_matter(scale: float, seed: int) -> None:
+def test_the_likelihood_does_not_depend_on_the_length_of_an_embedding(scale: float, seed: int) -> None:
     flow, embedding = randomised((8, 5), strength=0.5), normal(4, 13, seed=seed)
     torch.testing.assert_close(flow(embedding * scale).per_dim, flow(embedding).per_dim, rtol=1e-3, atol=1e-3)
     assert (flow(-embedding).per_dim - flow(embedding).per_dim).abs().max() > 0.01
@@ -128,7 +128,7 @@ def test_segments_are_normalised_separately() -> None:
         torch.testing.assert_close(part.norm(dim=1), torch.full((5,), width**0.5))
 
 
-def test_every_parameter_gets_a_gradient_once_the_zero_layer_has_moved() -> None:
+def test_every_parameter_gets_a_gradient_once_the_last_layer_is_not_zero() -> None:
     flow = Flow((16,), FlowConfig(blocks=3, hidden=24))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_every_parameter_gets_a_gradient_once_the_zero_layer_has_moved() -> None
 
 @torch.no_grad()
 def scales_and_translations(config: FlowConfig) -> tuple[Tensor, Tensor]:
-    """exp(s) and t of one violent block, read off its output with the active half at zero and at one."""
+    """exp(s) and t of a block with large weights, computed from its outputs for an active half of zeros and of ones."""
     torch.manual_seed(0)  # the same hidden layer for every config
     block = CouplingBlock(8, config, index=0)
     last = block.subnet[-1]
@@ -157,7 +157,7 @@ def scales_and_translations(config: FlowConfig) -> tuple[Tensor, Tensor]:
     return block(one)[0][:, block.passive :] - t, t
 
 
-def test_the_translation_clamp_bounds_the_translation_and_nothing_else_does() -> None:
+def test_the_translation_is_bounded_by_its_clamp_alone() -> None:
     _, free = scales_and_translations(FlowConfig(hidden=16))
     _, clamped = scales_and_translations(FlowConfig(hidden=16, translation_clamp=0.25))
     assert free.abs().max() > 5.0

@@ -12,7 +12,7 @@ scores = st.lists(st.integers(-5, 5), min_size=2, max_size=30).map(lambda values
 
 @settings(max_examples=50, deadline=None)
 @given(scores, scores)
-def test_auroc_is_the_share_of_pairs_in_the_right_order_with_ties_half(
+def test_auroc_is_the_share_of_pairs_in_the_right_order_and_counts_ties_half(
     negative: np.ndarray, positive: np.ndarray
 ) -> None:
     pairs = np.sign(positive[:, None] - negative[None, :])
@@ -61,20 +61,20 @@ def test_the_bootstrap_interval_holds_the_auroc_and_shrinks_with_more_images() -
     assert widths[1] < widths[0] / 2
 
 
-def test_the_bootstrap_resamples_each_class_with_ties_half() -> None:
+def test_the_bootstrap_resamples_each_class_and_counts_ties_half() -> None:
     negative, positive, rng = np.array([0.0, 1, 1, 3]), np.array([1.0, 2, 3]), np.random.default_rng(0)
     drawn = [auroc(rng.choice(negative, 4), rng.choice(positive, 3)) for _ in range(100)]
     assert metrics.bootstrap_auroc(negative, positive, 100) == pytest.approx(np.percentile(drawn, [2.5, 97.5]))
 
 
-def test_metadata_alone_tells_classes_apart_only_where_it_differs() -> None:
+def test_metadata_alone_separates_classes_only_if_it_differs() -> None:
     rng = np.random.default_rng(0)
     labels = np.arange(200) % 2 == 0
     same, numbers = np.array(["JPEG"] * 200), rng.normal(size=(200, 2))
 
-    def told(formats: np.ndarray) -> float:
+    def separation(formats: np.ndarray) -> float:
         suspicion = metrics.metadata_scores(formats, numbers, labels)
         return auroc(suspicion[~labels], suspicion[labels])
 
-    assert told(np.where(labels, "PNG", "JPEG")) > 0.99
-    assert 0.3 < told(same) < 0.7
+    assert separation(np.where(labels, "PNG", "JPEG")) > 0.99
+    assert 0.3 < separation(same) < 0.7

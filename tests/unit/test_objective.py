@@ -1,4 +1,4 @@
-"""The objectives: what pushes what, what stops pushing, and what stays finite."""
+"""The training objectives: the signs and limits of their gradients, and finite values for any input."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_loss_and_gradients_are_finite_on_any_likelihoods(kind: str, natural: li
     value, to_natural, to_proxy = loss_and_gradients(objective(kind), natural, proxy)
     assert np.isfinite(value)
     assert to_natural.isfinite().all() and to_proxy.isfinite().all()
-    # Whatever the batch: naturals are never pushed down, proxies never up, and no step is out of proportion.
+    # For every batch: no natural is pushed down, no proxy is pushed up, and gradients are bounded.
     assert (to_natural <= 0).all() and (to_proxy >= 0).all()
     assert to_natural.abs().sum() <= 1.001 and to_proxy.abs().sum() <= 1.001
 
@@ -126,7 +126,7 @@ def test_the_loss_of_several_segments_is_the_mean_of_theirs(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_the_boundary_of_both_follows_the_naturals(kind: str) -> None:
+def test_only_the_objective_both_moves_its_boundary_with_the_naturals(kind: str) -> None:
     loss = objective(kind, boundary=-2.0)
     for quantile in (-1.0, -3.0):
         loss.follow(torch.tensor(quantile))
@@ -134,7 +134,7 @@ def test_only_the_boundary_of_both_follows_the_naturals(kind: str) -> None:
     assert float(loss.boundary) == pytest.approx(-2.01 if kind == "both" else -2.0, abs=1e-6)
 
 
-def test_the_boundary_travels_with_the_state_of_the_objective() -> None:
+def test_the_boundary_is_part_of_the_state_of_the_objective() -> None:
     loss = objective("both", boundary=-0.75)
     restored = Objective(ObjectiveConfig(kind="both"))
     restored.load_state_dict(loss.state_dict())

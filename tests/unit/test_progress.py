@@ -13,7 +13,7 @@ from clipflow_ray.place import Place
 from clipflow_ray.runs.folder import Run
 
 
-def test_an_unfinished_file_skips_one_report_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_an_unfinished_file_skips_one_report_and_the_run_continues(tmp_path: Path) -> None:
     whole = tmp_path / "whole.parquet"
     pq.write_table(pa.table({"error_code": ["empty", None, None]}), whole)
     part = tmp_path / "run" / SCORED / "part-0.parquet"

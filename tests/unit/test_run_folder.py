@@ -1,4 +1,4 @@
-"""What counts as begun and as finished in a run folder, and whose record it holds."""
+"""A run folder: its record, when a run counts as begun or finished, and to which run it belongs."""
 
 import json
 from pathlib import Path
@@ -55,14 +55,14 @@ def test_a_run_lists_its_inputs_once_and_its_record_is_complete_when_it_has_fini
     assert run.finished and run.completed(Counted, WHOLE) == record == run.completed(Counted)
 
 
-def test_a_run_that_died_right_before_its_mark_of_success_goes_on(run: Run) -> None:
+def test_a_run_that_died_right_before_its_mark_of_success_resumes(run: Run) -> None:
     run.succeed(Counted(identity=WHOLE, manifest_rows=7, errors=1))
     Path(run.place.uri, "_SUCCESS").unlink()
     assert run.completed(Counted, WHOLE) is None
     assert begun(run, WHOLE, 8).manifest_rows == 7
 
 
-def test_a_run_of_another_identity_is_refused_by_the_name_of_what_differs(run: Run) -> None:
+def test_a_run_of_another_identity_is_refused_and_the_difference_named(run: Run) -> None:
     begun(run, WHOLE, 7)
     with pytest.raises(RunConflictError, match="other sample"):
         begun(run, HALF, 7)
@@ -75,7 +75,7 @@ def test_a_run_of_another_identity_is_refused_by_the_name_of_what_differs(run: R
     "text",
     ["", "{", "[]", '{"identity": {"input": ["/in"]}, "manifest_rows": 7}', '{"format_version": 2}'],
 )
-def test_a_record_that_is_not_a_runs_is_refused_with_what_to_do(run: Run, text: str) -> None:
+def test_a_file_that_is_not_a_record_of_a_run_is_refused_with_what_to_do(run: Run, text: str) -> None:
     Path(run.place.uri, "run.json").write_text(text)
     with pytest.raises(RunConflictError, match="Name another output"):
         begun(run, WHOLE, 7)
@@ -84,7 +84,7 @@ def test_a_record_that_is_not_a_runs_is_refused_with_what_to_do(run: Run, text: 
         run.completed(Counted)
 
 
-def test_a_record_that_is_older_than_the_format_version_is_read(run: Run) -> None:
+def test_a_record_without_a_format_version_is_read(run: Run) -> None:
     plain = {"identity": {"input": ["/in"], "sample": 1.0}, "manifest_rows": 7, "errors": 1}
     Path(run.place.uri, "run.json").write_text(json.dumps(plain))
     assert begun(run, WHOLE, 8).manifest_rows == 7

@@ -1,4 +1,4 @@
-"""Which rows train, and which figures are told, on features made by hand."""
+"""The split of rows and the figures of validation, on features made by hand."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ def features() -> Features:
     )
 
 
-def test_a_pair_that_involves_the_held_out_family_is_in_no_part() -> None:
+def test_a_proxy_of_a_pair_with_the_held_out_family_is_in_no_part() -> None:
     data = split(features(), SPLIT)
     assert sorted(data.proxy.family) == sorted(data.validation_proxy.family) == ["tone", "tone+resample"]
     assert list(data.held_out.family) == ["low_pass"]
@@ -40,7 +40,7 @@ def test_a_pair_that_involves_the_held_out_family_is_in_no_part() -> None:
     assert sorted(kept.proxy.family) == sorted(set(KINDS) - {"natural"})
 
 
-def test_pairs_are_no_family_that_can_be_held_out() -> None:
+def test_a_pair_of_families_cannot_be_held_out() -> None:
     for name in ("tone+low_pass", "pairs"):
         with pytest.raises(ConfigError, match=r"there are: low_pass, tone\."):
             split(features(), SPLIT.model_copy(update={"held_out_family": name}))
@@ -66,10 +66,10 @@ def test_the_recall_of_held_out_proxies_is_that_at_the_threshold_of_the_calibrat
         | {"embedding": embedding}
     )
     flow = Flow((4,), FlowConfig(blocks=1, hidden=4))
-    flow.fit_standardizer(torch.from_numpy(embedding))  # else all rows have the same length and likelihood
+    flow.fit_standardizer(torch.from_numpy(embedding))  # without it all rows have the same length and likelihood
     recalls = []
-    # Each proxy in turn is the whole calibration, so its score is the threshold: none to all others lie beyond it. A
-    # row alone rounds otherwise than among others, so it may lie beyond itself.
+    # Each proxy in turn is the whole calibration, so its score is the threshold. The recall takes each value from none
+    # to all others. Scores of a row alone and in a batch round differently, so a row may lie beyond its own threshold.
     for at in range(count):
         changed = dataclasses.replace(data, held_out=held_out, calibration=held_out.where(np.arange(count) == at))
         recalls.append(validate(flow, changed, torch.device("cpu"))["tpr_5"])
@@ -95,7 +95,7 @@ def test_fewer_than_two_sources_of_ten_images_have_no_separation() -> None:
     assert source_separation(np.arange(39.0), group) is None
 
 
-def test_the_largest_sources_count() -> None:
+def test_the_separation_of_sources_uses_the_largest_sources() -> None:
     group = np.concatenate([np.repeat(f"{number:02}", 20 if number < 32 else 12) for number in range(40)])
     score = np.where(group < "32", 0.0, np.arange(len(group)))
     assert source_separation(score, group) == 0.5

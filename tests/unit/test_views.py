@@ -1,4 +1,4 @@
-"""An image -> the natural views that train, and their proxies."""
+"""The natural views of an image that training uses, and their proxies."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_augmented_views_differ_by_seed_and_are_mirrored_half_the_time() -> None
     views = [proxies.augmented(ramp_image, np.random.default_rng(seed), SIZE).astype(int) for seed in range(60)]
     rises = np.array([view[:, -20:].mean() - view[:, :20].mean() for view in views])
     assert 15 < (rises > 0).sum() < 45
-    # 80 to 100 % of the short side of 300 columns, on a ramp of 255 grey levels over 400 columns.
+    # A view spans 80 to 100 % of 300 columns. The ramp has 255 grey levels over 400 columns.
     spans = np.abs(rises) * SIZE / (SIZE - 20)
     assert spans.min() > 0.78 * 300 * 255 / 400 and spans.max() < 1.02 * 300 * 255 / 400
     assert len({round(float(span), 3) for span in spans}) > 50
