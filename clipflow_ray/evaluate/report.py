@@ -67,10 +67,10 @@ def _charts(variant: str, rows: Columns, figures: VariantFigures) -> list[dict[s
     """ROC curves and score histograms of one variant: each has an `svg` and a `label` for screen readers."""
     title = variant.replace("_", " ")
     table = {**figures.detectors, METADATA_ONLY: figures.metadata_only}
-    told = ", ".join(f"{name.replace('_', ' ')} {row.auroc:.3f}" for name, row in table.items())
+    values = ", ".join(f"{name.replace('_', ' ')} {row.auroc:.3f}" for name, row in table.items())
     natural, generated = (np.median(rows["score"][mask]) for mask in (~rows["generated"], rows["generated"]))
     return [
-        {"svg": _roc(title, rows, list(table)), "label": f"ROC curves, {title}. AUROC: {told}."},
+        {"svg": _roc(title, rows, list(table)), "label": f"ROC curves, {title}. AUROC: {values}."},
         {
             "svg": _histogram(title, rows, figures.thresholds),
             "label": f"Histogram of scores, {title}: median {natural:.3f} of natural and {generated:.3f} of "
@@ -120,10 +120,10 @@ def _curves(points: Sequence[RobustnessPoint], alpha: str) -> list[dict[str, str
     result = []
     for name in DISTORTIONS:
         own = [point for point in points if point.distortion in (ORIGINAL, name)]
-        told = "; ".join(
+        values = "; ".join(
             f"{level_of(point)}: AUROC {point.auroc:.3f}, false positives {point.fpr[alpha].rate:.3f}" for point in own
         )
-        result.append({"svg": _curve(own, name, alpha), "label": f"{_AXES[name]}. {told}."})
+        result.append({"svg": _curve(own, name, alpha), "label": f"{_AXES[name]}. {values}."})
     return result
 
 
