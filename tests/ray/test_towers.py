@@ -20,17 +20,17 @@ from tests.towers import TOWERS
 
 FAMILIES = ("low_pass", "tone")
 SOURCES = ("alpine", "harbour", "kitchen", "market")
-ALPHA = 0.3
+ALPHA = 0.5
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four sources of three images; some are smaller than the views and some larger."""
+    """Four sources of two images; some are smaller than the views and some larger."""
     root = tmp_path_factory.mktemp("pictures")
     for number, source in enumerate(SOURCES):
         (root / source).mkdir()
-        for at in range(3):
-            data = encoded(photo(10 * number + at, (220 + 90 * at, 300 + 60 * number)))
+        for at in range(2):
+            data = encoded(photo(10 * number + at, (220 + 180 * at, 300 + 60 * number)))
             (root / source / f"{at}.jpg").write_bytes(data)
     return root
 
@@ -52,7 +52,7 @@ def test_a_tower_trains_audits_detects_and_serves(name: str, endpoint: str, pict
         output=str(tmp_path / "trained"),
         encoder=tower.write(tmp_path / "repository"),
         proxies=ProxyConfig(
-            natural_views=2, proxies_per_view=2, families={family: families[family] for family in FAMILIES}
+            natural_views=1, proxies_per_view=2, families={family: families[family] for family in FAMILIES}
         ),
         flow=FlowConfig(blocks=2, hidden=16),
         fit=FitConfig(epochs=2, batch_size=4),

@@ -22,7 +22,7 @@ from torchvision.transforms.functional import normalize, to_tensor
 from clipflow_ray.config import DEFAULT_CHECKPOINT, OPENAI_VIEW, TEST_TOWER, EncoderConfig, ViewSpec
 from clipflow_ray.errors import ConfigError, WeightsError
 from clipflow_ray.model.checkpoint import load_checkpoint
-from clipflow_ray.model.encoder import Encoder, fingerprint
+from clipflow_ray.model.encoder import _CUDA_CHUNK, Encoder, fingerprint
 from clipflow_ray.model.weights import (
     TowerRecord,
     architecture_of,
@@ -119,6 +119,18 @@ def test_an_embedding_does_not_depend_on_its_batch_mates(names: tuple[str, ...],
     extreme = np.stack([np.zeros_like(views[0]), views[2], np.full_like(views[0], 255)])
     np.testing.assert_array_equal(tower.embed(extreme)[1], alone[2])
     assert np.abs(alone[0] - alone[1]).max() > 1e-3 * np.abs(alone).max()
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 33])
+def test_on_cuda_every_forward_pass_has_32_images(views: np.ndarray, count: int) -> None:
+    tower = encoder(*ALL)
+    many = np.concatenate([np.roll(views, shift, axis=2) for shift in range(0, 60, 10)])[:count]
+    expected = tower.embed(many)
+    tower._chunk, tower._pool, sizes = _CUDA_CHUNK, None, []  # as on CUDA, on this processor
+    conv1: Any = tower._tower.conv1
+    conv1.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    np.testing.assert_allclose(tower.embed(many), expected, rtol=1e-4, atol=1e-5)
+    assert sizes == [32] * -(-count // 32)
 
 
 def test_an_encoder_switches_tf32_off_in_the_process() -> None:
