@@ -177,6 +177,7 @@ class _Zygote:
             "MALLOC_TOP_PAD_": "16777216",
             "OPENBLAS_NUM_THREADS": "1",
         }
+        self._end()  # the process before may have died, and its socket is still open
         self._control, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(

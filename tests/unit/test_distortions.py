@@ -59,4 +59,4 @@ def test_the_help_gives_the_true_cost_of_robustness() -> None:
     callbacks = [command.callback for command in app.registered_commands if command.callback is not None]
     (evaluate,) = (callback for callback in callbacks if callback.__name__ == "evaluate")
     (option,) = (hint.__metadata__[0] for name, hint in evaluate.__annotations__.items() if name == "robustness")
-    assert f"encoded {len(CASES)} times more" in option.help
+    assert f"costs {len(CASES)} encodings" in option.help
