@@ -12,6 +12,8 @@ from clipflow_ray.place import Place
 
 _READ_THREADS: Final = 8
 _COLUMNS: Final = ("uri", "member", "input_format", "offset", "bytes", "etag")
+# Older manifests have a column `container` instead of the format's name. `finalize` reads the pictures of their audits.
+_FORMAT_OF_CONTAINER: Final = {"": "images", "tar": "webdataset", "parquet": "parquet"}
 
 
 def read_row(row: Row, near: Place, options: InventoryOptions, limits: ImageLimits) -> bytes:
@@ -35,6 +37,9 @@ def read_bytes(
         except ItemError as error:
             return error
 
+    if "container" in table.column_names:
+        named = [_FORMAT_OF_CONTAINER[container] for container in table["container"].to_pylist()]
+        table = table.append_column("input_format", pa.array(named, pa.string()))
     rows = table.select(_COLUMNS).to_pylist()
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         return list(pool.map(read, rows))

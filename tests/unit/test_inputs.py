@@ -247,6 +247,19 @@ def test_tar_members_are_found_by_offset_and_only_images_are(tmp_path: Path) -> 
     assert read(rows, max_bytes=5) == [b"first", "too_large_bytes", b"again"]
 
 
+@pytest.mark.parametrize(("input_format", "container"), [("images", ""), ("webdataset", "tar"), ("parquet", "parquet")])
+def test_a_manifest_from_before_formats_had_names_is_read(tmp_path: Path, input_format: str, container: str) -> None:
+    (tmp_path / "1.jpg").write_bytes(b"one")
+    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+        archive.add(tmp_path / "1.jpg", "1.jpg")
+    pq.write_table(pa.table({"image": [b"one"]}), tmp_path / "images.parquet")
+    name = {"images": "1.jpg", "webdataset": "shard.tar", "parquet": "images.parquet"}[input_format]
+    rows = manifest(tmp_path, tmp_path / name)
+    assert [row.pop("input_format") for row in rows] == [input_format]
+    older = pa.Table.from_pylist([row | {"container": container} for row in rows])
+    assert read_bytes(older, Place.at("."), ImageLimits()) == [b"one"]
+
+
 def test_an_image_folder_takes_labels_from_its_metadata_or_its_folders(tmp_path: Path) -> None:
     for name in ("train/cat/1.jpg", "train/dog/2.jpg"):
         (tmp_path / "hf" / name).parent.mkdir(parents=True, exist_ok=True)
