@@ -127,15 +127,16 @@ def test_one_line_in_the_registry_adds_a_format_to_audits(
     (tmp_path / "in/all.hex").write_text("\n".join(data.hex() for data in IMAGES.values()))
     code = (
         "import sys, ray\nfrom clipflow_ray.cli import main\nfrom tests import hex_format\nhex_format.register()\n"
-        "ray.init(num_cpus=4, runtime_env={'worker_process_setup_hook': 'tests.hex_format.register'})\n"
+        "ray.init(address='local', num_cpus=4, include_dashboard=False, log_to_driver=False,"
+        " runtime_env={'worker_process_setup_hook': 'tests.hex_format.register'})\n"
         "main(['audit', '--input', sys.argv[1], '--output', sys.argv[2], '--checkpoint', sys.argv[3],"
-        " '--alpha', '0.1', '--json'])"
+        " '--alpha', '0.1'])"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "in"), str(tmp_path / "run"), trained]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    rows = ledger(json.loads(done.stdout))
+    rows = ledger(AuditRecord.model_validate_json((tmp_path / "run/run.json").read_text()))
     assert {row["sha256"]: row["score"] for row in rows} == pytest.approx(reference, rel=1e-5)
     assert {row["group"] for row in rows} == {"toy"}
 
