@@ -6,8 +6,9 @@ It also defines the base classes of the records that this package writes as JSON
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -26,6 +27,7 @@ WEIGHTS_INCLUDED = ("hf-hub:", "local-dir:")
 Range = tuple[float, float]
 ViewKind = Literal["resize", "crop"]
 Precision = Literal["float32", "bfloat16"]
+Training = Literal["plain", "paired"]
 
 
 class Closed(BaseModel):
@@ -88,23 +90,29 @@ class InventoryOptions(Config):
 
 
 class ViewSpec(Config):
-    """The view of an image that an encoder takes, from the preprocessing record of its weights; see `images.view`.
+    """The square views of an image that an encoder takes: one for each size; see `images.view`.
 
-    `mean` and `std` are per channel, of pixels in 0..1. The encoder applies them; they do not change the view.
+    All but the sizes is from the preprocessing record of the encoder's weights. `mean` and `std` are per channel, of
+    pixels in 0..1. The encoder applies them; they do not change the views.
     """
 
     kind: ViewKind
-    size: int = Field(ge=1, description="pixels of each side")
+    sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1, description="pixels of each side, by view")
     interpolation: Literal["bicubic", "bilinear"]
     resize_mode: Literal["shortest", "squash"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of the views of one image."""
+        return sum(3 * size * size for size in self.sizes)
+
 
 # The view of OpenAI's towers of 224 pixels. Checkpoints of format version 1 have no other.
 OPENAI_VIEW = ViewSpec(
     kind="resize",
-    size=224,
+    sizes=(224,),
     interpolation="bicubic",
     resize_mode="shortest",
     mean=(0.48145466, 0.4578275, 0.40821073),
@@ -113,7 +121,7 @@ OPENAI_VIEW = ViewSpec(
 
 
 class EncoderConfig(Config):
-    """An open_clip image tower: its name, the source of its weights, its view, its features and its precision.
+    """An open_clip image tower: its name, the source of its weights, its kind of view and its precision.
 
     `model` is a name of open_clip, `hf-hub:ORGANISATION/REPOSITORY` or `local-dir:FOLDER`. The latter two include
     their weights, so `pretrained` stays empty.
@@ -126,26 +134,15 @@ class EncoderConfig(Config):
     )
     view: ViewKind = "resize"
     precision: Precision = Field("float32", description="type of weights and activations; embeddings are float32")
-    feature: tuple[str, ...] = Field(
-        ("projected",), description="`projected`, `blockN.cls` or `blockN.mean` (N from 1); concatenated"
-    )
 
     @model_validator(mode="before")
     @classmethod
     def _a_folder_or_repository_includes_its_weights(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "feature" in values:
+            raise ValueError("features are named in `segments` now, such as `segments: [{feature: block6.mean}]`")
         if isinstance(values, dict) and str(values.get("model", "")).startswith(WEIGHTS_INCLUDED):
             return {"pretrained": "", **values}
         return values
-
-    @field_validator("feature")
-    @classmethod
-    def _feature_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            if name != "projected" and not re.fullmatch(r"block[1-9]\d*\.(cls|mean)", name):
-                raise ValueError(f"{name!r} is not `projected`, `blockN.cls` or `blockN.mean`")
-        if not names or len(set(names)) != len(names):
-            raise ValueError("name at least one feature, each once")
-        return names
 
     @model_validator(mode="after")
     def _random_weights_only_for_the_test_tower(self) -> "EncoderConfig":
@@ -154,6 +151,36 @@ class EncoderConfig(Config):
         if self.pretrained and self.model.startswith(WEIGHTS_INCLUDED):
             raise ValueError(f"`pretrained` must be left out: `{self.model}` includes its weights")
         return self
+
+
+class Segment(Config):
+    """One part of the score, with a flow of its own: a feature of the encoder, its view, and how the flow is trained.
+
+    A `paired` flow is trained on photographs and proxies that were compressed alike, so that it cannot tell the two
+    apart by compression. It is used on images as found, as a `plain` flow is.
+    """
+
+    feature: str = Field(
+        pattern=r"^(projected|block[1-9]\d*\.(cls|mean))$",
+        description="`projected`, `blockN.cls` (class token) or `blockN.mean` (mean of the patches); N from 1",
+    )
+    size: int | None = Field(None, ge=1, description="side of the view in pixels; by default the tower's own")
+    training: Training = "plain"
+
+    @property
+    def output(self) -> str:
+        """Name of the encoder's output, such as `block11.cls@448`."""
+        return f"{self.feature}@{self.size}"
+
+    @property
+    def name(self) -> str:
+        """Name of the segment, such as `block11.cls@448` or `block11.cls@448.paired`."""
+        return self.output if self.training == "plain" else f"{self.output}.{self.training}"
+
+
+def slots(segments: Sequence[Segment]) -> tuple[tuple[int, Training], ...]:
+    """The distinct (size, training) pairs of resolved segments, in their order: the views made of one image."""
+    return tuple(dict.fromkeys((each.size or 0, each.training) for each in segments))
 
 
 def _default_families() -> dict[str, dict[str, tuple[float, ...]]]:
@@ -195,6 +222,10 @@ class ProxyConfig(Config):
     natural_views: int = Field(2, ge=1)
     proxies_per_view: int = Field(1, ge=1)
     pairs: float = Field(0.0, ge=0, lt=1, description="share of proxies that two families change")
+    paired_quality: tuple[int, int] = Field(
+        (50, 95),
+        description="lowest and highest JPEG quality for `paired` segments; drawn once for a view and its proxies",
+    )
     seed: int = 0
     families: dict[str, dict[str, tuple[float, ...]]] = Field(default_factory=_default_families)
 
@@ -249,21 +280,23 @@ class TrainConfig(Config):
     s3: S3Options = S3Options()
     limits: ImageLimits = ImageLimits()
     encoder: EncoderConfig = EncoderConfig()
-    extra_features: tuple[str, ...] = Field(
-        (), description="encoder features to store besides the trained ones, so that experiments need not encode again"
+    segments: tuple[Segment, ...] = Field((), description="by default three, chosen by the depth of the tower")
+    extra_segments: tuple[Segment, ...] = Field(
+        (), description="segments to encode besides the trained ones, so that experiments need not encode again"
     )
     proxies: ProxyConfig = ProxyConfig()
     flow: FlowConfig = FlowConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     fit: FitConfig = FitConfig()
     split: SplitConfig = SplitConfig()
+    allow_small: bool = Field(False, description="train although the calibration is too small to be relied on")
 
 
 class Candidate(Config):
     """One candidate of an experiment: its changes to the `train` settings of the experiment."""
 
     name: str = Field(min_length=1)
-    feature: tuple[str, ...] = Field((), description="encoder features; `train` must store them")
+    segments: tuple[Segment, ...] = Field((), description="among those that `train` encodes; by default its own")
     flow: FlowConfig | None = None
     objective: ObjectiveConfig | None = None
     fit: FitConfig | None = None

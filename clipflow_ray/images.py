@@ -11,6 +11,7 @@ import io
 import re
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -48,7 +49,7 @@ class DecodedImage:
     """The pixels of an image and facts about its file.
 
     `rgb` is uint8 [height, width, 3], upright. `width` and `height` are those of the upright image, in pixels.
-    `sandbox.decode` puts the encoder's view into `rgb` if it is called with a ViewSpec. `jpeg_quality` is on the IJG
+    If `sandbox.decode` is called with a ViewSpec, `rgb` holds the packed views; see `views`. `jpeg_quality` is on the IJG
     scale from 1 to 100, and None if the file has no quantization table.
     """
 
@@ -114,15 +115,27 @@ def decode(data: bytes, limits: ImageLimits) -> DecodedImage:
     )
 
 
-def view(rgb: Pixels, spec: ViewSpec) -> Pixels:
-    """The uint8 [S, S, 3] view of an image, S being `spec.size`.
+def views(rgb: Pixels, spec: ViewSpec) -> Pixels:
+    """The views of an image for all sizes of `spec`, one after the other: uint8 [spec.bytes]. See `by_size`."""
+    return np.concatenate([view(rgb, spec, size).reshape(-1) for size in spec.sizes])
+
+
+def by_size(views: Pixels, sizes: Sequence[int]) -> list[Pixels]:
+    """uint8 [N, B], the views of N images as `views` packs them -> uint8 [N, S, S, 3] for each size S."""
+    ends = np.cumsum([3 * size * size for size in sizes])
+    parts = np.split(views, ends[:-1], axis=1)
+    return [part.reshape(-1, size, size, 3) for part, size in zip(parts, sizes, strict=True)]
+
+
+def view(rgb: Pixels, spec: ViewSpec, size: int) -> Pixels:
+    """The uint8 [S, S, 3] view of an image, S being `size`.
 
     `resize` is open_clip's evaluation transform without its normalisation: `shortest` scales the short side to S and
     takes the centre, `squash` scales both sides to S. `crop` takes the centre at native resolution, and is `resize`
     if a side is shorter than S. Values of photographs differ from open_clip's own by one grey level at most.
     """
     height, width = rgb.shape[:2]
-    size, short = spec.size, min(height, width)
+    short = min(height, width)
     if spec.kind == "resize" or short < size:
         if spec.resize_mode == "squash":
             width, height = size, size

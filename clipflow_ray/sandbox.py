@@ -32,7 +32,7 @@ from clipflow_ray.errors import ImageError, ItemError
 from clipflow_ray.images import DecodedImage
 
 _HEADER: Final = struct.Struct(">IQ")  # length of the JSON and of the payload, in bytes
-_BUFFER: Final = 2**20  # holds a view, so that a child process does not wait until its answer is read
+_BUFFER: Final = 2**20  # holds the views of an image, so that a child process does not wait until its answer is read
 _PID: Final = struct.Struct(">I")
 _START_SECONDS: Final = 60.0
 _ATTEMPTS: Final = 3
@@ -42,7 +42,7 @@ _CPU_SECONDS_BEYOND: Final = 2  # beyond max_seconds, the kernel ends a child pr
 
 
 def decode(data: bytes, limits: ImageLimits, spec: ViewSpec | None = None) -> DecodedImage:
-    """Decode one image in the child process of this process. With `spec`, `rgb` is the encoder's view of the image.
+    """Decode one image in the child process of this process. With `spec`, `rgb` holds its views; see `images.views`.
 
     Raises ImageError with the codes of `images.decode`, decode_timeout or decoder_crash. Raises ItemError with the code
     internal if no child process can be started.
@@ -202,7 +202,7 @@ def run_zygote(descriptor: int) -> None:
     Returns when the other end of the control socket is closed.
     """
     # These calls import all modules that a child process needs, because a child process can open no file.
-    images.view(np.zeros((2 * OPENAI_VIEW.size, 2 * OPENAI_VIEW.size, 3), np.uint8), OPENAI_VIEW)
+    images.views(np.zeros((512, 512, 3), np.uint8), OPENAI_VIEW)
     Image.init()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the child processes, so no wait() is needed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and closes the socket
@@ -256,7 +256,7 @@ def _answer(data: bytes, limits: ImageLimits, spec: ViewSpec | None) -> tuple[by
         image = images.decode(data, limits)
     except ImageError as error:
         return json.dumps({"error_code": error.item_code, "message": str(error)}).encode(), b""
-    rgb = np.ascontiguousarray(images.view(image.rgb, spec) if spec else image.rgb)
+    rgb = np.ascontiguousarray(images.views(image.rgb, spec) if spec else image.rgb)
     facts = {name: value for name, value in vars(image).items() if name != "rgb"}
     return json.dumps(facts | {"shape": rgb.shape}).encode(), rgb.data.cast("B")
 

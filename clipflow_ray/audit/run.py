@@ -123,13 +123,13 @@ def plan(config: AuditConfig) -> AuditPlan:
     resources.connect()
     scored = round(objects * config.sample)
     share = resources.plan_scoring(scored, config.batch_size)
-    encoder = Encoder(checkpoint.encoder, threads=share.encoder_cpus)
-    views = np.zeros((config.batch_size, encoder.view.size, encoder.view.size, 3), np.uint8)
+    encoder = Encoder(checkpoint.encoder, checkpoint.segments, threads=share.encoder_cpus)
+    views = np.zeros((config.batch_size, encoder.view.bytes), np.uint8)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in an audit
-    encoder.embed(views[:1])
+    encoder(views[:1])
     start = time.perf_counter()
-    encoder.embed(views)
+    encoder(views)
     rate = share.encoders * len(views) / (time.perf_counter() - start)
     torch.set_num_threads(threads)
     return AuditPlan(

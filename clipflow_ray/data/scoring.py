@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from ray.util.metrics import Counter, Histogram
 
 from clipflow_ray.columns import add_columns
-from clipflow_ray.config import EncoderConfig
+from clipflow_ray.config import EncoderConfig, Segment, slots
 from clipflow_ray.data.reading import VIEW
 from clipflow_ray.errors import EncoderMismatchError
-from clipflow_ray.images import Pixels
+from clipflow_ray.images import Pixels, by_size
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint
 from clipflow_ray.model.detector import Detector, Scores
@@ -28,8 +28,8 @@ _SECONDS: Final = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
 
 
 def stacked_views(values: Sequence[bytes], size: int) -> Pixels:
-    """View bytes of N rows -> uint8 [N, size, size, 3]."""
-    return np.frombuffer(b"".join(values), np.uint8).reshape(-1, size, size, 3)
+    """Packed views of N images, in rows of one or more images -> uint8 [N, size]; `size` is the bytes of one image."""
+    return np.frombuffer(b"".join(values), np.uint8).reshape(-1, size)
 
 
 class Score:
@@ -47,7 +47,7 @@ class Score:
         scores = None
         if views:
             start = time.monotonic()
-            scores = self._detector.score_views(stacked_views(views, self._detector.checkpoint.view.size))
+            scores = self._detector.score_views(stacked_views(views, self._detector.checkpoint.view.bytes))
             self._encoding.observe(time.monotonic() - start)
         table = scored(table, scores, self._detector.calibration)
         outcomes = Outcomes(zip(table["status"].to_pylist(), table["error_code"].to_pylist(), strict=True))
@@ -84,11 +84,18 @@ def scored(table: pa.Table, scores: Scores | None, calibration: Calibration) -> 
 
 
 class Embed:
-    """Actor: rows with one or more views -> one flat float32 list per row and feature, [views x width]."""
+    """Actor: rows with one or more images -> one flat float32 list per row and segment, [images x width].
 
-    def __init__(self, encoder: EncoderConfig, features: tuple[str, ...], fingerprint: str, cpus: int) -> None:
+    For each of its images a row holds the views of `slots(segments)`, one after the other.
+    """
+
+    def __init__(self, encoder: EncoderConfig, segments: tuple[Segment, ...], fingerprint: str, cpus: int) -> None:
         torch.set_num_threads(1)
-        self._encoder = Encoder(encoder, features=features, threads=cpus)
+        self._segments = segments
+        self._slots = slots(segments)
+        self._sizes = [size for size, _ in self._slots]
+        self._bytes = sum(3 * size * size for size in self._sizes)
+        self._encoder = Encoder(encoder, segments, threads=cpus)
         if self._encoder.fingerprint != fingerprint:
             raise EncoderMismatchError(
                 f"This node's encoder is {self._encoder.fingerprint}, the driver's is {fingerprint}. "
@@ -96,15 +103,23 @@ class Embed:
             )
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Rows with `view` as the bytes of one or more views -> the same rows with a column per feature."""
+        """Rows with `view` as the bytes of their views -> the same rows with a column per segment."""
         values = [view.as_buffer() for view in table[VIEW]]
-        size = self._encoder.view.size
-        counts = [len(value) // (3 * size * size) for value in values]
+        counts = [len(value) // self._bytes for value in values]
         table = table.drop_columns([VIEW])
-        outputs = self._encoder(stacked_views(values, size)) if sum(counts) else {}
-        for name in self._encoder.names:
-            output = outputs.get(name, np.empty((0, 0), np.float32))
+        embedded = self._embedded(stacked_views(values, self._bytes)) if sum(counts) else {}
+        for segment in self._segments:
+            output = embedded.get(segment.name, np.empty((0, 0), np.float32))
             parts: list[NDArray[np.float32]] = np.split(output, np.cumsum(counts)[:-1])
             column = pa.array([part.ravel() for part in parts], pa.large_list(pa.float32()))
-            table = table.append_column(name, column)
+            table = table.append_column(segment.name, column)
         return table
+
+    def _embedded(self, views: Pixels) -> dict[str, NDArray[np.float32]]:
+        """uint8 [N, bytes of the slots] -> float32 [N, width] for each segment, by its name."""
+        embedded: dict[str, NDArray[np.float32]] = {}
+        for slot, pixels in zip(self._slots, by_size(views, self._sizes), strict=True):
+            own = [each for each in self._segments if (each.size, each.training) == slot]
+            outputs = self._encoder.encode(pixels, own)
+            embedded |= {each.name: outputs[each.output] for each in own}
+        return embedded

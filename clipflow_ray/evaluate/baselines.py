@@ -73,7 +73,7 @@ def _natural_flow(checkpoint: Checkpoint, natural: F32) -> Flow:
             checkpoint.flow_config,
             ObjectiveConfig(kind="natural"),
             _NATURAL_FIT,
-            checkpoint.segments,
+            checkpoint.widths,
             natural,
             proxy=natural[:0],
         )

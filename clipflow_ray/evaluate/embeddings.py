@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 from numpy.typing import NDArray
 
-from clipflow_ray.config import EvaluateConfig
+from clipflow_ray.config import EvaluateConfig, Segment
 from clipflow_ray.data import resources
 from clipflow_ray.data.pipeline import read_then_encode
 from clipflow_ray.data.scoring import Embed
@@ -33,7 +33,7 @@ def both_variants(config: EvaluateConfig, inputs: Sequence[Place], detector: Det
     """Encode every image as found and format-aligned, and return the finished run."""
     identity = VariantsIdentity(
         encoder_fingerprint=detector.encoder.fingerprint,
-        features=detector.encoder.names,
+        segments=detector.checkpoint.outputs,
         input=tuple(place.uri for place in inputs),
         listing=listing_hash(inputs),
         variants=VARIANTS,
@@ -56,7 +56,7 @@ def distortions(config: EvaluateConfig, source: Run, draws: dict[str, int], dete
     assert listed is not None  # `both_variants` returns a finished run
     identity = DistortionsIdentity(
         encoder_fingerprint=detector.encoder.fingerprint,
-        features=detector.encoder.names,
+        segments=detector.checkpoint.outputs,
         listing=listed.identity.listing,
         cases=tuple(f"{name} {level:g}" for name, level in CASES),
         draws=draws,
@@ -79,9 +79,10 @@ def readable(run: Run) -> pa.Table:
     return table.filter(pc.equal(table["status"], "ok"))
 
 
-def embeddings_of(rows: pa.Table, features: Sequence[str], views: int) -> F32:
-    """Return float32 [views, N, D] of N readable rows: the named features, concatenated."""
-    parts = [rows[name].combine_chunks().flatten().to_numpy().reshape(len(rows), views, -1) for name in features]
+def embeddings_of(rows: pa.Table, segments: Sequence[Segment], views: int) -> F32:
+    """Return float32 [views, N, D] of N readable rows: the outputs of the segments, concatenated."""
+    columns = [rows[each.output].combine_chunks().flatten().to_numpy() for each in segments]
+    parts = [column.reshape(len(rows), views, -1) for column in columns]
     return np.ascontiguousarray(np.concatenate(parts, axis=2).swapaxes(0, 1))
 
 
@@ -109,7 +110,7 @@ def _encoded(
             Embed,
             {
                 "encoder": checkpoint.encoder,
-                "features": checkpoint.encoder.feature,
+                "segments": checkpoint.outputs,
                 "fingerprint": checkpoint.encoder_fingerprint,
             },
         ),

@@ -47,8 +47,8 @@ def evaluate(config: EvaluateConfig) -> EvaluationFigures:
     if not config.natural or not config.generated:
         raise ConfigError("Name at least one --natural and one --generated input.")
     checkpoints = [load_checkpoint(at) for at in places((config.checkpoint, *config.seeds), config.s3)]
-    if len({(checkpoint.encoder_fingerprint, checkpoint.encoder.feature) for checkpoint in checkpoints}) > 1:
-        raise ConfigError("The checkpoints differ in encoder or feature; evaluate them one at a time.")
+    if len({(checkpoint.encoder_fingerprint, checkpoint.segments) for checkpoint in checkpoints}) > 1:
+        raise ConfigError("The checkpoints differ in encoder or segments; evaluate them one at a time.")
     first = Detector(checkpoints[0])
     detectors = [first, *(Detector(checkpoint, encoder=first.encoder) for checkpoint in checkpoints[1:])]
     resources.connect()
@@ -92,7 +92,7 @@ def _labels(rows: pa.Table, generated: Sequence[str]) -> NDArray[np.bool_]:
 
 def _scores(rows: pa.Table, labels: NDArray[np.bool_], detectors: Sequence[Detector]) -> pa.Table:
     """One row for each image and variant: the file, score and p-value of each seed, and the baselines' suspicion."""
-    both = embeddings_of(rows, detectors[0].encoder.names, len(VARIANTS))
+    both = embeddings_of(rows, detectors[0].checkpoint.segments, len(VARIANTS))
     baselines = fit_baselines(detectors[0].checkpoint)
     parts = []
     for variant, embedding in zip(VARIANTS, both, strict=True):
@@ -133,7 +133,7 @@ def _robustness(config: EvaluateConfig, source: Run, scores: pa.Table, detector:
     known = originals.filter(pc.is_in(originals["row_id"], rows["row_id"]))
     names = ("row_id", "uri", "member", "group", "generated")
     cases = [((ORIGINAL, 0.0), {name: known[name].to_numpy() for name in ("score", "p_value")})]
-    for case, embedding in zip(CASES, embeddings_of(rows, detector.encoder.names, len(CASES)), strict=True):
+    for case, embedding in zip(CASES, embeddings_of(rows, detector.checkpoint.segments, len(CASES)), strict=True):
         distorted = detector.score_embeddings(embedding)
         cases.append((case, {"score": distorted.score, "p_value": distorted.p_value}))
     tables = [

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from clipflow_ray.config import Closed, Record
+from clipflow_ray.config import Closed, Record, Segment
 from clipflow_ray.runs.record import FinishedRecord
 from clipflow_ray.statistics import FlaggedRate
 
@@ -152,7 +152,7 @@ class VariantsIdentity(Closed):
     """All settings that affect the embeddings of the images as found and format-aligned."""
 
     encoder_fingerprint: str = Field(description="Fingerprint of the encoder.")
-    features: tuple[str, ...] = Field(description="Encoder features that are stored.")
+    segments: tuple[Segment, ...] = Field(description="Outputs of the encoder that are stored.")
     input: tuple[str, ...] = Field(description="URIs of the natural and of the generated inputs.")
     listing: str = Field(description="Hash of the listed objects.")
     variants: tuple[str, ...] = Field(description="Names of the variants.")
@@ -162,7 +162,7 @@ class DistortionsIdentity(Closed):
     """All settings that affect the embeddings of the distorted images."""
 
     encoder_fingerprint: str = Field(description="Fingerprint of the encoder.")
-    features: tuple[str, ...] = Field(description="Encoder features that are stored.")
+    segments: tuple[Segment, ...] = Field(description="Outputs of the encoder that are stored.")
     listing: str = Field(description="Hash of the listed objects.")
     cases: tuple[str, ...] = Field(description="Name and level of each distortion.")
     draws: dict[str, int] = Field(description="Random draw of each distorted image, by row id.")

@@ -46,7 +46,7 @@ def read_both(table: pa.Table, near: Place, limits: ImageLimits, spec: ViewSpec)
         if isinstance(outcome.image, DecodedImage):
             encoded = aligned(outcome.image.rgb)
             sizes[-1] = len(encoded)
-            pair = [images.view(rgb, spec) for rgb in (outcome.image.rgb, _decoded(encoded))]
+            pair = [images.views(rgb, spec) for rgb in (outcome.image.rgb, _decoded(encoded))]
         views.append(b"".join(view.tobytes() for view in pair))
     return described(table, outcomes, views).append_column(ALIGNED_BYTES, pa.array(sizes, pa.int64()))
 
@@ -58,7 +58,7 @@ def read_distorted(table: pa.Table, near: Place, limits: ImageLimits, spec: View
     for outcome, draw in zip(outcomes, table[DRAW].to_pylist(), strict=True):
         made: list[Pixels] = []
         if isinstance(outcome.image, DecodedImage):
-            made = [images.view(distorted(outcome.image.rgb, name, level, draw), spec) for name, level in CASES]
+            made = [images.views(distorted(outcome.image.rgb, name, level, draw), spec) for name, level in CASES]
         views.append(b"".join(view.tobytes() for view in made))
     return described(table, outcomes, views)
 

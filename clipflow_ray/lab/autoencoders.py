@@ -13,6 +13,7 @@ from torch.nn.functional import l1_loss
 from clipflow_ray import sandbox
 from clipflow_ray.config import InventoryOptions, TrainConfig
 from clipflow_ray.errors import InputError, ItemError
+from clipflow_ray.images import by_size
 from clipflow_ray.inputs.listing import rows
 from clipflow_ray.inputs.reading import read_row
 from clipflow_ray.model.weights import load_record
@@ -72,7 +73,7 @@ def _training_views(config: TrainConfig) -> NDArray[np.uint8]:
             continue
         try:
             data = read_row(row, inputs[0], options, config.limits)
-            views.append(sandbox.decode(data, config.limits, spec).rgb)
+            views.append(by_size(sandbox.decode(data, config.limits, spec).rgb[None], spec.sizes)[0][0])
         except ItemError as error:
             log.warning("skipped %s: %s", " ".join((row["uri"], row["member"])).strip(), error)
     if not views:

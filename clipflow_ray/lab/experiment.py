@@ -21,6 +21,8 @@ from clipflow_ray.config import Candidate, ExperimentConfig, TrainConfig, stable
 from clipflow_ray.data import resources
 from clipflow_ray.errors import ConfigError, TrainingError
 from clipflow_ray.lab.record import CandidateLine, ExperimentResult, FitRow, HeldOutFigures
+from clipflow_ray.model.encoder import resolved, widths_of
+from clipflow_ray.model.weights import load_record
 from clipflow_ray.place import Place, settled
 from clipflow_ray.reports import pages
 from clipflow_ray.runs.folder import Run
@@ -69,6 +71,13 @@ def experiment(config: ExperimentConfig) -> ExperimentResult:
     unknown family or feature, and the errors of a training.
     """
     base = settled(config.train, "input", "output")
+    tower = load_record(base.encoder)
+    base = base.model_copy(
+        update={
+            "segments": resolved(base.segments, base.encoder, tower),
+            "extra_segments": resolved(base.extra_segments, base.encoder, tower) if base.extra_segments else (),
+        }
+    )
     resources.connect()
     run = features.extract(base)
     root = Place.at(base.output, base.s3) / "experiment"
@@ -153,15 +162,21 @@ def rank_correlation(
 def _fits(config: ExperimentConfig, base: TrainConfig, run: Run) -> list[Fit]:
     families = sorted(base.proxies.families)
     unknown = sorted({*config.held_out, *(name for each in config.candidates for name in each.without)} - set(families))
-    stored = {*base.encoder.feature, *base.extra_features}
-    missing = sorted({name for each in config.candidates for name in each.feature} - stored)
+    stored = {*base.segments, *base.extra_segments}
+    tower = load_record(base.encoder)
+    chosen = {
+        each.name: resolved(each.segments, base.encoder, tower) if each.segments else base.segments
+        for each in config.candidates
+    }
+    wanted = {segment for segments in chosen.values() for segment in segments}
+    missing = sorted(segment.name for segment in wanted - stored)
     if unknown or missing:
         raise ConfigError(
-            f"Unknown proxy families: {unknown}. Features that the training does not store: {missing}. "
-            f"The families are {', '.join(families)}. Name features in `train.extra_features`."
+            f"Unknown proxy families: {unknown}. Segments that the training does not store: {missing}. "
+            f"The families are {', '.join(families)}. Name segments in `train.extra_segments`."
         )
     return [
-        _fit(candidate, base, run, family, seed)
+        _fit(candidate, base.model_copy(update={"segments": chosen[candidate.name]}), run, family, seed)
         for candidate in config.candidates
         for family in config.held_out or families
         for seed in config.seeds
@@ -172,14 +187,13 @@ def _fit(candidate: Candidate, base: TrainConfig, run: Run, family: str, seed: i
     fit = (candidate.fit or base.fit).model_copy(update={"seed": seed})
     changed = base.model_copy(
         update={
-            "encoder": base.encoder.model_copy(update={"feature": candidate.feature or base.encoder.feature}),
             "flow": candidate.flow or base.flow,
             "objective": candidate.objective or base.objective,
             "fit": fit,
             "split": base.split.model_copy(update={"held_out_family": family}),
         }
     )
-    shape = changed.model_dump(mode="json", include={"encoder", "flow", "objective", "fit", "split"})
+    shape = changed.model_dump(mode="json", include={"encoder", "segments", "flow", "objective", "fit", "split"})
     made = {"features": run.place.name, "without": sorted(candidate.without), "figures": _FIGURES_VERSION}
     key = stable_hash(shape | made)
     return Fit(key, candidate.name, family, seed, changed, candidate.without)
@@ -198,13 +212,14 @@ def _finished(folder: Place, fits: list[Fit]) -> list[FitRow]:
 
 def _fitted(fits: list[Fit], run: Run, folder: Place) -> list[FitRow]:
     loaded = {
-        feature: ray.put(features.load(run, feature, fits[0].config.proxies))
-        for feature in {each.config.encoder.feature for each in fits}
+        segments: ray.put(features.load(run, segments, fits[0].config.proxies))
+        for segments in {each.config.segments for each in fits}
     }
-    widths = {feature: features.widths(run, feature) for feature in loaded}
+    tower = load_record(fits[0].config.encoder)
+    widths = {segments: widths_of(segments, fits[0].config.encoder, tower) for segments in loaded}
     waiting = {
         _held_out_figures.remote(
-            each.config, loaded[each.config.encoder.feature], widths[each.config.encoder.feature], each.without
+            each.config, loaded[each.config.segments], widths[each.config.segments], each.without
         ): each
         for each in fits
     }
@@ -222,11 +237,11 @@ def _fitted(fits: list[Fit], run: Run, folder: Place) -> list[FitRow]:
 
 @ray.remote(num_cpus=1)
 def _held_out_figures(
-    config: TrainConfig, loaded: Features, segments: tuple[int, ...], without: tuple[str, ...]
+    config: TrainConfig, loaded: Features, widths: tuple[int, ...], without: tuple[str, ...]
 ) -> HeldOutFigures:
     torch.set_num_threads(1)
     try:
-        loop = Loop(config, _without_families(split(loaded, config.split), without), segments)
+        loop = Loop(config, _without_families(split(loaded, config.split), without), widths)
         figures = [loop.epoch(number) for number in range(config.fit.epochs)][-1]
     except (ConfigError, TrainingError) as error:  # ConfigError comes from the split, if no image drew the family
         return HeldOutFigures(error=str(error))

@@ -26,6 +26,7 @@ from clipflow_ray.config import (
     ImageLimits,
     ObjectiveConfig,
     ProxyConfig,
+    Segment,
     ViewSpec,
 )
 from clipflow_ray.errors import CheckpointError
@@ -43,8 +44,8 @@ class Checkpoint:
 
     The repr omits the tensors: Ray Data prints the arguments of actors, and printing the tensors took a second.
 
-    `view` is the view that the encoder takes. `segments` are the widths of the encoder's named features. `reference`
-    may be empty. Otherwise it holds `natural` (float16 [N, D], raw embeddings) and `probe` (float32 [D + 1], logistic
+    `view` holds the views that the encoder takes. `widths` are those of `segments`, in their order. `reference` may be
+    empty. Otherwise it holds `natural` (float16 [N, D], raw embeddings) and `probe` (float32 [D + 1], logistic
     weights on standardised features and bias). Newer checkpoints also hold a probe with ReLU between its layers:
     `mlp.N.weight` [in, out] and `mlp.N.bias`.
     """
@@ -52,7 +53,8 @@ class Checkpoint:
     encoder: EncoderConfig
     encoder_fingerprint: str
     view: ViewSpec
-    segments: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    widths: tuple[int, ...]
     flow_config: FlowConfig
     flow_state: dict[str, Tensor] = field(repr=False)
     limits: ImageLimits = field(default_factory=ImageLimits)
@@ -69,11 +71,18 @@ class Checkpoint:
         digest.update(save(_contiguous(self.flow_state)))
         return digest.hexdigest()[:16]
 
+    @property
+    def outputs(self) -> tuple[Segment, ...]:
+        """The encoder's outputs that scoring needs, each once, as plain segments."""
+        return tuple(dict.fromkeys(each.model_copy(update={"training": "plain"}) for each in self.segments))
+
     def flow(self) -> Flow:
         """The flow in eval mode, rebuilt from its config and state. Raises CheckpointError if they do not fit."""
-        flow = Flow(self.segments, self.flow_config)
+        flow = Flow(self.widths, self.flow_config)
+        # Checkpoints of versions 1 and 2 have no scale of the segments' likelihoods; that of a new flow is theirs.
+        scale = {name: value for name, value in flow.state_dict().items() if name in ("centre", "spread")}
         try:
-            flow.load_state_dict(self.flow_state, strict=True)
+            flow.load_state_dict(scale | self.flow_state, strict=True)
         except RuntimeError as error:
             raise CheckpointError(f"The flow's tensors do not fit its config: {error}") from error
         return flow.eval().requires_grad_(False)
@@ -100,6 +109,7 @@ def save_checkpoint(checkpoint: Checkpoint, where: Place | str | Path) -> None:
         encoder_fingerprint=checkpoint.encoder_fingerprint,
         view=checkpoint.view,
         segments=checkpoint.segments,
+        widths=checkpoint.widths,
         flow=checkpoint.flow_config,
         limits=checkpoint.limits,
         objective=checkpoint.objective,
@@ -129,9 +139,9 @@ def load_checkpoint(where: Place | str | Path) -> Checkpoint:
         raise CheckpointError(f"{RECORD} of {uri} cannot be read as JSON: {error}") from error
     if not isinstance(plain, dict):
         raise CheckpointError(f"{RECORD} of {uri} is not a checkpoint record.")
-    if plain.get("format_version") not in (1, FORMAT_VERSION):
+    if plain.get("format_version") not in range(1, FORMAT_VERSION + 1):
         raise CheckpointError(
-            f"{uri} has format version {plain.get('format_version')}; this package reads 1 and {FORMAT_VERSION}."
+            f"{uri} has format version {plain.get('format_version')}; this package reads 1 to {FORMAT_VERSION}."
         )
     if plain.get("record_sha256") != _record_sha256(plain):
         raise CheckpointError(f"{RECORD} of {uri} was altered (sha256 differs); fetch or train the checkpoint again.")
@@ -147,6 +157,7 @@ def load_checkpoint(where: Place | str | Path) -> Checkpoint:
             encoder_fingerprint=record.encoder_fingerprint,
             view=record.view,
             segments=record.segments,
+            widths=record.widths,
             flow_config=record.flow,
             flow_state=tensors["flow.safetensors"],
             limits=record.limits,
@@ -165,16 +176,20 @@ def _place(where: Place | str | Path) -> Place:
 
 
 def _current(plain: dict[str, Any]) -> dict[str, Any]:
-    """A record of version 1 as one of the current version.
+    """A record of an older version as one of the current version.
 
     Version 1 recorded only the kind of the view, because all views were those of OpenAI's towers. The weights of such a
     checkpoint may have another mean and standard deviation. Both affect only the encoder, which takes them from its
-    weights.
+    weights. Until version 2, all features were those of one view, and `segments` held their widths.
     """
-    if plain["format_version"] == FORMAT_VERSION:
-        return plain
-    view = OPENAI_VIEW.model_copy(update={"kind": plain["encoder"]["view"]})
-    return plain | {"format_version": FORMAT_VERSION, "view": view}
+    if plain["format_version"] == 1:
+        plain = plain | {"view": {**OPENAI_VIEW.model_dump(), "kind": plain["encoder"]["view"], "size": 224}}
+    if plain["format_version"] <= 2:
+        encoder, view = dict(plain["encoder"]), dict(plain["view"])
+        view["sizes"] = [view.pop("size")]
+        segments = [{"feature": name, "size": view["sizes"][0]} for name in encoder.pop("feature")]
+        plain = plain | {"encoder": encoder, "view": view, "widths": plain["segments"], "segments": segments}
+    return plain | {"format_version": FORMAT_VERSION}
 
 
 def _record_sha256(record: dict[str, Any]) -> str:

@@ -24,10 +24,10 @@ _BATCH: Final = 32
 
 @dataclass(frozen=True)
 class Scores:
-    """float32 [N] each. `score` is the negative log-likelihood per dimension in nats: higher is more suspicious.
+    """float32 [N] each. `score` is the sum of the segments' standardised negative log-likelihoods.
 
-    It saturates at 1e6. `log_likelihood` is the sum of `log_base` and `log_det`, all in nats. An embedding that is not
-    finite or is all zeros gives NaN in every field.
+    A higher score is more suspicious. It saturates at 1e6. `log_likelihood` is the sum of `log_base` and `log_det`, all
+    in nats. An embedding that is not finite or is all zeros gives NaN in every field.
     """
 
     log_likelihood: F32
@@ -61,17 +61,16 @@ class Detector:
             raise CalibrationError("The checkpoint has no calibration; train it with a calibration split.")
         self.checkpoint = checkpoint
         self.calibration: Calibration = checkpoint.calibration
-        self.encoder: Extractor = encoder or Encoder(checkpoint.encoder, device, threads=threads)
+        self.encoder: Extractor = encoder or Encoder(checkpoint.encoder, checkpoint.segments, device, threads)
         if self.encoder.fingerprint != checkpoint.encoder_fingerprint:
             raise EncoderMismatchError(
                 f"The checkpoint was made with encoder {checkpoint.encoder_fingerprint}, "
                 f"this one is {self.encoder.fingerprint}: its weights or preprocessing differ. Use the same weights."
             )
-        if self.encoder.names != checkpoint.encoder.feature or self.encoder.widths != checkpoint.segments:
-            raise EncoderMismatchError(
-                f"The checkpoint was made with features {checkpoint.encoder.feature} of widths {checkpoint.segments}, "
-                f"this encoder gives {self.encoder.names} of widths {self.encoder.widths}."
-            )
+        given = dict(zip(self.encoder.names, self.encoder.widths, strict=True))
+        wanted = {each.output: width for each, width in zip(checkpoint.segments, checkpoint.widths, strict=True)}
+        if any(given.get(name) != width for name, width in wanted.items()):
+            raise EncoderMismatchError(f"The checkpoint needs the outputs {wanted}, this encoder gives {given}.")
         self._device = device_for(device)
         # Rounding depends on the number of rows. In double precision, it is far below the float32 rounding of a score.
         self._flow = checkpoint.flow().to(self._device).double()
@@ -98,18 +97,18 @@ class Detector:
         return [f for at, chunk in enumerate(chunks) for f in self._findings(chunk, alpha, at * _BATCH)]
 
     def score_views(self, views: Images) -> Scores:
-        """uint8 [N, S, S, 3] -> Scores. The score of a view does not depend on the rest of its batch."""
-        return self.score_embeddings(joined(self.encoder(views)))
+        """uint8 [N, view.bytes], packed by `images.views` -> Scores. A score depends on its own image alone."""
+        return self.score_embeddings(joined(self.encoder(views), self.checkpoint.segments))
 
     def score_embeddings(self, embeddings: F32) -> Scores:
         """float32 [N, D] raw embeddings -> Scores."""
         with torch.inference_mode():
             result = self._flow(torch.from_numpy(np.array(embeddings, np.float64)).to(self._device))
-            log_base, log_det = (part.cpu().numpy() for part in (result.log_base, result.log_det))
+            log_base, log_det, raw = (part.cpu().numpy() for part in (result.log_base, result.log_det, result.score))
         usable = np.isfinite(embeddings).all(axis=1) & (np.abs(embeddings).max(axis=1) > 0)
         with np.errstate(invalid="ignore", over="ignore"):
             total = np.where(usable, log_base + log_det, np.nan)
-            score = np.clip(-total / result.dim, -SCORE_LIMIT, SCORE_LIMIT).astype(np.float32)
+            score = np.clip(np.where(usable, raw, np.nan), -SCORE_LIMIT, SCORE_LIMIT).astype(np.float32)
             total = np.clip(total, -SCORE_LIMIT * result.dim, SCORE_LIMIT * result.dim).astype(np.float32)
             log_base, log_det = (
                 np.where(np.isnan(score), np.nan, part).astype(np.float32) for part in (log_base, log_det)
@@ -125,4 +124,4 @@ class Detector:
             if isinstance(image, ItemError):
                 yield refused(index, digest, image)
             else:
-                yield judged(index, digest, FileFacts.of(image), next(numbers), alpha, self.checkpoint.view.size)
+                yield judged(index, digest, FileFacts.of(image), next(numbers), alpha, max(self.checkpoint.view.sizes))

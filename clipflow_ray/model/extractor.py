@@ -6,17 +6,18 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from clipflow_ray.config import Segment
 from clipflow_ray.images import Pixels
 
 F32 = NDArray[np.float32]
-Images = Pixels | Sequence[Pixels]  # uint8, [H, W, 3] for each image
+Images = Pixels | Sequence[Pixels]  # uint8: for each image its packed views, or [H, W, 3]
 
 
 class Extractor(Protocol):
-    """Images -> named features.
+    """Images -> named outputs.
 
-    `names` and `widths` list the features in the order of the flow's segments. `fingerprint` is 16 hex digits. It
-    changes if any feature may change. `needs` names the input: the encoder's view, or all pixels of an image.
+    `names` and `widths` list the outputs. `fingerprint` is 16 hex digits. It changes if any output may change. `needs`
+    names the input: the encoder's views, or all pixels of an image.
     """
 
     @property
@@ -29,10 +30,10 @@ class Extractor(Protocol):
     def needs(self) -> Literal["view", "pixels"]: ...
 
     def __call__(self, images: Images) -> dict[str, F32]:
-        """float32 [N, width] for each named feature; a row depends on its own image alone. N is at least 1."""
+        """float32 [N, width] for each named output; a row depends on its own image alone. N is at least 1."""
         ...
 
 
-def joined(features: dict[str, F32]) -> F32:
-    """Concatenate the features in their order: float32 [N, sum of the widths]."""
-    return np.concatenate(list(features.values()), axis=1)
+def joined(outputs: dict[str, F32], segments: Sequence[Segment]) -> F32:
+    """Concatenate the outputs of the segments in their order: float32 [N, sum of the widths]."""
+    return np.concatenate([outputs[segment.output] for segment in segments], axis=1)

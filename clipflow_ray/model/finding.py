@@ -18,7 +18,7 @@ WarningCode = Literal["no_exif", "enlarged_to_view"]
 # What each warning means; docs/formats.md shows these sentences.
 WARNINGS: Final[dict[WarningCode, str]] = {
     "no_exif": "The file has no EXIF metadata. Editing, sharing and screenshots remove it too.",
-    "enlarged_to_view": "The shorter side is below that of the encoder's view, so the image was enlarged.",
+    "enlarged_to_view": "The shorter side is below that of the encoder's largest view, so the image was enlarged.",
 }
 
 
@@ -65,7 +65,7 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class Numbers:
-    """The numbers of the model for one view. `score` is the negative log-likelihood per dimension, in nats.
+    """The numbers of the model for one image. `score` is the sum of the standardised negative log-likelihoods.
 
     All are NaN if the encoder gave no finite embedding.
     """
@@ -102,7 +102,7 @@ class Finding:
 def judged(index: int, sha256: str | None, facts: FileFacts, numbers: Numbers, alpha: float, view_size: int) -> Finding:
     """The Finding of a decoded image at `alpha`; without a finite score its status is `error`.
 
-    `view_size` is the side of the encoder's view in pixels: a smaller image was enlarged.
+    `view_size` is the side of the encoder's largest view in pixels: a smaller image was enlarged.
     """
     if not math.isfinite(numbers.score):
         return refused(index, sha256, non_finite())

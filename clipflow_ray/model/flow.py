@@ -26,12 +26,14 @@ class LogLikelihood:
     """`log_base` and `log_det`, float32 [N], in nats; their sum is the log-likelihood of standardised features.
 
     `per_segment`, float32 [N, S], is the log-likelihood of each of the S segments divided by the segment's width.
+    `score`, float32 [N], is the sum over segments of the standardised negative log-likelihood, see `Flow.fit_scale`.
     `dim` is D, the sum of the widths.
     """
 
     log_base: Tensor
     log_det: Tensor
     per_segment: Tensor
+    score: Tensor
     dim: int
 
     @property
@@ -94,13 +96,18 @@ class CouplingBlock(nn.Module):
 class Flow(nn.Module):
     """Embedding [N, D] -> LogLikelihood, including the feature normalisation.
 
-    `segments` are the widths of the encoder's S named features. Each segment is L2-normalised to length sqrt(width).
-    Then each dimension is standardised by the naturals' `mean` and `std`, which are buffers and so part of a
-    checkpoint. Segments are independent: each has `config.blocks` coupling blocks of its own.
+    `segments` are the widths of the S segments. Each segment is L2-normalised to length sqrt(width). Then each
+    dimension is standardised by the naturals' `mean` and `std`, which are buffers and so part of a checkpoint. Segments
+    are independent: each has `config.blocks` coupling blocks of its own.
+
+    `centre` and `spread` [S] standardise the likelihoods of the segments before they are added. Until `fit_scale` sets
+    them, the score is the negative log-likelihood per dimension.
     """
 
     mean: Tensor
     std: Tensor
+    centre: Tensor
+    spread: Tensor
     widths: Tensor
 
     def __init__(self, segments: tuple[int, ...], config: FlowConfig) -> None:
@@ -108,6 +115,8 @@ class Flow(nn.Module):
         self.segments = segments
         self.dim = sum(segments)
         self.register_buffer("widths", torch.tensor(segments), persistent=False)
+        self.register_buffer("centre", torch.zeros(len(segments)))
+        self.register_buffer("spread", self.dim / self.widths)
         self.register_buffer("mean", torch.zeros(self.dim))
         self.register_buffer("std", torch.ones(self.dim))
         self.blocks = nn.ModuleList(
@@ -120,6 +129,16 @@ class Flow(nn.Module):
         self.mean.copy_(unit.mean(dim=0))
         self.std.copy_(unit.std(dim=0).clamp_min(1e-6))
 
+    def fit_scale(self, natural: Tensor) -> None:
+        """Set `centre` and `spread` to mean and standard deviation of `per_segment` over natural embeddings [N, D].
+
+        So no segment drowns another in the score.
+        """
+        with torch.no_grad():
+            per_segment = self(natural).per_segment
+        self.centre.copy_(per_segment.mean(dim=0))
+        self.spread.copy_(per_segment.std(dim=0, correction=0).clamp_min(1e-6))
+
     def standardize(self, embedding: Tensor) -> Tensor:
         """[N, D] raw embeddings -> [N, D] with zero mean and unit standard deviation on the naturals."""
         return (self._unit_length(embedding) - self.mean) / self.std
@@ -130,7 +149,8 @@ class Flow(nn.Module):
         parts = z.split(list(self.segments), dim=1)
         log_base = torch.stack([-0.5 * part.square().sum(dim=1) - part.shape[1] * _HALF_LOG_2PI for part in parts], 1)
         per_segment = (log_base + log_det) / self.widths
-        return LogLikelihood(log_base.sum(dim=1), log_det.sum(dim=1), per_segment, self.dim)
+        score = ((self.centre - per_segment) / self.spread).sum(dim=1)
+        return LogLikelihood(log_base.sum(dim=1), log_det.sum(dim=1), per_segment, score, self.dim)
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Standardised features [N, D] -> (latent [N, D], log-determinant of each segment [N, S])."""

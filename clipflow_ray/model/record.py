@@ -12,6 +12,7 @@ from clipflow_ray.config import (
     ImageLimits,
     ObjectiveConfig,
     ProxyConfig,
+    Segment,
     SplitConfig,
     ViewSpec,
 )
@@ -39,18 +40,22 @@ class TrainingRecord(Closed):
     made_at: str = Field(description="Time at which the training ended, ISO 8601 in UTC.")
 
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 
 
 class CheckpointRecord(Closed):
-    """`checkpoint.json`. Version 2 added `view`. A version 1 is read as well, with OpenAI's view of 224 pixels."""
+    """`checkpoint.json`. Version 2 added `view`; version 3 segments with a view and a training of their own.
 
-    format_version: Literal[2] = Field(FORMAT_VERSION, description="Version of the file's format.")
+    Versions 1 and 2 are read as well: their features are plain segments of one view.
+    """
+
+    format_version: Literal[3] = Field(FORMAT_VERSION, description="Version of the file's format.")
     model_id: str = Field(description="16 hex digits over the flow's tensors and the encoder's fingerprint.")
-    encoder: EncoderConfig = Field(description="The encoder: its architecture, weights, view and features.")
+    encoder: EncoderConfig = Field(description="The encoder: its architecture, weights, kind of view and precision.")
     encoder_fingerprint: str = Field(description="Fingerprint of the encoder that the flow was fitted on.")
-    view: ViewSpec = Field(description="The view that the encoder sees.")
-    segments: tuple[int, ...] = Field(description="Widths of the encoder's named features.")
+    view: ViewSpec = Field(description="The views that the encoder sees.")
+    segments: tuple[Segment, ...] = Field(description="The parts of the score: feature, size of the view, training.")
+    widths: tuple[int, ...] = Field(description="Width of each segment.")
     flow: FlowConfig = Field(description="Settings of the flow.")
     limits: ImageLimits = Field(description="Size and time limits for decoding an image.")
     objective: ObjectiveConfig = Field(description="Settings of the objective.")

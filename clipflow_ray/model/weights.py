@@ -56,7 +56,7 @@ class TowerRecord:
     """The metadata of an image tower.
 
     `sha256` is the `contents_sha256` of the tensors. `architecture` holds open_clip's `embed_dim`, `vision_cfg` and
-    `quick_gelu`. `view` is the tower's own preprocessing, with the `kind` from the encoder's configuration.
+    `quick_gelu`. `view` is the tower's own preprocessing and size, with the `kind` from the encoder's configuration.
     """
 
     sha256: str
@@ -201,10 +201,12 @@ def _view(config: EncoderConfig, preprocess: dict[str, Any]) -> ViewSpec:
     """The tower's preprocessing as a ViewSpec; raises WeightsError if a ViewSpec cannot express it."""
     size = preprocess["size"]
     sides = {size} if isinstance(size, int) else set(size)
+    known = {name: value for name, value in preprocess.items() if name != "size"}
     try:
-        return ViewSpec(**{**preprocess, "size": sides.pop() if len(sides) == 1 else 0}, kind=config.view)
+        return ViewSpec(**{**known, "sizes": (sides.pop() if len(sides) == 1 else 0,)}, kind=config.view)
     except ValidationError as error:
-        wrong = ", ".join(f"{name} {preprocess[name]!r}" for name in sorted({str(e["loc"][0]) for e in error.errors()}))
+        fields = {str(e["loc"][0]).replace("sizes", "size") for e in error.errors()}
+        wrong = ", ".join(f"{name} {preprocess[name]!r}" for name in sorted(fields))
         raise WeightsError(
             f"{config.model!r} prepares images with {wrong}, which is not supported; choose a model with square views, "
             "bicubic or bilinear interpolation and the resize mode shortest or squash."

@@ -78,6 +78,11 @@ def check(config: ProxyConfig) -> None:
         wanted = list(signature(FAMILIES[name]).parameters)[2:]
         if sorted(ranges) != sorted(wanted):
             raise ConfigError(f"Proxy family {name} takes the ranges {', '.join(wanted)}; given: {sorted(ranges)}.")
+    low, high = config.paired_quality
+    if not 1 <= low <= high <= 100:
+        raise ConfigError(
+            f"`paired_quality` is {low}, {high}: give the lowest and the highest quality, within 1 to 100."
+        )
 
 
 def generator(seed: int, row_id: str, *draw: int) -> Rng:

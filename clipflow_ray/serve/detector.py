@@ -107,7 +107,7 @@ class DetectorReplica(Detectors):
         )
 
     async def _scored(self, view: Pixels) -> Numbers:
-        if len(view) != self._decoding.view.size:  # made for another checkpoint: the ingress sees that and asks again
+        if view.size != self._decoding.view.bytes:  # made for another checkpoint: the ingress sees that and asks again
             return Numbers(np.nan, np.nan, np.nan)
         arrived = time.monotonic()
         # Serve closes the next batch while the current one still runs. Images that wait here instead fill the next

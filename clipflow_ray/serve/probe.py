@@ -22,5 +22,5 @@ def probe_png() -> bytes:
 
 
 def probe_view(spec: ViewSpec) -> Pixels:
-    """uint8 [S, S, 3]: the probe as the encoder sees it, decoded in this process."""
-    return images.view(images.decode(probe_png(), ImageLimits()).rgb, spec)
+    """uint8 [spec.bytes]: the probe as the encoder sees it, decoded in this process."""
+    return images.views(images.decode(probe_png(), ImageLimits()).rgb, spec)

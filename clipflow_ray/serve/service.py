@@ -181,7 +181,7 @@ def _findings(decoded: list[Decoded], scored: Scored) -> Iterator[Finding]:
             yield refused(index, digest, image)
         else:
             facts = FileFacts.of(image)
-            yield judged(index, digest, facts, next(numbers), scored.alpha, scored.decoding.view.size)
+            yield judged(index, digest, facts, next(numbers), scored.alpha, max(scored.decoding.view.sizes))
 
 
 def _item(upload: Upload, finding: Finding, latency_ms: float) -> ItemResult:

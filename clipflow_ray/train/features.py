@@ -5,22 +5,22 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from clipflow_ray import __version__, proxies
-from clipflow_ray.config import ProxyConfig, TrainConfig, stable_hash
+from clipflow_ray.config import InventoryOptions, ProxyConfig, Segment, TrainConfig, stable_hash
 from clipflow_ray.data import resources
 from clipflow_ray.data.pipeline import read_then_encode
 from clipflow_ray.data.scoring import Embed
 from clipflow_ray.errors import TrainingError
-from clipflow_ray.inputs.listing import listing_hash
+from clipflow_ray.inputs.listing import listing_hash, rows
 from clipflow_ray.inputs.manifest import write_manifest
-from clipflow_ray.model.encoder import feature_widths, fingerprint
+from clipflow_ray.model.encoder import fingerprint, resolved, view_of, widths_of
 from clipflow_ray.model.weights import load_record
 from clipflow_ray.place import Place, places
 from clipflow_ray.runs.folder import MANIFEST, Run
 from clipflow_ray.runs.record import RunRecord
+from clipflow_ray.train.parts import assigned
 from clipflow_ray.train.record import FeaturesIdentity, FeaturesRecord
 from clipflow_ray.train.views import read_and_distort
 
@@ -34,7 +34,8 @@ _ENCODE_ROWS: Final = 8
 class Features:
     """Embeddings of N views, float32 [N, D], and what each view is, [N] each.
 
-    `row_id`, `group` and `stratum` are those of the image. `family` is `natural` for a natural view, else the proxy
+    Each segment's share of the columns is from views of the segment's own training. `row_id`, `group`, `stratum` and
+    `part` (see `train.parts`) are those of the image. `family` is `natural` for a natural view, else the proxy
     family. `view` numbers the natural views of an image from 0, and 0 is the view that inference uses. A proxy has the
     number of the natural view with which it was made.
     """
@@ -43,6 +44,7 @@ class Features:
     row_id: NDArray[np.str_]
     group: NDArray[np.str_]
     stratum: NDArray[np.str_]
+    part: NDArray[np.str_]
     family: NDArray[np.str_]
     view: NDArray[np.int64]
 
@@ -63,21 +65,23 @@ def extract(config: TrainConfig) -> Run:
     """
     proxies.check(config.proxies)
     inputs = places(config.input, config.s3)
-    stored = tuple(dict.fromkeys((*config.encoder.feature, *config.extra_features)))
     tower = load_record(config.encoder)
-    feature_widths(config.encoder, tower, stored)  # a feature that the tower lacks is refused here
-    encoder_fingerprint = fingerprint(config.encoder, tower)
+    stored = resolved((*config.segments, *config.extra_segments), config.encoder, tower)
+    widths_of(stored, config.encoder, tower)  # a feature that the tower lacks is refused here
+    spec = view_of(stored, tower)
+    encoder_fingerprint = fingerprint(config.encoder, tower, spec.sizes)
+    images = ((row["row_id"], row["group"]) for row in rows(inputs, InventoryOptions()))
     identity = FeaturesIdentity(
         input=config.input,
         listing=listing_hash(inputs),
         encoder_fingerprint=encoder_fingerprint,
         proxies=config.proxies,
-        calibration=tuple(sorted(config.split.calibration)),
+        parts=assigned(images, config.split, config.allow_small),
         limits=config.limits,
         tool_version=__version__,
-        features=stored,
+        segments=stored,
     )
-    run = _reusable(config, stable_hash(identity.model_dump(mode="json", exclude={"features"})), stored)
+    run = _reusable(config, stable_hash(identity.model_dump(mode="json", exclude={"segments"})), stored)
     if run.finished:
         return run
     begun = run.begin(RunRecord[FeaturesIdentity], identity, lambda: write_manifest(inputs, run.place / MANIFEST))
@@ -93,12 +97,13 @@ def extract(config: TrainConfig) -> Run:
             {
                 "near": run.place,
                 "limits": config.limits,
-                "spec": tower.view,
+                "spec": spec,
+                "segments": stored,
                 "config": config.proxies,
-                "plain_groups": config.split.calibration,
+                "parts": identity.parts,
             },
             Embed,
-            {"encoder": config.encoder, "features": stored, "fingerprint": encoder_fingerprint},
+            {"encoder": config.encoder, "segments": stored, "fingerprint": encoder_fingerprint},
         ),
         begun.manifest_rows,
     )
@@ -108,43 +113,40 @@ def extract(config: TrainConfig) -> Run:
     return run
 
 
-def load(run: Run, feature: Sequence[str], config: ProxyConfig) -> Features:
-    """Load the named features of a finished run, concatenated and sorted by row id.
+def load(run: Run, segments: Sequence[Segment], config: ProxyConfig) -> Features:
+    """Load the embeddings of resolved segments from a finished run, concatenated and sorted by row id.
 
     Raises TrainingError if the run has no readable image.
     """
-    columns = ["row_id", "group", "stratum", "families", *feature]
+    names = [segment.name for segment in segments]
+    columns = ["row_id", "group", "stratum", "families", *names]
     table = run.table(PARTS).to_table(columns=columns).sort_by("row_id")
-    counts = np.array([len(names) for names in table["families"].to_pylist()])
+    counts = np.array([len(families) for families in table["families"].to_pylist()])
     total = int(counts.sum())
     if total == 0:
         raise TrainingError("No input image could be read. The column `error_code` of the embeddings says why.")
-    parts = [table[name].combine_chunks().flatten().to_numpy().reshape(total, -1) for name in feature]
-    families = np.array([name for names in table["families"].to_pylist() for name in names])
+    record = run.completed(FeaturesRecord)
+    assert record is not None  # only finished runs are loaded
+    ids, groups = table["row_id"].to_pylist(), table["group"].to_pylist()
+    parts = [table[name].combine_chunks().flatten().to_numpy().reshape(total, -1) for name in names]
     first = np.concatenate([np.arange(count) for count in counts])
     return Features(
         embedding=np.concatenate(parts, axis=1),
-        row_id=np.repeat(np.array(table["row_id"].to_pylist()), counts),
-        group=np.repeat(np.array(table["group"].to_pylist()), counts),
+        row_id=np.repeat(np.array(ids), counts),
+        group=np.repeat(np.array(groups), counts),
         stratum=np.repeat(np.array([name or "" for name in table["stratum"].to_pylist()]), counts),
-        family=families,
+        part=np.repeat(record.identity.parts.of(ids, groups), counts),
+        family=np.array([family for families in table["families"].to_pylist() for family in families]),
         view=first // (1 + config.proxies_per_view),
     )
 
 
-def widths(run: Run, feature: Sequence[str]) -> tuple[int, ...]:
-    """The width of each named feature in a finished run."""
-    table = run.table(PARTS).to_table(columns=["families", *feature], filter=pc.field("status") == "ok").slice(0, 1)
-    views = len(table["families"][0])
-    return tuple(len(table[name][0]) // views for name in feature)
-
-
-def _reusable(config: TrainConfig, key: str, stored: tuple[str, ...]) -> Run:
-    """Return a finished run under the output that stores at least these features, else a new run."""
+def _reusable(config: TrainConfig, key: str, stored: tuple[Segment, ...]) -> Run:
+    """Return a finished run under the output that stores at least these segments, else a new run."""
     root = Place.at(config.output, config.s3) / "features"
     for name in root.names():
         run = Run(root / name)
         record = run.completed(FeaturesRecord) if name.startswith(key) else None
-        if record is not None and set(stored) <= set(record.identity.features):
+        if record is not None and set(stored) <= set(record.identity.segments):
             return run
-    return Run(root / f"{key}-{stable_hash(','.join(stored))[:4]}")
+    return Run(root / f"{key}-{stable_hash(','.join(segment.name for segment in stored))[:4]}")

@@ -33,18 +33,18 @@ class Fitted:
     history: list[dict[str, float]]
 
 
-def fit(config: TrainConfig, run: Run, segments: tuple[int, ...]) -> Fitted:
+def fit(config: TrainConfig, run: Run, widths: tuple[int, ...]) -> Fitted:
     """Fit the flow on a finished features run and return the epoch with the highest `selection` AUROC.
 
-    `segments` are the widths of the features. The name of the Ray Train run is a hash of its settings, so a repeated
-    call continues an interrupted run, and returns at once if the run was finished. Raises ResourceError before the run
-    starts, and TrainingError if the run fails or reports no checkpoint.
+    `config.segments` are resolved, and `widths` are theirs. The name of the Ray Train run is a hash of its settings, so
+    a repeated call continues an interrupted run, and returns at once if the run was finished. Raises ResourceError
+    before the run starts, and TrainingError if the run fails or reports no checkpoint.
     """
     use_gpu = ray.cluster_resources().get("GPU", 0) > 0
     per_worker = resources.check_training(config.fit.workers, use_gpu)
     place = Place.at(config.output, config.s3) / "fit"
     place.make_folder()
-    settings = {"config": config.model_dump(mode="json"), "features": run.place.uri, "segments": list(segments)}
+    settings = {"config": config.model_dump(mode="json"), "features": run.place.uri, "widths": list(widths)}
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=settings,
@@ -77,12 +77,12 @@ def fit(config: TrainConfig, run: Run, segments: tuple[int, ...]) -> Fitted:
 def train_loop(settings: dict[str, Any]) -> None:
     """Train on one worker. It takes its share of each global batch; after each step all workers hold the same model."""
     config = validated(TrainConfig, settings["config"])
-    loaded = features.load(Run(Place.at(settings["features"], config.s3)), config.encoder.feature, config.proxies)
+    loaded = features.load(Run(Place.at(settings["features"], config.s3)), config.segments, config.proxies)
     context = ray.train.get_context()
     Worker(
         config,
         split(loaded, config.split),
-        tuple(settings["segments"]),
+        tuple(settings["widths"]),
         context.get_world_rank(),
         context.get_world_size(),
         get_device(),

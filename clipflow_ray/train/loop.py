@@ -29,14 +29,14 @@ class Loop(Fitting):
         self,
         config: TrainConfig,
         data: Split,
-        segments: tuple[int, ...],
+        widths: tuple[int, ...],
         rank: int = 0,
         world: int = 1,
         device: torch.device = _CPU,
         wrap: Callable[[Flow], nn.Module] = lambda flow: flow,
     ) -> None:
         natural, proxy = data.natural.embedding, data.proxy.embedding
-        super().__init__(config.flow, config.objective, config.fit, segments, natural, proxy, rank, world, device, wrap)
+        super().__init__(config.flow, config.objective, config.fit, widths, natural, proxy, rank, world, device, wrap)
         self.data = data
         self.history: list[dict[str, float]] = []
 
@@ -54,6 +54,8 @@ class Loop(Fitting):
 def validate(flow: Flow, data: Split, device: torch.device) -> dict[str, float]:
     """Return figures, by name, on images that do not train. No AI-generated image is used.
 
+    Sets the flow's scale by the calibration naturals first, because the score depends on it.
+
     - `auroc_<family>`: AUROC of that family's proxies against validation naturals. `auroc_pairs` is the same for all
       proxies that a pair of families made.
     - `auroc_seen`: mean of these AUROCs without that of the held-out family.
@@ -61,14 +63,15 @@ def validate(flow: Flow, data: Split, device: torch.device) -> dict[str, float]:
     - `tpr_5`: share of held-out proxies (of all proxies if no family is held out) beyond the threshold that flags 5 %
       of the calibration naturals. The two come from different sources, as in use.
     - `auroc_sources`: the result of `source_separation`; absent if that is None.
-    - `nll_natural`, `nll_natural_median`: negative log-likelihood of validation naturals, in nats per dimension.
+    - `nll_natural`, `nll_natural_median`: score of validation naturals.
     """
     flow.eval()
+    flow.fit_scale(torch.from_numpy(data.calibration.embedding).to(device))
     with torch.inference_mode():
 
         def suspicion(part: Features) -> np.ndarray[Any, np.dtype[np.float32]]:
             result: np.ndarray[Any, np.dtype[np.float32]] = (
-                -flow(torch.from_numpy(part.embedding).to(device)).per_dim.cpu().numpy()
+                flow(torch.from_numpy(part.embedding).to(device)).score.cpu().numpy()
             )
             return result
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from clipflow_ray import proxies, sandbox
 from clipflow_ray.config import OPENAI_VIEW, ImageLimits, InventoryOptions, ProxyConfig
 from clipflow_ray.errors import InputError, ItemError
-from clipflow_ray.images import Pixels
+from clipflow_ray.images import Pixels, by_size
 from clipflow_ray.inputs.listing import rows
 from clipflow_ray.inputs.reading import read_row
 from clipflow_ray.place import Place
@@ -88,7 +88,8 @@ def _views(inputs: Sequence[str], count: int) -> list[Pixels]:
     def readable() -> Any:
         for row in rows(found, options):
             try:
-                yield sandbox.decode(read_row(row, found[0], options, limits), limits, OPENAI_VIEW).rgb
+                views = sandbox.decode(read_row(row, found[0], options, limits), limits, OPENAI_VIEW).rgb
+                yield by_size(views[None], OPENAI_VIEW.sizes)[0][0]
             except ItemError:
                 continue  # the picture needs only some of the images
 

@@ -2,8 +2,9 @@
 
 from pydantic import Field
 
-from clipflow_ray.config import Closed, ImageLimits, ProxyConfig
+from clipflow_ray.config import Closed, ImageLimits, ProxyConfig, Segment
 from clipflow_ray.runs.record import FinishedRecord
+from clipflow_ray.train.parts import Parts
 
 
 class FeaturesIdentity(Closed):
@@ -13,12 +14,10 @@ class FeaturesIdentity(Closed):
     listing: str = Field(description="Hash of the listed objects.")
     encoder_fingerprint: str = Field(description="Fingerprint of the encoder.")
     proxies: ProxyConfig = Field(description="Settings of views and proxies.")
-    calibration: tuple[str, ...] = Field(
-        description="Sources that get one natural view and no proxies, in alphabetical order."
-    )
+    parts: Parts = Field(description="Sources or images that are kept out of training.")
     limits: ImageLimits = Field(description="Size and time limits for decoding an image.")
     tool_version: str = Field(description="Version of this package.")
-    features: tuple[str, ...] = Field(description="Encoder features that are stored.")
+    segments: tuple[Segment, ...] = Field(description="Segments whose embeddings are stored.")
 
 
 class FeaturesRecord(FinishedRecord[FeaturesIdentity]):

@@ -15,6 +15,7 @@ from clipflow_ray.data import resources
 from clipflow_ray.errors import ConfigError
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint, save_checkpoint
+from clipflow_ray.model.encoder import resolved, view_of, widths_of
 from clipflow_ray.model.flow import Flow
 from clipflow_ray.model.record import TrainingRecord
 from clipflow_ray.model.weights import load_record
@@ -46,33 +47,40 @@ def train(config: TrainConfig) -> Trained:
     if not config.input:
         raise ConfigError("Name at least one --input with natural images.")
     config = settled(config, "input", "output")
+    tower = load_record(config.encoder)
+    segments = resolved(config.segments, config.encoder, tower)
+    widths = widths_of(segments, config.encoder, tower)
+    config = config.model_copy(update={"segments": segments})
     resources.connect()
-    log.info("encoding natural views and proxies")
+    log.info("encoding natural views and proxies for %s", ", ".join(segment.name for segment in segments))
     run = features.extract(config)
-    loaded = features.load(run, config.encoder.feature, config.proxies)
-    data = split(loaded, config.split)
-    segments = features.widths(run, config.encoder.feature)
+    data = split(features.load(run, segments, config.proxies), config.split)
     log.info("fitting the flow on %d natural views and %d proxies", len(data.natural), len(data.proxy))
-    fitted = fit.fit(config, run, segments)
+    fitted = fit.fit(config, run, widths)
     state = {name: t.half() if t.is_floating_point() else t for name, t in fitted.flow_state.items()}
-    flow = Flow(segments, config.flow)
+    flow = Flow(widths, config.flow)
     flow.load_state_dict(state)  # the checkpoint stores these rounded weights, so calibrate with them
+    calibration = torch.from_numpy(data.calibration.embedding).double()
+    flow.eval().double().fit_scale(calibration)
+    state |= {"centre": flow.centre.float(), "spread": flow.spread.float()}
+    flow.load_state_dict(state)
     with torch.inference_mode():
-        scores = -flow.eval()(torch.from_numpy(data.calibration.embedding)).per_dim.numpy()
+        scores = flow(calibration).score.float().numpy()
     record = run.completed(FeaturesRecord)
     assert record is not None  # `extract` returns a finished run
     checkpoint = Checkpoint(
         encoder=config.encoder,
         encoder_fingerprint=record.identity.encoder_fingerprint,
-        view=load_record(config.encoder).view,
+        view=view_of(segments, tower),
         segments=segments,
+        widths=widths,
         flow_config=config.flow,
         flow_state=state,
         limits=config.limits,
         objective=config.objective,
         proxies=config.proxies,
         calibration=Calibration.fit(scores, [str(name) for name in data.calibration.stratum]),
-        reference=_reference(flow, data),
+        reference=_reference(flow.float(), data),
         training=_summary(config, data, fitted, record),
     )
     place = Place.at(config.output, config.s3) / "checkpoint"
@@ -82,7 +90,7 @@ def train(config: TrainConfig) -> Trained:
 
 def _summary(config: TrainConfig, data: Split, fitted: fit.Fitted, record: FeaturesRecord) -> TrainingRecord:
     """How the checkpoint was made. Inputs are named by their last component, so no path of this machine is kept."""
-    parts = data.parts()
+    parts = vars(data)
     return TrainingRecord(
         input=tuple(place.name for place in places(config.input, config.s3)),
         listing=record.identity.listing,
@@ -91,7 +99,7 @@ def _summary(config: TrainConfig, data: Split, fitted: fit.Fitted, record: Featu
         config_hash=stable_hash(config.fit, config.flow, config.objective, config.proxies, config.split),
         fit=config.fit,
         split=config.split,
-        split_by=data.by,
+        split_by=record.identity.parts.by,
         views={name: len(part) for name, part in parts.items()},
         images={name: len(np.unique(part.row_id)) for name, part in parts.items()},
         sources={name: tuple(sorted(map(str, np.unique(part.group)))) for name, part in parts.items()},

@@ -1,14 +1,20 @@
 """Ray Data task of training: makes the natural views of an image and their proxies. Does not import torch."""
 
+import io
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from clipflow_ray import images, proxies
-from clipflow_ray.config import ImageLimits, ProxyConfig, ViewSpec
+from clipflow_ray.config import ImageLimits, ProxyConfig, Segment, ViewSpec, slots
 from clipflow_ray.data.reading import described, read_images
 from clipflow_ray.images import DecodedImage, Pixels
 from clipflow_ray.place import Place
+from clipflow_ray.train.parts import Parts
+
+_SUBSAMPLINGS = ("4:4:4", "4:2:0")
 
 
 def read_and_distort(
@@ -16,22 +22,29 @@ def read_and_distort(
     near: Place,
     limits: ImageLimits,
     spec: ViewSpec,
+    segments: Sequence[Segment],
     config: ProxyConfig,
-    plain_groups: Sequence[str],
+    parts: Parts,
 ) -> pa.Table:
-    """Manifest rows -> described rows with `view` (bytes of M views) and `families` (the family of each of them).
+    """Manifest rows -> described rows with `view` (bytes of M images) and `families` (the family of each of them).
 
-    M is `natural_views * (1 + proxies_per_view)`. Images of `plain_groups` are for calibration only, so they give
-    one view: the one that inference uses. An unreadable image keeps its row and gives no view.
+    M is `natural_views * (1 + proxies_per_view)`. Each of the M images has the views of `slots(segments)`. Images of
+    the calibration part give one image, plain in all views: the one that inference uses. An unreadable image keeps its
+    row and gives none.
     """
     outcomes = read_images(table, near, limits)
     views: list[bytes] = []
     families: list[list[str]] = []
-    for identity, group, outcome in zip(table["row_id"].to_pylist(), table["group"].to_pylist(), outcomes, strict=True):
+    ids = table["row_id"].to_pylist()
+    for identity, part, outcome in zip(ids, parts.of(ids, table["group"].to_pylist()), outcomes, strict=True):
         made: list[tuple[str, Pixels]] = []
         if isinstance(outcome.image, DecodedImage):
-            plain = group in plain_groups
-            made = distorted(outcome.image.rgb, identity, spec, config, plain)
+            if part == "calibration":
+                rgb = outcome.image.rgb
+                plain = [proxies.natural(images.view(rgb, spec, size)).reshape(-1) for size, _ in slots(segments)]
+                made = [(proxies.NATURAL, np.concatenate(plain))]
+            else:
+                made = distorted(outcome.image.rgb, identity, spec, segments, config)
         views.append(b"".join(view.tobytes() for _, view in made))
         families.append([family for family, _ in made])
     table = described(table, outcomes, views)
@@ -39,20 +52,39 @@ def read_and_distort(
 
 
 def distorted(
-    rgb: Pixels, row_id: str, spec: ViewSpec, config: ProxyConfig, plain: bool = False
+    rgb: Pixels, row_id: str, spec: ViewSpec, segments: Sequence[Segment], config: ProxyConfig
 ) -> list[tuple[str, Pixels]]:
-    """Return the (family, view) pairs of one image: each natural view, then its proxies.
+    """Return (family, views) pairs of one image: each natural view, then its proxies; views are uint8 [bytes].
 
-    The random draws depend on `config.seed` and `row_id` alone. `plain` gives one natural view and no proxies.
+    The views are those of `slots(segments)`, one after the other. Views of different sizes have the same family. A
+    `paired` view is the plain one after JPEG compression, with one quality for a natural view and its proxies. The
+    random draws depend on `config.seed` and `row_id` alone.
     """
     names = sorted(config.families)
     made: list[tuple[str, Pixels]] = []
-    for number in range(1 if plain else config.natural_views):
+    for number in range(config.natural_views):
         rng = proxies.generator(config.seed, row_id, number)
-        view = images.view(rgb, spec) if number == 0 else proxies.augmented(rgb, rng, spec.size)
-        made.append((proxies.NATURAL, proxies.natural(view)))
-        if not plain:
-            count = config.proxies_per_view
-            chosen = rng.choice(names, size=count, replace=count > len(names))
-            made += [proxies.drawn(view, str(name), rng, config) for name in chosen]
+        count = config.proxies_per_view
+        chosen = [str(name) for name in rng.choice(names, size=count, replace=count > len(names))]
+        low, high = config.paired_quality
+        quality, subsampling = int(rng.integers(low, high + 1)), str(rng.choice(_SUBSAMPLINGS))
+        plain: dict[int, list[tuple[str, Pixels]]] = {}
+        for size in spec.sizes:
+            draws = proxies.generator(config.seed, row_id, number, size)
+            view = images.view(rgb, spec, size) if number == 0 else proxies.augmented(rgb, draws, size)
+            own = [(proxies.NATURAL, proxies.natural(view))]
+            plain[size] = own + [proxies.drawn(view, name, draws, config) for name in chosen]
+        for at in range(1 + count):
+            views = [
+                plain[size][at][1] if training == "plain" else compressed(plain[size][at][1], quality, subsampling)
+                for size, training in slots(segments)
+            ]
+            made.append((plain[spec.sizes[0]][at][0], np.concatenate([view.reshape(-1) for view in views])))
     return made
+
+
+def compressed(view: Pixels, quality: int, subsampling: str) -> Pixels:
+    """uint8 [S, S, 3] after JPEG compression of `quality` (IJG scale) and chroma `subsampling`."""
+    out = io.BytesIO()
+    Image.fromarray(view).save(out, "JPEG", quality=quality, subsampling=subsampling)
+    return np.array(Image.open(out))

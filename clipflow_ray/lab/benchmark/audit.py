@@ -30,7 +30,8 @@ def audit_against_bare_encoder(objects: int, rounds: int) -> AuditBenchmark:
     The time of an audit includes listing, actor start, reading, decoding, scoring and the ledger, but not Ray's start.
     """
     config = AuditConfig(input=(), output="")
-    bare = bare_loop(Encoder(load_checkpoint(config.checkpoint).encoder))
+    checkpoint = load_checkpoint(config.checkpoint)
+    bare = bare_loop(Encoder(checkpoint.encoder, checkpoint.segments))
     with s3_server() as bucket, tempfile.TemporaryDirectory() as folder:
         resources.connect()  # after the server: workers inherit the credentials that it sets
         torch.set_num_threads(resources.cores())

@@ -16,6 +16,7 @@ from clipflow_ray.demo import photographs
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint, save_checkpoint
 from clipflow_ray.model.encoder import Encoder
+from clipflow_ray.model.extractor import joined
 from clipflow_ray.model.flow import Flow
 
 BATCH: Final = 32
@@ -51,13 +52,12 @@ def interleaved(name: str, ours: Callable[[int], float], theirs: Callable[[int],
 
 def bare_loop(encoder: Encoder) -> Callable[[int], float]:
     """Return a measurement of the reference rate: images per second of a loop `encoder(batch)` on ready views."""
-    size = encoder.view.size
-    views = np.random.default_rng(0).integers(0, 256, (BATCH, size, size, 3), np.uint8)
+    views = np.random.default_rng(0).integers(0, 256, (BATCH, encoder.view.bytes), np.uint8)
 
     def bare(_: int) -> float:
         start = time.perf_counter()
         for _ in range(_BARE_BATCHES):
-            encoder.embed(views)
+            encoder(views)
         return BATCH * _BARE_BATCHES / (time.perf_counter() - start)
 
     return bare
@@ -65,16 +65,17 @@ def bare_loop(encoder: Encoder) -> Callable[[int], float]:
 
 def untrained(encoder: EncoderConfig, path: str) -> str:
     """Write a checkpoint with an untrained flow to `path` and return `path`. It is as fast as a trained one."""
-    tower, limits = Encoder(encoder, "cpu"), ImageLimits()
-    views = np.stack([images.view(images.decode(data, limits).rgb, tower.view) for data in jpegs(BATCH)])
-    embeddings = torch.from_numpy(tower.embed(views))
+    tower, limits = Encoder(encoder, device="cpu"), ImageLimits()
+    views = np.stack([images.views(images.decode(data, limits).rgb, tower.view) for data in jpegs(BATCH)])
+    embeddings = torch.from_numpy(joined(tower(views), tower.segments))
     flow = Flow((embeddings.shape[1],), FlowConfig())
     flow.fit_standardizer(embeddings)
     checkpoint = Checkpoint(
         encoder=encoder,
         encoder_fingerprint=tower.fingerprint,
         view=tower.view,
-        segments=flow.segments,
+        segments=tower.segments,
+        widths=flow.segments,
         flow_config=FlowConfig(),
         flow_state=flow.state_dict(),
         calibration=Calibration.fit(np.linspace(0.0, 1.0, 200, dtype=np.float32), ["jpeg|0-512"] * 200),

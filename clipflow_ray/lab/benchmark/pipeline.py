@@ -52,7 +52,7 @@ def pipeline_against_plain_loops(objects: int, rounds: int) -> PipelineBenchmark
     tower = build_tower(weights.architecture)
     tower.load_state_dict(weights.state)
     tower.eval()
-    transform = image_transform(weights.view.size, is_train=False, mean=weights.view.mean, std=weights.view.std)
+    transform = image_transform(weights.view.sizes[0], is_train=False, mean=weights.view.mean, std=weights.view.std)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = untrained(encoder, os.path.join(folder, "checkpoint"))
         files = _write_files(Path(folder))

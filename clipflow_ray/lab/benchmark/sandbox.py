@@ -36,7 +36,7 @@ def sandboxed_decoding(rounds: int) -> SandboxBenchmark:
             return measured
 
         child = rate(lambda: sandbox.decode_all(contents, limits, spec))
-        here = rate(lambda: [images.view(images.decode(data, limits).rgb, spec) for data in contents])
+        here = rate(lambda: [images.views(images.decode(data, limits).rgb, spec) for data in contents])
         child(0)
         return interleaved("sandbox", child, here, rounds)
 

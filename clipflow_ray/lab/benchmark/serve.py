@@ -43,7 +43,8 @@ def serving(images: int, rounds: int) -> ServeBenchmark:
     request to a Serve replica (`serve`) and for one through the edge (`edge`).
     """
     contents = list(jpegs(images))
-    bare = bare_loop(Encoder(load_checkpoint(ServeConfig().checkpoint).encoder))
+    checkpoint = load_checkpoint(ServeConfig().checkpoint)
+    bare = bare_loop(Encoder(checkpoint.encoder, checkpoint.segments))
     torch.set_num_threads(resources.cores())
     with endpoint(ServeConfig(), "127.0.0.1", _PORT) as url, ThreadPoolExecutor(_CLIENTS) as clients:
 
