@@ -19,6 +19,9 @@ def train(
     unsigned: Unsigned = False,
     seed: Annotated[int | None, typer.Option("--seed", help="Random seed of the fit; default 0.")] = None,
     workers: Annotated[int | None, typer.Option("--workers", help="Number of Ray Train workers; default 1.")] = None,
+    allow_small: Annotated[
+        bool, typer.Option("--allow-small", help="Train although the calibration is too small to be relied on.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train on natural images: encode views and proxies, fit the flow, calibrate, write a checkpoint."""
@@ -27,7 +30,12 @@ def train(
     settings = load_yaml(
         TrainConfig,
         config,
-        {"input": tuple(inputs or ()), "output": output, "s3": s3_options(endpoint_url, region, unsigned)},
+        {
+            "input": tuple(inputs or ()),
+            "output": output,
+            "s3": s3_options(endpoint_url, region, unsigned),
+            "allow_small": allow_small or None,
+        },
     )
     changes = {key: value for key, value in (("seed", seed), ("workers", workers)) if value is not None}
     result = run(settings.model_copy(update={"fit": settings.fit.model_copy(update=changes)}))

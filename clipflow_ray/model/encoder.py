@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
-from timm.layers import resample_abs_pos_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from clipflow_ray.config import WEIGHTS_INCLUDED, EncoderConfig, Segment, ViewSpec
