@@ -49,8 +49,8 @@ class DecodedImage:
     """The pixels of an image and facts about its file.
 
     `rgb` is uint8 [height, width, 3], upright. `width` and `height` are those of the upright image, in pixels.
-    After `sandbox.decode` with a ViewSpec, `rgb` holds the packed views; see `views`. `jpeg_quality` is on the IJG scale
-    from 1 to 100, and None if the file has no quantization table.
+    After `sandbox.decode` with a ViewSpec, `rgb` holds the packed views; see `views`. `jpeg_quality` is on the IJG
+    scale from 1 to 100, and None if the file has no quantization table.
     """
 
     rgb: Pixels
