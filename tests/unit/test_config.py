@@ -23,8 +23,10 @@ from clipflow_ray.config import (
     EncoderConfig,
     FlowConfig,
     ImageLimits,
+    Segment,
     TrainConfig,
     load_yaml,
+    slots,
     stable_hash,
     validated,
 )
@@ -80,27 +82,35 @@ def test_seed_weights_and_the_test_tower_are_accepted_only_together(values: dict
 
 
 @pytest.mark.parametrize(
-    "names",
-    [
-        (),
-        ("pooled",),
-        ("Projected",),
-        ("block0.cls",),
-        ("block.cls",),
-        ("block3",),
-        ("block3.max",),
-        ("block3.cls\n",),
-        ("projected", "projected"),
-    ],
+    "name", ["", "pooled", "Projected", "block0.cls", "block.cls", "block3", "block3.max", "block3.cls\n"]
 )
-def test_wrong_feature_names_are_refused(names: tuple[str, ...]) -> None:
+def test_wrong_feature_names_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="feature"):
-        validated(EncoderConfig, {"feature": names})
+        validated(TrainConfig, AUDIT | {"segments": [{"feature": name}]})
 
 
-def test_features_keep_their_order() -> None:
-    names = ("block12.mean", "projected", "block3.cls")
-    assert validated(EncoderConfig, {"feature": list(names)}).feature == names
+def test_segments_keep_their_order_and_are_named_by_feature_size_and_training() -> None:
+    given = [
+        {"feature": "block12.mean", "size": 448, "training": "paired"},
+        {"feature": "projected", "size": 224},
+        {"feature": "block3.cls", "size": 448, "training": "paired"},
+    ]
+    made = validated(TrainConfig, AUDIT | {"segments": given}).segments
+    assert [each.name for each in made] == ["block12.mean@448.paired", "projected@224", "block3.cls@448.paired"]
+    assert [each.output for each in made] == ["block12.mean@448", "projected@224", "block3.cls@448"]
+    assert slots(made) == ((448, "paired"), (224, "plain"))
+
+
+@pytest.mark.parametrize("change", [{"size": 0}, {"size": -224}, {"training": "pairs"}, {"view": 224}])
+def test_a_wrong_size_or_training_of_a_segment_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"segments\.0\.{next(iter(change))}"):
+        validated(TrainConfig, AUDIT | {"segments": [{"feature": "projected", **change}]})
+    assert Segment(feature="projected").training == "plain"
+
+
+def test_features_in_the_encoders_settings_are_refused_with_what_replaces_them() -> None:
+    with pytest.raises(ConfigError, match="features are named in `segments` now, such as"):
+        validated(TrainConfig, AUDIT | {"encoder": {"feature": ["block6.mean"]}})
 
 
 def test_overrides_win_over_the_file_and_empty_ones_do_not_count(tmp_path: Path) -> None:

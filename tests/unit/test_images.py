@@ -17,7 +17,7 @@ from torchvision.transforms import Compose
 
 from clipflow_ray.config import OPENAI_VIEW, ImageLimits, ViewSpec
 from clipflow_ray.errors import ITEM_CODES, ImageError
-from clipflow_ray.images import DecodedImage, decode, stratum, view
+from clipflow_ray.images import DecodedImage, by_size, decode, stratum, view, views
 from tests.conftest import photo
 
 pytestmark = [
@@ -360,7 +360,8 @@ def spec(**changes: object) -> ViewSpec:
 
 def open_clips(rgb: np.ndarray, wanted: ViewSpec) -> np.ndarray:
     """The pixels that open_clip's own evaluation transform feeds to its normalisation, in 0..255."""
-    whole = image_transform_v2(PreprocessCfg(**wanted.model_dump(exclude={"kind"})), is_train=False)
+    own = wanted.model_dump(exclude={"kind", "sizes"}) | {"size": wanted.sizes[0]}
+    whole = image_transform_v2(PreprocessCfg(**own), is_train=False)
     return np.asarray(Compose(whole.transforms[:-1])(Image.fromarray(rgb)).permute(1, 2, 0)) * 255
 
 
@@ -371,9 +372,9 @@ def open_clips(rgb: np.ndarray, wanted: ViewSpec) -> np.ndarray:
 def test_the_resize_view_of_a_photograph_equals_open_clips_within_one_grey_level(
     width: int, height: int, size: int, interpolation: str, resize_mode: str
 ) -> None:
-    wanted = spec(size=size, interpolation=interpolation, resize_mode=resize_mode)
+    wanted = spec(sizes=(size,), interpolation=interpolation, resize_mode=resize_mode)
     rgb = photo(7, (height, width))
-    actual = view(rgb, wanted)
+    actual = view(rgb, wanted, size)
     assert actual.shape == (size, size, 3) and actual.dtype == np.uint8
     np.testing.assert_allclose(actual, open_clips(rgb, wanted), atol=1.001)
 
@@ -386,7 +387,7 @@ def test_the_resize_view_of_pure_noise_equals_open_clips_except_at_few_values(
     rgb = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     expected = open_clips(rgb, OPENAI_VIEW)
     for kind in ("resize", "crop") if min(width, height) < 224 else ("resize",):
-        actual = view(rgb, spec(kind=kind))
+        actual = view(rgb, spec(kind=kind), 224)
         assert actual.shape == (224, 224, 3) and actual.dtype == np.uint8
         difference = np.abs(actual - expected)
         assert difference.max() <= 2 and (difference > 1.5).mean() < 1e-4
@@ -401,15 +402,33 @@ def test_the_crop_view_is_the_native_centre(
     width: int, height: int, left: int, top: int, size: int, resize_mode: str
 ) -> None:
     rgb = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    centre = view(rgb, spec(kind="crop", size=size, resize_mode=resize_mode))
+    centre = view(rgb, spec(kind="crop", resize_mode=resize_mode), size)
     assert np.array_equal(centre, rgb[top : top + size, left : left + size])
 
 
 def test_the_views_of_the_packaged_checkpoint_are_those_of_earlier_releases() -> None:
     rng = np.random.default_rng(0)
     noise = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((640, 480), (300, 900), (1500, 1100), (150, 400))]
-    views = b"".join(view(rgb, OPENAI_VIEW).tobytes() for rgb in noise)
-    assert hashlib.sha256(views).hexdigest() == "fc2b43c6c2b32dd607928228e7d31d70312f49f451dff6a119d5937bde552728"
+    together = b"".join(views(rgb, OPENAI_VIEW).tobytes() for rgb in noise)
+    assert hashlib.sha256(together).hexdigest() == "fc2b43c6c2b32dd607928228e7d31d70312f49f451dff6a119d5937bde552728"
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 90), min_size=1, max_size=3, unique=True),
+    shapes=st.lists(st.tuples(st.integers(1, 120), st.integers(1, 120)), min_size=1, max_size=3),
+    kind=st.sampled_from(["resize", "crop"]),
+)
+def test_the_views_of_several_sizes_are_packed_and_unpacked_to_the_bit(
+    sizes: list[int], shapes: list[tuple[int, int]], kind: str
+) -> None:
+    wanted = spec(sizes=sizes, kind=kind)
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+    packed = np.stack([views(rgb, wanted) for rgb in images])
+    assert packed.shape == (len(images), wanted.bytes) and packed.dtype == np.uint8
+    for size, of_size in zip(sizes, by_size(packed, wanted.sizes), strict=True):
+        np.testing.assert_array_equal(of_size, np.stack([view(rgb, wanted, size) for rgb in images]))
 
 
 @pytest.mark.parametrize(

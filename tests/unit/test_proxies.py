@@ -344,7 +344,7 @@ def test_an_amplitude_transplant_keeps_phases_and_takes_the_amplitude_of_one_of_
     donors = {}
     for name in ("astronaut.png", "chelsea.png", "coffee.png", "gravel.png", "motorcycle_left.png", "rocket.jpg"):
         rgb = np.array(Image.open(Path(skimage.data.__file__).parent / name).convert("RGB"))
-        donors[name] = np.abs(spectrum(images.view(rgb, OPENAI_VIEW).transpose(2, 0, 1)))[:, band]
+        donors[name] = np.abs(spectrum(images.view(rgb, OPENAI_VIEW, 224).transpose(2, 0, 1)))[:, band]
     taken = set()
     for seed in range(12):
         after = spectrum(applied("amplitude_transplant", seed, **ranges))

@@ -196,7 +196,7 @@ def test_a_folder_gives_its_tower_and_the_view_that_it_records(tmp_path: Path) -
     preprocess = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
     config = repository(tmp_path / "tower", preprocess, 96)
     weights = load_weights(config)
-    assert weights.view == ViewSpec(kind="resize", size=96, **preprocess)
+    assert weights.view == ViewSpec(kind="resize", sizes=(96,), **preprocess)
     assert load_record(config.model_copy(update={"view": "crop"})).view.kind == "crop"
     before = cached_path(config)
     os.utime(tmp_path / "tower/open_clip_model.safetensors", ns=(1, 1))
@@ -314,7 +314,7 @@ def test_a_load_waits_while_another_one_fetches(cache: Path) -> None:
 def test_the_packaged_weights_are_clip_and_match_two_crops_of_a_photograph() -> None:
     from skimage import data
 
-    from clipflow_ray.images import view
+    from clipflow_ray.images import views
     from clipflow_ray.model.encoder import Encoder
 
     weights = load_weights(EncoderConfig())
@@ -322,7 +322,7 @@ def test_the_packaged_weights_are_clip_and_match_two_crops_of_a_photograph() -> 
     assert weights.sha256 == PACKAGED_SHA256
     photos = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket()]
     crops = [photo[:-40, :-40] for photo in photos] + [photo[40:, 40:] for photo in photos]
-    embeddings = Encoder(EncoderConfig()).embed(np.stack([view(crop, weights.view) for crop in crops]))
+    embeddings = Encoder(EncoderConfig())([views(crop, weights.view) for crop in crops])["projected@224"]
     norms = np.linalg.norm(embeddings, axis=1)
     assert embeddings.shape == (8, 512)
     assert norms.min() > 9.0 and norms.max() < 13.0
