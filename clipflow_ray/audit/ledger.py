@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from clipflow_ray.audit.record import CalibrationCard, Judged
 from clipflow_ray.audit.repeats import numbered
 from clipflow_ray.columns import add_columns, ledger_table
-from clipflow_ray.model.calibration import Calibration, verdict
+from clipflow_ray.model.calibration import Calibration, Rule
 from clipflow_ray.runs.folder import Run
 from clipflow_ray.statistics import flagged_rate
 
@@ -26,8 +26,8 @@ SCORED: Final = "scored"
 LEDGER: Final = "ledger"
 
 
-def finalize(run: Run, alpha: float, constants: dict[str, str], dedupe: bool = False) -> Judged:
-    """Write `ledger/` from `scored/` at `alpha` and return the totals over its rows.
+def finalize(run: Run, rule: Rule, constants: dict[str, str], dedupe: bool = False) -> Judged:
+    """Write `ledger/` from `scored/` with the verdicts of `rule` and return the totals over its rows.
 
     `constants` holds model_id, calibration_id and tool_version. `dup_of` is the smallest id among the rows with the
     same bytes. With `dedupe`, a row that has a `dup_of` gets the status skipped_duplicate: it keeps its scores, has no
@@ -35,31 +35,44 @@ def finalize(run: Run, alpha: float, constants: dict[str, str], dedupe: bool = F
     call replaces the files of the first.
     """
     counts: dict[str, Counter[str]] = {"status": Counter(), "error_code": Counter(), "verdict": Counter()}
-    start = 0
+    start, capped = 0, 0
     with numbered(run.parts(SCORED)) as rows:
         q_values = rows.q_values(dedupe)
         for name, table in _tables(run):
-            table = judged(table, q_values, rows.repeated(start, len(table)), dedupe, alpha, constants)
+            table = judged(table, q_values, rows.repeated(start, len(table)), dedupe, rule, constants)
             start += len(table)
             (run.place / LEDGER / name).write_parquet(table)
             for column, counter in counts.items():
                 counter.update(value for value in table[column].to_pylist() if value is not None)
+            if rule.prone and rule.cap:
+                capped += sum(_capped(reasons) for reasons in table["verdict_reasons"].to_pylist())
     return Judged(
         rows=start,
         by_status=dict(sorted(counts["status"].items())),
         by_error_code=dict(sorted(counts["error_code"].items())),
         by_verdict=dict(sorted(counts["verdict"].items())),
-        flagged=flagged_rate(counts["verdict"]["likely_ai"], counts["status"]["ok"], alpha),
+        capped=capped,
+        flagged=flagged_rate(counts["verdict"]["likely_ai"], counts["status"]["ok"], rule.alpha),
     )
 
 
-def calibration_card(calibration: Calibration, alpha: float) -> CalibrationCard:
-    """Size of the calibration set, and threshold and realised false-positive rate (95 % interval) at `alpha`."""
+def calibration_card(calibration: Calibration, rule: Rule) -> CalibrationCard:
+    """Size of the calibration set, and what its alpha means for photographs like it and for those of a new source."""
     return CalibrationCard(
         calibration_n=len(calibration.scores),
-        threshold=calibration.threshold(alpha),
-        false_positive_rate_95=calibration.false_positive_interval(alpha),
+        calibration_sources=calibration.source_count,
+        threshold=calibration.threshold(rule.alpha),
+        p_floor=calibration.floor,
+        false_positive_rate_95=calibration.false_positive_interval(rule.alpha),
+        unseen_source=calibration.unseen_source(rule.alpha),
+        prone_strata=tuple(sorted(rule.prone)),
+        in_words=calibration.in_words(rule.alpha) + rule.in_words(),
     )
+
+
+def _capped(reasons: list[str] | None) -> bool:
+    """Whether these are the reasons of an image whose p-value is at most alpha, and whose stratum is prone."""
+    return reasons is not None and {"below_alpha", "stratum_prone"} <= set(reasons)
 
 
 def _tables(run: Run) -> Iterator[tuple[str, pa.Table]]:
@@ -74,7 +87,7 @@ def judged(
     q_values: Callable[[NDArray[np.float32]], NDArray[np.float32]],
     dup_of: list[str | None],
     dedupe: bool,
-    alpha: float,
+    rule: Rule,
     constants: dict[str, str],
 ) -> pa.Table:
     """Scored rows -> rows of the ledger; see `finalize`."""
@@ -83,7 +96,11 @@ def judged(
         [dedupe and old == "ok" and first is not None for old, first in zip(status, dup_of, strict=True)], bool
     )
     p_values = np.where(skipped, np.nan, p_values).astype(np.float32)
-    verdicts = [(None, None) if np.isnan(p) else verdict(float(p), alpha) for p in p_values]
+    strata = table["stratum"].to_pylist()
+    verdicts = [
+        (None, None) if np.isnan(p) else rule.verdict(float(p), stratum or "")
+        for p, stratum in zip(p_values, strata, strict=True)
+    ]
     values: dict[str, Any] = {
         "status": ["skipped_duplicate" if skip else old for old, skip in zip(status, skipped, strict=True)],
         "dup_of": dup_of,

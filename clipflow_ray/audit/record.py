@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from clipflow_ray.config import AuditConfig, Closed, ImageLimits, InventoryOptions, Record
+from clipflow_ray.model.calibration import SourceRange
 from clipflow_ray.runs.record import FinishedRecord
 from clipflow_ray.statistics import FlaggedRate
 
@@ -34,10 +35,21 @@ class CalibrationCard(Closed):
     """What alpha means with the calibration of the checkpoint."""
 
     calibration_n: int = Field(description="Number of calibration photographs.")
-    threshold: float = Field(description="Images with a higher score are flagged.")
-    false_positive_rate_95: tuple[float, float] = Field(
-        description="95 % interval of the false-positive rate on photographs like those of the calibration."
+    calibration_sources: int = Field(1, description="Number of their sources; 1 if the checkpoint does not know them.")
+    threshold: float = Field(description="A higher score has a p-value of at most alpha.")
+    p_floor: float | None = Field(
+        None, description="The smallest p-value that there is, 1 / (n + 1); null in an older record."
     )
+    false_positive_rate_95: tuple[float, float] = Field(
+        description="95 % interval of the false-positive rate on photographs drawn as the calibration's were."
+    )
+    unseen_source: SourceRange | None = Field(
+        None, description="Flagged share of a source never seen; null if the calibration knows fewer than 5 sources."
+    )
+    prone_strata: tuple[str, ...] = Field(
+        (), description="Strata of format and size that calibration flags at least three times as often as alpha."
+    )
+    in_words: tuple[str, ...] = Field((), description="The same as sentences.")
 
 
 class Judged(Closed):
@@ -47,6 +59,9 @@ class Judged(Closed):
     by_status: dict[str, int] = Field(description="Rows by `status`.")
     by_error_code: dict[str, int] = Field(description="Rows that have an `error_code`, by its value.")
     by_verdict: dict[str, int] = Field(description="Rows that have a `verdict`, by its value.")
+    capped: int = Field(
+        0, description="Rows with a p-value of at most alpha that are `inconclusive` because their stratum is prone."
+    )
     flagged: FlaggedRate = Field(description="How many of the scored images are flagged.")
 
 
@@ -56,6 +71,9 @@ class AuditRecord(Judged, FinishedRecord[AuditIdentity]):
     config: AuditConfig = Field(description="Settings of the `audit` command; `finalize` does not change them.")
     timing: Timing = Field(description="How long the scoring took.")
     alpha: float = Field(description="False-positive rate that the verdicts are for.")
+    cap_prone_strata: bool = Field(
+        False, description="Whether the verdict on an image of a prone stratum is at most `inconclusive`."
+    )
     dedupe: Literal["sha256", "none"] = Field(description="Whether equal files count once.")
     calibration: CalibrationCard = Field(description="What alpha means with this calibration.")
     ledger: str = Field(description="URI of the folder with the ledger's parquet files.")
@@ -156,6 +174,8 @@ class AuditReport(Record):
     command: str = Field(description="Command line that repeats the audit.")
     counts: Counts = Field(description="Rows of the ledger by status, verdict and error code.")
     timing: Timing = Field(description="How long the scoring took.")
+    calibration: CalibrationCard = Field(description="What alpha means with this calibration.")
+    capped: int = Field(description="Images that would be flagged, but are `inconclusive` as their stratum is prone.")
     flagged: FlaggedRate = Field(description="How many of the scored images are flagged.")
     groups: tuple[NamedRate, ...] = Field(description="Rates of the groups, most flagged first.")
     strata: tuple[NamedRate, ...] = Field(description="Rates of the strata of format and size, most flagged first.")

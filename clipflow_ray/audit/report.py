@@ -9,7 +9,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any, Final
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from scipy import stats
@@ -40,7 +39,7 @@ _MAX_GROUPS: Final = 200
 _FDR: Final = 0.05
 _OK: Final = pc.field("status") == "ok"
 # Settings that only a config file can change. Every other setting of an audit has a flag: its name with dashes.
-CONFIG_FILE_ONLY: Final = frozenset({"limits", "generator_column", "batch_size", "rows_per_task"})
+CONFIG_FILE_ONLY: Final = frozenset({"limits", "generator_column", "cap_prone_strata", "batch_size", "rows_per_task"})
 _ALWAYS_SHOWN: Final = ("output", "checkpoint", "alpha")
 
 
@@ -70,7 +69,7 @@ def report_of(run: Run, record: AuditRecord, calibration: Calibration) -> AuditR
             if code and len(examples[code]) < _EXAMPLES:
                 place = rows["uri"][at] + (f" : {rows['member'][at]}" if rows["member"][at] else "")
                 examples[code].append(ErrorExample(place=place, message=rows["error_message"][at]))
-    scores = Distribution(calibration.scores)
+    scores = Distribution(calibration)
     for batch in _batches(run, ["score", "p_value"], _OK):
         scores.add(batch["score"].to_numpy(), batch["p_value"].to_numpy())
     return AuditReport(
@@ -92,6 +91,8 @@ def report_of(run: Run, record: AuditRecord, calibration: Calibration) -> AuditR
             status=record.by_status, verdict=record.by_verdict, error_code=record.by_error_code, rows=record.rows
         ),
         timing=record.timing,
+        calibration=record.calibration,
+        capped=record.capped,
         flagged=record.flagged,
         groups=_rates(counts, 0, record.alpha),
         strata=_rates(counts, 1, record.alpha),
@@ -101,7 +102,7 @@ def report_of(run: Run, record: AuditRecord, calibration: Calibration) -> AuditR
         },
         scores=scores.histogram(),
         p_values=scores.p_values(),
-        drift=_drift(scores, calibration),
+        drift=_drift(scores),
     )
 
 
@@ -130,7 +131,7 @@ def _rates(counts: Counter[tuple[str, str, str, str]], place: int, alpha: float)
     return tuple(sorted(table, key=lambda row: (-row.count / row.of, row.name)))
 
 
-def _drift(scores: Distribution, calibration: Calibration) -> Drift | None:
+def _drift(scores: Distribution) -> Drift | None:
     """Kolmogorov-Smirnov distance of the audit's scores from the calibration's, and both medians."""
     middle = scores.median()
     if middle is None:
@@ -140,7 +141,7 @@ def _drift(scores: Distribution, calibration: Calibration) -> Drift | None:
         ks_distance=distance,
         p_value=p_value,
         median=middle,
-        calibration_median=float(np.median(calibration.scores)),
+        calibration_median=scores.calibration_median(),
     )
 
 

@@ -25,7 +25,7 @@ from clipflow_ray.errors import CalibrationError, ConfigError, InputError, ReadE
 from clipflow_ray.inputs.listing import rows
 from clipflow_ray.inputs.manifest import write_manifest
 from clipflow_ray.inputs.reading import read_bytes
-from clipflow_ray.model.calibration import Calibration
+from clipflow_ray.model.calibration import Calibration, Rule
 from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint
 from clipflow_ray.model.encoder import Encoder
 from clipflow_ray.model.weights import load_weights
@@ -42,9 +42,9 @@ _TRIED_FIRST: Final = 3
 def audit(config: AuditConfig) -> AuditRecord:
     """Score every object of the input and return the run's record, as `run.json` holds it.
 
-    An interrupted run continues. A finished run is returned as it is; if alpha or dedupe differ, only its verdicts are
-    computed again. Raises ClipflowError before scoring starts if the checkpoint, the weights, the input or the
-    cluster is unusable, or if another run holds the output.
+    An interrupted run continues. A finished run is returned as it is; if alpha, dedupe or cap_prone_strata differ,
+    only its verdicts are computed again. Raises ClipflowError before scoring starts if the checkpoint, the weights, the
+    input or the cluster is unusable, or if another run holds the output.
     """
     if not config.input:
         raise ConfigError("Name at least one --input to audit.")
@@ -52,13 +52,14 @@ def audit(config: AuditConfig) -> AuditRecord:
     checkpoint = load_checkpoint(Place.at(config.checkpoint, config.s3))
     if checkpoint.calibration is None:
         raise CalibrationError("The checkpoint has no calibration; train it with a calibration split.")
-    calibration_card(checkpoint.calibration, config.alpha)  # refuses an unsupported alpha before any work
+    checkpoint.calibration.threshold(config.alpha)  # refuses an unsupported alpha before any work
     run = Run(Place.at(config.output, config.s3))
     with exclusive(run.place):
         return _audited(config, run, checkpoint, checkpoint.calibration)
 
 
 def _audited(config: AuditConfig, run: Run, checkpoint: Checkpoint, calibration: Calibration) -> AuditRecord:
+    rule = calibration.rule(config.alpha, config.cap_prone_strata)
     constants = {
         "model_id": checkpoint.model_id,
         "calibration_id": calibration.calibration_id,
@@ -84,20 +85,21 @@ def _audited(config: AuditConfig, run: Run, checkpoint: Checkpoint, calibration:
         load_weights(checkpoint.encoder)  # so that missing weights raise here and not in every actor
         listed = run.begin(RunRecord[AuditIdentity], identity, list_inputs).manifest_rows
         scored_by, timing = config, _score(config, run, checkpoint, calibration, constants, listed)
-    elif (record.alpha, record.dedupe) == (config.alpha, config.dedupe):
+    elif (record.alpha, record.cap_prone_strata, record.dedupe) == (rule.alpha, rule.cap, config.dedupe):
         log.info("this audit is already finished")
         return record
     else:
         listed, scored_by, timing = record.manifest_rows, record.config, record.timing
-    found = finalize(run, config.alpha, constants, config.dedupe == "sha256")
+    found = finalize(run, rule, constants, config.dedupe == "sha256")
     record = AuditRecord(
         identity=identity,
         manifest_rows=listed,
         config=scored_by,
         timing=timing,
-        alpha=config.alpha,
+        alpha=rule.alpha,
+        cap_prone_strata=rule.cap,
         dedupe=config.dedupe,
-        calibration=calibration_card(calibration, config.alpha),
+        calibration=calibration_card(calibration, rule),
         ledger=(run.place / LEDGER).uri,
         report=(run.place / PAGE).uri,
         **dict(found),
@@ -172,7 +174,14 @@ def _check_readable(config: AuditConfig, run: Run) -> None:
 def check_columns(reading: dict[str, Any], calibration: Calibration, constants: dict[str, str]) -> None:
     """Send an empty manifest through every stage: raises ClipflowError if their columns are not those of columns.py."""
     table = read_and_decode(MANIFEST_SCHEMA.empty_table(), **reading)
-    judged(scored(table, None, calibration), lambda p_values: p_values, [], False, 0.5, constants)
+    judged(
+        scored(table, None, calibration),
+        lambda p_values: p_values,
+        [],
+        False,
+        Rule(0.5, frozenset(), cap=True),
+        constants,
+    )
 
 
 def _score(

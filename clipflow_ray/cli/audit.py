@@ -134,22 +134,20 @@ def finalize(
 
 
 def summary(record: "AuditRecord") -> str:
-    flagged, timing, calibration = record.flagged, record.timing, record.calibration
+    flagged, timing = record.flagged, record.timing
     lines = [f"{record.rows} objects: " + _counted(record.by_status)]
     if record.by_error_code:
         lines.append("errors: " + _counted(record.by_error_code))
     lines.append("verdicts: " + _counted(record.by_verdict))
     if flagged.share is not None and flagged.wilson_95 is not None:
         low, high = flagged.wilson_95
-        low_fpr, high_fpr = calibration.false_positive_rate_95
         lines.append(
             f"flagged at alpha {record.alpha:g}: {flagged.count} of {flagged.of} scored, "
             f"{flagged.share:.1%} (95 % interval {low:.1%} to {high:.1%})"
         )
-        lines.append(
-            f"of photographs like the {calibration.calibration_n} of the calibration set, "
-            f"{low_fpr:.1%} to {high_fpr:.1%} would be flagged"
-        )
+    lines += record.calibration.in_words
+    if record.capped:
+        lines.append(f"inconclusive for this reason alone, and not counted as flagged: {record.capped}")
     lines.append(f"{timing.objects_per_second:.1f} images/s over {timing.seconds:.0f} s, start-up included")
     lines += [f"ledger: {record.ledger}", f"report: {record.report}", DISCLAIMER]
     return "\n".join(lines)

@@ -30,14 +30,15 @@ def score(
     """Score a few image files on this machine without Ray, or on a server."""
     if url and checkpoint:
         raise ConfigError("Give --url or --checkpoint, not both: a server has its own checkpoint.")
-    results = _score_on_server(url, files, alpha) if url else _score_here(files, checkpoint, alpha)
+    results, floor = _score_on_server(url, files, alpha) if url else _score_here(files, checkpoint, alpha)
     for path, (record, sentence) in zip(files, results, strict=True):
         print(json.dumps({"file": str(path), **record}) if as_json else f"{path}: {sentence}")
-    print(DISCLAIMER, file=sys.stderr)
+    print(f"{DISCLAIMER} {floor}", file=sys.stderr)
 
 
-def _score_here(files: list[Path], checkpoint: str | None, alpha: float | None) -> list[_Result]:
+def _score_here(files: list[Path], checkpoint: str | None, alpha: float | None) -> tuple[list[_Result], str]:
     from clipflow_ray import load_detector
+    from clipflow_ray.model.calibration import floor_in_words
 
     try:
         data = [path.read_bytes() for path in files]
@@ -45,7 +46,7 @@ def _score_here(files: list[Path], checkpoint: str | None, alpha: float | None) 
         raise ConfigError(f"Cannot read {error.filename}: {error.strerror}.") from error
     detector = load_detector(checkpoint)
     findings = detector.detect(data) if alpha is None else detector.detect(data, alpha)
-    return [
+    results = [
         (
             asdict(finding),
             _failure(finding.error["code"], finding.error["message"])
@@ -54,24 +55,28 @@ def _score_here(files: list[Path], checkpoint: str | None, alpha: float | None) 
         )
         for finding in findings
     ]
+    return results, floor_in_words(len(detector.calibration.scores))
 
 
-def _score_on_server(url: str, files: list[Path], alpha: float | None) -> list[_Result]:
+def _score_on_server(url: str, files: list[Path], alpha: float | None) -> tuple[list[_Result], str]:
     from clipflow_ray.client import Client
+    from clipflow_ray.model.calibration import floor_in_words
 
     with Client(url) as client:
-        most = client.model().limits.max_images
+        model = client.model()
+        most = model.limits.max_images
         chunks = [files[at : at + most] for at in range(0, len(files), most)]
-        results = [result for chunk in chunks for result in client.detect(chunk, alpha).results]
-    return [
+        answers = [result for chunk in chunks for result in client.detect(chunk, alpha).results]
+    results = [
         (
             result.model_dump(exclude_none=True),
             _failure(result.error.code, result.error.message)
             if result.error
             else _judgement(result.verdict, result.p_value, result.score),
         )
-        for result in results
+        for result in answers
     ]
+    return results, floor_in_words(model.calibration_n)
 
 
 def _failure(code: str, message: str) -> str:

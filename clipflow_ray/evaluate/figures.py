@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from clipflow_ray.config import CAP_PRONE_STRATA
 from clipflow_ray.evaluate import metrics
 from clipflow_ray.evaluate.baselines import BASELINES
 from clipflow_ray.evaluate.record import (
@@ -28,6 +29,7 @@ from clipflow_ray.evaluate.record import (
     VariantFigures,
 )
 from clipflow_ray.evaluate.views import CASES, VARIANTS
+from clipflow_ray.images import stratum
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.statistics import auroc, excess_lower_bound, flagged_rate, wilson
 
@@ -59,6 +61,8 @@ def figures(scores: pa.Table, calibrations: Sequence[Calibration]) -> DerivedFig
         auroc=found.detectors[FLOW].auroc,
         n=found.n,
         calibration_n=len(calibrations[0].scores),
+        calibration_sources=calibrations[0].source_count,
+        calibration_in_words=_in_words(calibrations[0]),
         variants=variants,
         metadata_only_auroc=found.metadata_only.auroc,
         format_gap_auroc={name: row.auroc - aligned.detectors[name].auroc for name, row in found.detectors.items()},
@@ -167,13 +171,18 @@ def _at_threshold(calibration: Calibration, rows: Columns, alpha: float) -> Thre
     """Rates at the calibrated threshold: recall per generator, false positives per natural source."""
     generated, rate = rows["generated"], _rates(rows["score"], calibration)
     true, false = rate(alpha, generated), rate(alpha, ~generated)
+    threshold, rule = calibration.threshold(alpha), calibration.rule(alpha, CAP_PRONE_STRATA)
+    capped = (rows["score"] > threshold) & np.isin(_strata(rows), sorted(rule.prone))
     together = flagged_rate(true.flagged + false.flagged, len(generated), alpha)
     return ThresholdFigures(
-        threshold=calibration.threshold(alpha),
+        threshold=threshold,
         tpr=true,
         fpr=false,
         balanced_accuracy=0.5 * (true.rate + 1.0 - false.rate),
         false_positive_rate_95=calibration.false_positive_interval(alpha),
+        unseen_source=calibration.unseen_source(alpha),
+        prone_strata=tuple(sorted(rule.prone)),
+        capped=ClassCounts(natural=int((capped & ~generated).sum()), generated=int((capped & generated).sum())),
         audited_together=RateTogether(**dict(together), generated_share=float(generated.mean())),
         per_generator={name: rate(alpha, mask) for name, mask in _groups(rows, generated)},
         per_source={
@@ -184,10 +193,12 @@ def _at_threshold(calibration: Calibration, rows: Columns, alpha: float) -> Thre
 
 def _of_source(rate: Rate, calibration: Calibration, alpha: float) -> SourceRate:
     low, high = calibration.flagged_interval(alpha, rate.of)
+    unseen = calibration.unseen_source(alpha)
     return SourceRate(
         **dict(rate),
         expected_95=(low, high),
         inside=low <= rate.rate <= high,
+        inside_unseen=None if unseen is None else unseen.low <= rate.rate <= unseen.high,
         excess_lower_bound=excess_lower_bound(rate.wilson_95[0], alpha),
     )
 
@@ -200,6 +211,19 @@ def _rates(scores: NDArray[Any], calibration: Calibration) -> Callable[[float, M
         return Rate(flagged=count, of=of, rate=count / of, wilson_95=wilson(count, of))
 
     return rate
+
+
+def _in_words(calibration: Calibration) -> tuple[str, ...]:
+    """The sentences of every alpha, each once."""
+    alphas = supported(calibration)
+    each = (calibration.in_words(a) + calibration.rule(a, CAP_PRONE_STRATA).in_words() for a in alphas)
+    return tuple(dict.fromkeys(sentence for sentences in each for sentence in sentences))
+
+
+def _strata(rows: Columns) -> NDArray[np.str_]:
+    """The stratum of format and size of each image."""
+    files = zip(rows["format"], rows["width"], rows["height"], strict=True)
+    return np.array([stratum(str(kind), int(width), int(height)) for kind, width, height in files], np.str_)
 
 
 def _groups(rows: Columns, mask: Mask) -> list[tuple[str, Mask]]:

@@ -4,7 +4,7 @@ An evaluation changes no checkpoint and selects nothing. Thresholds come from th
 
 scores.parquet       one row for each image and variant; every figure except the curves is computed from it
 robustness.parquet   one row for each image and distortion, if robustness was asked for
-calibration.parquet  the calibration scores of each checkpoint
+calibration.parquet  the calibration scores of each checkpoint, with stratum, source and the source's weight
 figures.json         the figures; report.html shows them
 evaluation/, robustness-N/   embeddings, reused if nothing changed
 """
@@ -148,16 +148,20 @@ def _robustness(config: EvaluateConfig, source: Run, scores: pa.Table, detector:
 
 
 def _calibration(detectors: Sequence[Detector]) -> pa.Table:
-    return pa.concat_tables(
-        pa.table(
-            {
-                "model_id": [detector.checkpoint.model_id] * len(detector.calibration.scores),
-                "score": detector.calibration.scores,
-                "stratum": list(detector.calibration.strata),
-            }
-        )
-        for detector in detectors
-    )
+    tables = []
+    for detector in detectors:
+        calibration = detector.calibration
+        each = np.full(calibration.source_count, 1.0 / calibration.source_count)
+        weights = each if calibration.weights is None else calibration.weights
+        columns = {
+            "model_id": [detector.checkpoint.model_id] * len(calibration.scores),
+            "score": calibration.scores,
+            "stratum": list(calibration.strata),
+            "source": calibration.sources,
+            "source_weight": weights[calibration.sources],
+        }
+        tables.append(pa.table(columns))
+    return pa.concat_tables(tables)
 
 
 def _unreadable(run: Run) -> Counter[str]:

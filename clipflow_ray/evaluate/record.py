@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from clipflow_ray.config import Closed, Record, Segment
+from clipflow_ray.model.calibration import SourceRange
 from clipflow_ray.runs.record import FinishedRecord
 from clipflow_ray.statistics import FlaggedRate
 
@@ -49,13 +50,16 @@ class SourceRate(Rate):
         description="Range of 95 % of samples of that size, if the source is like the calibration photographs."
     )
     inside: bool = Field(description="Whether `rate` lies in `expected_95`.")
+    inside_unseen: bool | None = Field(
+        None, description="Whether `rate` lies in the 90 % range of `unseen_source`; null if that is null."
+    )
     excess_lower_bound: float = Field(
         description="`(low - alpha) / (1 - alpha)`, at least 0; low is the lower end of `wilson_95`."
     )
 
 
 class RateTogether(FlaggedRate):
-    """The figures that an audit of both classes together would report."""
+    """The figures that an audit of both classes together would report if it caps no verdict."""
 
     generated_share: float = Field(description="Share of AI-generated images in both classes together.")
 
@@ -68,7 +72,16 @@ class ThresholdFigures(Closed):
     fpr: Rate = Field(description="False positives among the natural images.")
     balanced_accuracy: float = Field(description="Mean of recall and of one minus the false-positive rate.")
     false_positive_rate_95: tuple[float, float] = Field(
-        description="95 % interval of the false-positive rate on photographs like those of the calibration."
+        description="95 % interval of the false-positive rate on photographs drawn as the calibration's were."
+    )
+    unseen_source: SourceRange | None = Field(
+        None, description="Flagged share of a source never seen; null if the calibration knows fewer than 5 sources."
+    )
+    prone_strata: tuple[str, ...] = Field(
+        (), description="Strata of format and size that calibration flags at least three times as often as alpha."
+    )
+    capped: ClassCounts = Field(
+        description="Flagged images of these strata, on which a verdict is at most `inconclusive` by default."
     )
     audited_together: RateTogether = Field(description="The flagged share of both classes together.")
     per_generator: dict[str, Rate] = Field(description="Recall of each generator.")
@@ -125,6 +138,10 @@ class DerivedFigures(Closed):
     auroc: float = Field(description="AUROC of the flow on the images as found.")
     n: ClassCounts = Field(description="Readable images.")
     calibration_n: int = Field(description="Number of calibration photographs.")
+    calibration_sources: int = Field(1, description="Number of their sources; 1 if the checkpoint does not know them.")
+    calibration_in_words: tuple[str, ...] = Field(
+        (), description="What each alpha and a p-value mean with this calibration, as sentences."
+    )
     variants: dict[str, VariantFigures] = Field(description="The figures of `as_found` and of `format_aligned`.")
     metadata_only_auroc: float = Field(description="AUROC of the `metadata_only` probe on the images as found.")
     format_gap_auroc: dict[str, float] = Field(

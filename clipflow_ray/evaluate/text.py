@@ -1,15 +1,20 @@
 """The figures of an evaluation as plain text."""
 
 from collections.abc import Sequence
+from typing import Final
 
 from clipflow_ray.evaluate.figures import FLOW
 from clipflow_ray.evaluate.record import EvaluationFigures, RobustnessPoint
+
+# By whether a source lies in the range of a source never seen; None if that is unknown.
+_UNSEEN: Final = {None: "", True: ", inside for a source never seen", False: ", OUTSIDE for a source never seen"}
 
 
 def text(result: EvaluationFigures) -> str:
     """Return tables for each variant (detectors, rates, sources, generators worst first), then the robustness."""
     lines = [
         f"checkpoint {result.model_id}, calibrated on {result.calibration_n} natural images",
+        *result.calibration_in_words,
         f"AUROC as found minus format-aligned: {result.format_gap_auroc[FLOW]:+.3f}",
     ]
     for name, figures in result.variants.items():
@@ -33,6 +38,11 @@ def text(result: EvaluationFigures) -> str:
                 f"at alpha {alpha}: recall {at.tpr.rate:.3f}, false positives {at.fpr.rate:.3f}"
                 f" (expected {_span(at.false_positive_rate_95)}), balanced accuracy {at.balanced_accuracy:.3f}"
             )
+            if at.prone_strata:
+                lines.append(
+                    f"    of these {at.capped.natural} natural and {at.capped.generated} generated are at most "
+                    f"inconclusive for their format and size: {', '.join(at.prone_strata)}"
+                )
             together = at.audited_together
             lines.append(
                 f"    audited together {together.share:.3f} are flagged, excess flag rate at least "
@@ -42,7 +52,7 @@ def text(result: EvaluationFigures) -> str:
                 inside = "inside" if false.inside else "OUTSIDE"
                 lines.append(
                     f"    {source:28}{false.flagged:4}/{false.of:<4} false positives {false.rate:.3f}, "
-                    f"{inside} {_span(false.expected_95)}"
+                    f"{inside} {_span(false.expected_95)}{_UNSEEN[false.inside_unseen]}"
                 )
         recall = figures.thresholds["0.05"].per_generator
         lines.append(f"{'generator, worst first':32}{'n':>5}{'AUROC':>7}{'recall at 5 %':>15}")

@@ -2,7 +2,7 @@
 
 checkpoint.json          configs, encoder fingerprint, training summary, metrics, sha256 of each tensor file
 flow.safetensors         the flow with the naturals' mean and std, stored as float16
-calibration.safetensors  scores of held-out naturals; without it the detector is not calibrated
+calibration.safetensors  scores of held-out naturals and their sources; without it the detector is not calibrated
 reference.safetensors    natural embeddings (float16) and two probes, for the baselines of `evaluate`
 """
 
@@ -100,7 +100,7 @@ def save_checkpoint(checkpoint: Checkpoint, where: Place | str | Path) -> None:
     strata: tuple[str, ...] = ()
     if checkpoint.calibration is not None:
         strata = checkpoint.calibration.strata
-        files["calibration.safetensors"] = save({"scores": torch.from_numpy(checkpoint.calibration.scores)})
+        files["calibration.safetensors"] = save(_tensors_of(checkpoint.calibration))
     if checkpoint.reference:
         files["reference.safetensors"] = save(_contiguous(checkpoint.reference))
     record = CheckpointRecord(
@@ -150,8 +150,7 @@ def load_checkpoint(where: Place | str | Path) -> Checkpoint:
         tensors = {name: _tensors(place / name, digest) for name, digest in record.sha256.items()}
         calibration = None
         if "calibration.safetensors" in tensors:
-            scores = tensors["calibration.safetensors"]["scores"].numpy().astype(np.float32)
-            calibration = Calibration(scores, record.calibration_strata)
+            calibration = _calibration(tensors["calibration.safetensors"], record.calibration_strata)
         return Checkpoint(
             encoder=record.encoder,
             encoder_fingerprint=record.encoder_fingerprint,
@@ -213,6 +212,19 @@ def _tensors(place: Place, sha256: str) -> dict[str, Tensor]:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise CheckpointError(f"{place.uri} holds values that are not finite in {name!r}.")
     return tensors
+
+
+def _tensors_of(calibration: Calibration) -> dict[str, Tensor]:
+    arrays = {"scores": calibration.scores, "sources": calibration.sources}
+    weights = {} if calibration.weights is None else {"weights": calibration.weights}
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in (arrays | weights).items()}
+
+
+def _calibration(tensors: dict[str, Tensor], strata: tuple[str, ...]) -> Calibration:
+    """The calibration of a file. One from before sources were kept counts as of one source."""
+    scores = tensors["scores"].numpy().astype(np.float32)
+    sources = tensors["sources"].numpy() if "sources" in tensors else np.zeros(len(scores), np.int32)
+    return Calibration(scores, strata, sources, tensors["weights"].numpy() if "weights" in tensors else None)
 
 
 def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:

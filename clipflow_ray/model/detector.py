@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from clipflow_ray import sandbox
+from clipflow_ray.config import CAP_PRONE_STRATA
 from clipflow_ray.errors import CalibrationError, EncoderMismatchError, ItemError
 from clipflow_ray.images import DecodedImage
-from clipflow_ray.model.calibration import Calibration
+from clipflow_ray.model.calibration import Calibration, Rule
 from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint
 from clipflow_ray.model.encoder import Encoder, device_for
 from clipflow_ray.model.extractor import F32, Extractor, Images, joined
@@ -81,20 +82,25 @@ class Detector:
         return cls(load_checkpoint(path), device)
 
     @overload
-    def detect(self, data: bytes, alpha: float = 0.01) -> Finding: ...
+    def detect(self, data: bytes, alpha: float = 0.01, cap_prone_strata: bool = CAP_PRONE_STRATA) -> Finding: ...
     @overload
-    def detect(self, data: Sequence[bytes], alpha: float = 0.01) -> list[Finding]: ...
-    def detect(self, data: bytes | Sequence[bytes], alpha: float = 0.01) -> Finding | list[Finding]:
+    def detect(
+        self, data: Sequence[bytes], alpha: float = 0.01, cap_prone_strata: bool = CAP_PRONE_STRATA
+    ) -> list[Finding]: ...
+    def detect(
+        self, data: bytes | Sequence[bytes], alpha: float = 0.01, cap_prone_strata: bool = CAP_PRONE_STRATA
+    ) -> Finding | list[Finding]:
         """Judge encoded images at the false-positive rate `alpha`.
 
-        A bad image gives a Finding with status `error`, never an exception. Raises CalibrationError if alpha is too
-        small for the calibration.
+        With `cap_prone_strata`, an image whose format and size is prone to false alarms at `alpha` is at most
+        `inconclusive`; see `Calibration.prone_strata`. A bad image gives a Finding with status `error`, never an
+        exception. Raises CalibrationError if alpha is too small for the calibration.
         """
-        self.calibration.threshold(alpha)
+        rule = self.calibration.rule(alpha, cap_prone_strata)
         if isinstance(data, bytes):
-            return next(self._findings([data], alpha, 0))
+            return next(self._findings([data], rule, 0))
         chunks = (data[at : at + _BATCH] for at in range(0, len(data), _BATCH))
-        return [f for at, chunk in enumerate(chunks) for f in self._findings(chunk, alpha, at * _BATCH)]
+        return [f for at, chunk in enumerate(chunks) for f in self._findings(chunk, rule, at * _BATCH)]
 
     def score_views(self, views: Images) -> Scores:
         """uint8 [N, view.bytes], packed by `images.views` -> Scores. A score depends on its own image alone."""
@@ -115,7 +121,7 @@ class Detector:
             )
         return Scores(total, log_base, log_det, score, self.calibration.p_value(score))
 
-    def _findings(self, chunk: Sequence[bytes], alpha: float, start: int) -> Iterator[Finding]:
+    def _findings(self, chunk: Sequence[bytes], rule: Rule, start: int) -> Iterator[Finding]:
         decoded = sandbox.decode_all(chunk, self.checkpoint.limits, self.checkpoint.view)
         good = [image.rgb for image in decoded if isinstance(image, DecodedImage)]
         numbers = iter(self.score_views(good).rows() if good else [])
@@ -124,4 +130,4 @@ class Detector:
             if isinstance(image, ItemError):
                 yield refused(index, digest, image)
             else:
-                yield judged(index, digest, FileFacts.of(image), next(numbers), alpha, max(self.checkpoint.view.sizes))
+                yield judged(index, digest, FileFacts.of(image), next(numbers), rule, max(self.checkpoint.view.sizes))

@@ -2,7 +2,7 @@
 
 Each kind of output is made from these classes in one place. `Detector.detect` returns a Finding, and
 `clipflow-ray score` prints its fields as JSON. `serve.service` turns a Finding into an item of an HTTP answer. The
-ledger's columns of the same names hold FileFacts and Numbers, and its verdicts come from `calibration.verdict` too.
+ledger's columns of the same names hold FileFacts and Numbers, and its verdicts come from a `calibration.Rule` too.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Final, Literal, TypedDict
 from clipflow_ray import images
 from clipflow_ray.errors import ItemCode, ItemError
 from clipflow_ray.images import DecodedImage
-from clipflow_ray.model.calibration import Reason, Verdict, verdict
+from clipflow_ray.model.calibration import Reason, Rule, Verdict
 
 WarningCode = Literal["no_exif", "enlarged_to_view"]
 # What each warning means; docs/formats.md shows these sentences.
@@ -99,14 +99,14 @@ class Finding:
     error: Failure | None = None
 
 
-def judged(index: int, sha256: str | None, facts: FileFacts, numbers: Numbers, alpha: float, view_size: int) -> Finding:
-    """The Finding of a decoded image at `alpha`; without a finite score its status is `error`.
+def judged(index: int, sha256: str | None, facts: FileFacts, numbers: Numbers, rule: Rule, view_size: int) -> Finding:
+    """The Finding of a decoded image by `rule`; without a finite score its status is `error`.
 
     `view_size` is the side of the encoder's largest view in pixels: a smaller image was enlarged.
     """
     if not math.isfinite(numbers.score):
         return refused(index, sha256, non_finite())
-    decision, reasons = verdict(numbers.p_value, alpha)
+    decision, reasons = rule.verdict(numbers.p_value, facts.stratum)
     warnings: list[WarningCode] = []
     if not facts.has_exif:
         warnings.append("no_exif")

@@ -56,9 +56,9 @@ class DetectorReplica(Detectors):
             raise CalibrationError("The probe image has no finite score: the encoder or the flow is broken.")
 
     async def reconfigure(self, tuning: dict[str, Any]) -> None:
-        """Serve's hook for `user_config`: alpha and batching change without a restart."""
+        """Serve's hook for `user_config`: alpha, cap_prone_strata and batching change without a restart."""
         wanted = Tuning.model_validate(tuning)
-        self._detector.calibration.threshold(wanted.alpha)
+        self._detector.calibration.rule(wanted.alpha, wanted.cap_prone_strata)  # refuses an unsupported alpha
         self._tuning = wanted
         batch: Any = self._batch
         batch.set_max_batch_size(wanted.max_batch_size)
@@ -72,12 +72,21 @@ class DetectorReplica(Detectors):
     async def score(self, views: list[Pixels], alpha: float | None) -> Scored | Refused:
         """Score the views of one request, to be judged at `alpha` or at the server's own."""
         alpha = self._tuning.alpha if alpha is None else alpha
+        calibration = self._detector.calibration
         try:
-            interval = self._detector.calibration.false_positive_interval(alpha)
+            rule = calibration.rule(alpha, self._tuning.cap_prone_strata)
         except CalibrationError as error:
             return Refused(str(error))
         numbers = await asyncio.gather(*(self._scored(view) for view in views))
-        return Scored(self._model, self._decoding, alpha, interval, numbers)
+        return Scored(
+            model=self._model,
+            decoding=self._decoding,
+            rule=rule,
+            alpha_realised_95=calibration.false_positive_interval(alpha),
+            unseen_source=calibration.unseen_source(alpha),
+            p_floor=calibration.floor,
+            numbers=numbers,
+        )
 
     async def reproduces(self, view: Pixels) -> bool:
         """Whether the probe image, decoded by the ingress, gets the score that it had at start, batches included."""
@@ -87,21 +96,27 @@ class DetectorReplica(Detectors):
     async def describe(self) -> Description:
         """The facts of the checkpoint and the settings of now."""
         calibration = self._detector.calibration
+        rule = calibration.rule(self._tuning.alpha, self._tuning.cap_prone_strata)
         thresholds = [
             Threshold(
                 alpha=alpha,
                 score=calibration.threshold(alpha),
                 false_positive_rate_95=calibration.false_positive_interval(alpha),
+                unseen_source=calibration.unseen_source(alpha),
             )
-            for alpha in sorted({*_ALPHAS, self._tuning.alpha})
+            for alpha in sorted({*_ALPHAS, rule.alpha})
             if calibration.supports(alpha)
         ]
         return Description(
             model=self._model,
             decoding=self._decoding,
-            alpha=self._tuning.alpha,
-            alpha_realised_95=calibration.false_positive_interval(self._tuning.alpha),
+            alpha=rule.alpha,
+            alpha_realised_95=calibration.false_positive_interval(rule.alpha),
+            unseen_source=calibration.unseen_source(rule.alpha),
+            p_floor=calibration.floor,
             calibration_n=len(calibration.scores),
+            calibration_sources=calibration.source_count,
+            in_words=calibration.in_words(rule.alpha) + rule.in_words(),
             thresholds=thresholds,
             card=self._card,
         )

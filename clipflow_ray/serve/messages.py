@@ -5,6 +5,7 @@ from typing import Protocol
 
 from clipflow_ray.config import ImageLimits, ViewSpec
 from clipflow_ray.images import Pixels
+from clipflow_ray.model.calibration import Rule, SourceRange
 from clipflow_ray.model.finding import Numbers
 from clipflow_ray.serve.schemas import ModelInfo, Threshold
 
@@ -19,15 +20,17 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Scored:
-    """Numbers of the views of one request in their order, all by one model, and the false-positive rate to judge at.
+    """Numbers of the views of one request in their order, all by one model, and the rule to judge by.
 
     `decoding` is that of the model, which an update may have changed since the views were made.
     """
 
     model: ModelInfo
     decoding: Decoding
-    alpha: float
+    rule: Rule
     alpha_realised_95: tuple[float, float]
+    unseen_source: SourceRange | None
+    p_floor: float
     numbers: list[Numbers]
 
 
@@ -46,7 +49,11 @@ class Description:
     decoding: Decoding
     alpha: float
     alpha_realised_95: tuple[float, float]
+    unseen_source: SourceRange | None
+    p_floor: float
     calibration_n: int
+    calibration_sources: int
+    in_words: tuple[str, ...]
     thresholds: list[Threshold]
     card: str
 

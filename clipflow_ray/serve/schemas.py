@@ -3,12 +3,12 @@
 A field that does not apply is absent, not null. Numbers are finite, because JSON has no NaN.
 """
 
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from clipflow_ray.errors import ItemCode
-from clipflow_ray.model.calibration import Verdict
+from clipflow_ray.model.calibration import SourceRange, Verdict
 
 ErrorCode = Literal[
     "invalid_request",
@@ -24,6 +24,7 @@ ErrorCode = Literal[
     "timeout",
     "internal",
 ]
+UNSEEN: Final = "Flagged share of a source never seen; absent if the calibration knows fewer than 5 sources."
 
 
 class Schema(BaseModel):
@@ -69,7 +70,9 @@ class ItemResult(Schema):
         None, description="Negative log-likelihood per dimension; higher is more suspicious. Specific to the model."
     )
     log_likelihood: float | None = Field(None, description="Log-likelihood of the embedding, in nats.")
-    p_value: float | None = Field(None, description="Conformal p-value among all calibration images.")
+    p_value: float | None = Field(
+        None, description="Conformal p-value among all calibration images; at least `p_floor`."
+    )
     stratum: str | None = Field(None, description="Format and class of the longer side, such as `jpeg|512-1024`.")
     verdict: Verdict | None = Field(None, description="Verdict at the request's alpha.")
     reasons: list[str] | None = Field(None, description="Reasons for the verdict, as codes.")
@@ -93,8 +96,10 @@ class DetectResponse(Schema):
     model: ModelInfo = Field(description="What judged.")
     alpha: float = Field(description="False-positive rate that was used.")
     alpha_realised_95: tuple[float, float] = Field(
-        description="95 % interval of the rate that `alpha` realises on photographs like those of the calibration."
+        description="95 % interval of the rate that it realises on photographs drawn as the calibration's were."
     )
+    unseen_source: SourceRange | None = Field(None, description=UNSEEN)
+    p_floor: float | None = Field(None, description="The smallest p-value that there is: 1 / (n + 1).")
     results: list[ItemResult] = Field(description="One result an image, in the order of the request.")
     disclaimer: str = Field(description="What a verdict is and is not, in a sentence.")
 
@@ -103,10 +108,11 @@ class Threshold(Schema):
     """The score threshold of one alpha."""
 
     alpha: float = Field(description="False-positive rate.")
-    score: float = Field(description="Images with a higher score are flagged.")
+    score: float = Field(description="A higher score has a p-value of at most `alpha`.")
     false_positive_rate_95: tuple[float, float] = Field(
-        description="95 % interval of the rate that it realises on photographs like those of the calibration."
+        description="95 % interval of the rate that it realises on photographs drawn as the calibration's were."
     )
+    unseen_source: SourceRange | None = Field(None, description=UNSEEN)
 
 
 class ServiceLimits(Schema):
@@ -125,9 +131,13 @@ class ModelCard(Schema):
     model: ModelInfo = Field(description="What judges.")
     alpha: float = Field(description="False-positive rate that is used if a request names none.")
     alpha_realised_95: tuple[float, float] = Field(
-        description="95 % interval of the rate that `alpha` realises on photographs like those of the calibration."
+        description="95 % interval of the rate that it realises on photographs drawn as the calibration's were."
     )
+    unseen_source: SourceRange | None = Field(None, description=UNSEEN)
+    p_floor: float | None = Field(None, description="The smallest p-value that there is: 1 / (n + 1).")
     calibration_n: int = Field(description="Number of calibration images.")
+    calibration_sources: int = Field(1, description="Number of their sources; 1 if the checkpoint does not know them.")
+    in_words: list[str] = Field([], description="What the server's `alpha` and a p-value mean, as sentences.")
     thresholds: list[Threshold] = Field(description="Thresholds of common alphas that the calibration supports.")
     limits: ServiceLimits = Field(description="What one request may hold.")
     auth_required: bool = Field(description="Whether a request needs a bearer token.")

@@ -89,7 +89,11 @@ class Service:
             model=facts.model,
             alpha=facts.alpha,
             alpha_realised_95=facts.alpha_realised_95,
+            unseen_source=facts.unseen_source,
+            p_floor=facts.p_floor,
             calibration_n=facts.calibration_n,
+            calibration_sources=facts.calibration_sources,
+            in_words=list(facts.in_words),
             thresholds=facts.thresholds,
             limits=limits,
             auth_required=bool(self.config.tokens),
@@ -120,8 +124,10 @@ class Service:
         return DetectResponse(
             request_id=request_id,
             model=scored.model,
-            alpha=scored.alpha,
+            alpha=scored.rule.alpha,
             alpha_realised_95=scored.alpha_realised_95,
+            unseen_source=scored.unseen_source,
+            p_floor=scored.p_floor,
             results=results,
             disclaimer=DISCLAIMER + " See /v1/model.",
         )
@@ -181,7 +187,7 @@ def _findings(decoded: list[Decoded], scored: Scored) -> Iterator[Finding]:
             yield refused(index, digest, image)
         else:
             facts = FileFacts.of(image)
-            yield judged(index, digest, facts, next(numbers), scored.alpha, max(scored.decoding.view.sizes))
+            yield judged(index, digest, facts, next(numbers), scored.rule, max(scored.decoding.view.sizes))
 
 
 def _item(upload: Upload, finding: Finding, latency_ms: float) -> ItemResult:

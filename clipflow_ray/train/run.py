@@ -79,7 +79,7 @@ def train(config: TrainConfig) -> Trained:
         limits=config.limits,
         objective=config.objective,
         proxies=config.proxies,
-        calibration=Calibration.fit(scores, [str(name) for name in data.calibration.stratum]),
+        calibration=Calibration.fit(scores, data.calibration.stratum.tolist(), data.calibration.group.tolist()),
         reference=_reference(flow.float(), data),
         training=_summary(config, data, fitted, record),
     )

@@ -28,7 +28,6 @@ from clipflow_ray.data.resources import ScoringPlan, plan_scoring
 from clipflow_ray.data.scoring import Score
 from clipflow_ray.errors import CalibrationError, CheckpointError, InputError, ResourceError, RunConflictError
 from clipflow_ray.inputs.format import Row
-from clipflow_ray.model.calibration import verdict
 from clipflow_ray.model.checkpoint import load_checkpoint
 from clipflow_ray.model.detector import Detector
 from clipflow_ray.place import Place
@@ -104,12 +103,20 @@ def test_an_audit_gives_the_scores_of_the_detector_for_the_same_bytes(
             assert abs(finding.score - row["score"]) <= 1e-4 * max(1.0, abs(row["score"]))
             assert (finding.width, finding.height, finding.format) == (row["width"], row["height"], row["format"])
             assert finding.stratum == row["stratum"]
+            assert ("stratum_prone" in finding.reasons) == ("stratum_prone" in row["verdict_reasons"])
 
 
-def test_verdicts_rates_and_q_values_follow_from_the_stored_p_values(record: AuditRecord, config: AuditConfig) -> None:
+def test_verdicts_rates_and_q_values_follow_from_the_stored_p_values(
+    record: AuditRecord, config: AuditConfig, trained: str
+) -> None:
     rows = [row for row in ledger(config.output) if row["status"] == "ok"]
     p = np.array([row["p_value"] for row in rows])
-    assert [row["verdict"] for row in rows] == [verdict(value, config.alpha)[0] for value in p]
+    calibration = load_checkpoint(trained).calibration
+    assert calibration is not None
+    rule = calibration.rule(config.alpha, config.cap_prone_strata)
+    said = [(row["verdict"], row["verdict_reasons"]) for row in rows]
+    assert said == [rule.verdict(row["p_value"], row["stratum"]) for row in rows]
+    assert record.capped == sum({"below_alpha", "stratum_prone"} <= set(row["verdict_reasons"]) for row in rows)
     order = np.argsort(p)
     ranked = p[order] * len(p) / np.arange(1, len(p) + 1)
     expected = np.minimum.accumulate(ranked[::-1])[::-1]

@@ -80,7 +80,10 @@ def test_every_figure_is_derived_again_from_the_shipped_tables_alone(
     written = json.loads(Path(config.output, "figures.json").read_text())
     stored, scores = shipped(config, "calibration"), shipped(config, "scores")
     own = stored.slice(0, len(stored) // 3)  # the same checkpoint is given three times
-    calibration = Calibration(own["score"].to_numpy().astype(np.float32), tuple(own["stratum"].to_pylist()))
+    source = own["source"].to_numpy().astype(np.int32)
+    assert set(own["source_weight"].to_pylist()) == {1 / (source.max() + 1)}
+    scores_of_naturals = own["score"].to_numpy().astype(np.float32)
+    calibration = Calibration(scores_of_naturals, tuple(own["stratum"].to_pylist()), source)
     again = json.loads(derived.figures(scores, [calibration] * 3).model_dump_json())
     assert again == {name: written[name] for name in again}
     curves = derived.curves(shipped(config, "robustness"), calibration)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from clipflow_ray.config import (
     DEFAULT_CHECKPOINT,
@@ -84,7 +84,12 @@ def whole(**changes: Any) -> Checkpoint:
         limits=ImageLimits(max_bytes=1000, min_side=48),
         objective=ObjectiveConfig(kind="both", margin=0.7),
         proxies=ProxyConfig(seed=5, families={"low_pass": {"cutoff": (0.3, 0.4), "order": (2.0, 3.0)}}),
-        calibration=Calibration.fit(scores, ["jpeg|0-256", "png|256-512", "ünï|x"] * 10),
+        calibration=Calibration.fit(
+            scores,
+            ["jpeg|0-256", "png|256-512", "ünï|x"] * 10,
+            ["lake", "harbour"] * 5 + ["töwer"] * 20,
+            {"lake": 1.0, "harbour": 1.0, "töwer": 2.0},
+        ),
         reference={
             "natural": torch.randn(7, 10, generator=generator).half(),
             "probe": torch.randn(11, generator=generator),
@@ -127,6 +132,42 @@ def test_calibration_and_reference_may_be_absent(tmp_path: Path) -> None:
     loaded = load_checkpoint(str(tmp_path / "new" / "folders" / "model"))
     assert plain(loaded) == plain(bare)
     assert loaded.calibration is None
+
+
+@pytest.mark.parametrize("sources", [None, ["lake", "harbour", "tower"] * 10])
+def test_weights_of_sources_are_stored_only_if_they_differ(tmp_path: Path, sources: list[str] | None) -> None:
+    scores = np.linspace(1.0, 2.0, 30, dtype=np.float32)
+    plainer = whole(calibration=Calibration.fit(scores, ["jpeg|0-256"] * 30, sources))
+    save_checkpoint(plainer, tmp_path / "model")
+    assert set(load_file(tmp_path / "model" / "calibration.safetensors")) == {"scores", "sources"}
+    assert plain(load_checkpoint(tmp_path / "model")) == plain(plainer)
+    save_checkpoint(whole(), tmp_path / "model")
+    assert set(load_file(tmp_path / "model" / "calibration.safetensors")) == {"scores", "sources", "weights"}
+
+
+def test_no_name_of_a_calibration_source_is_stored_with_the_scores(saved: Path) -> None:
+    content = (saved / "calibration.safetensors").read_bytes()
+    assert not [name for name in ("lake", "harbour", "töwer") if name.encode() in content]
+
+
+def test_a_calibration_from_before_sources_were_kept_gives_the_p_values_and_the_id_that_it_gave(saved: Path) -> None:
+    scores = np.sort(np.random.default_rng(1).normal(1.4, 0.1, 30).astype(np.float32).round(2))
+    old = save({"scores": torch.from_numpy(scores)})
+    (saved / "calibration.safetensors").write_bytes(old)
+    record = json.loads((saved / "checkpoint.json").read_text())
+    record["sha256"]["calibration.safetensors"] = hashlib.sha256(old).hexdigest()
+    del record[HASH]
+    record[HASH] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    (saved / "checkpoint.json").write_text(json.dumps(record))
+    calibration = load_checkpoint(saved).calibration
+    assert calibration is not None and calibration.source_count == 1
+    digest = hashlib.sha256(scores.tobytes() + "\n".join(calibration.strata).encode())
+    assert calibration.calibration_id == digest.hexdigest()[:16]
+    asked = np.r_[scores, scores + 0.005, 0.0, 9.0].astype(np.float32)
+    before = ((1.0 + (scores >= asked[:, None]).sum(axis=1)) / 31.0).astype(np.float32)
+    assert calibration.p_value(asked).tobytes() == before.tobytes()
+    assert calibration.unseen_source(0.05) is None
+    assert "does not know its sources" in " ".join(calibration.in_words(0.05))
 
 
 def test_a_relative_path_works_like_an_absolute_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

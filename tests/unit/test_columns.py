@@ -22,13 +22,14 @@ from clipflow_ray.data.reading import ReadImage, described
 from clipflow_ray.data.scoring import scored
 from clipflow_ray.errors import ClipflowError, ReadError
 from clipflow_ray.images import DecodedImage
-from clipflow_ray.model.calibration import Calibration
+from clipflow_ray.model.calibration import Calibration, Rule
 from clipflow_ray.model.detector import Scores
 from clipflow_ray.place import Place
 
 CALIBRATION = Calibration.fit(np.arange(50, dtype=np.float32), ["jpeg|0-256"] * 50)
 CONSTANTS = {"model_id": "a" * 16, "calibration_id": "b" * 16, "tool_version": "1.0"}
 READING = {"near": Place.at("/"), "limits": ImageLimits(), "spec": OPENAI_VIEW}
+RULE = Rule(0.2, frozenset(), cap=True)
 STAGES = get_args(Stage)[1:]
 
 
@@ -46,7 +47,7 @@ def values(stage: Stage) -> dict[str, Any]:
     return {column.name: [None] for column in COLUMNS if stage in column.stages}
 
 
-def through_all_stages() -> pa.Table:
+def through_all_stages(rule: Rule = RULE) -> pa.Table:
     """A good image, an image without a finite score, an unreadable one and one outside the sample."""
     pixels = np.zeros((40, 30, 3), np.uint8)
     image = DecodedImage(pixels, 30, 40, "JPEG", "RGB", 1, 90, False)
@@ -59,7 +60,7 @@ def through_all_stages() -> pa.Table:
     table = described(manifest_table([row(name) for name in "abcd"]), outcomes, [b"view", b"view", None, None])
     numbers = (np.array([value, np.nan], np.float32) for value in (-1.0, -2.0, 1.0, 45.0, 0.1))
     table = scored(table, Scores(*numbers), CALIBRATION)
-    return judged(table, lambda p: np.divide(p, 2, dtype=np.float32), [None] * 4, False, 0.2, CONSTANTS)
+    return judged(table, lambda p: np.divide(p, 2, dtype=np.float32), [None] * 4, False, rule, CONSTANTS)
 
 
 def test_the_stages_together_give_the_ledger() -> None:
@@ -71,6 +72,15 @@ def test_the_stages_together_give_the_ledger() -> None:
     assert (broken["status"], broken["error_code"], broken["score"]) == ("error", "non_finite", None)
     assert (missing["status"], missing["error_code"]) == ("error", "not_found")
     assert (skipped["status"], skipped["error_code"], skipped["verdict"]) == ("skipped_sample", None, None)
+
+
+@pytest.mark.parametrize(("cap", "verdict"), [(True, "inconclusive"), (False, "likely_ai")])
+def test_an_image_of_a_prone_stratum_says_so_in_its_row_and_is_flagged_only_without_the_cap(
+    cap: bool, verdict: str
+) -> None:
+    good, *others = through_all_stages(Rule(0.2, frozenset({"jpeg|0-256"}), cap)).to_pylist()
+    assert (good["verdict"], good["verdict_reasons"]) == (verdict, ["below_alpha", "stratum_prone"])
+    assert all(row["verdict_reasons"] is None for row in others)
 
 
 def test_every_column_of_the_ledger_gets_a_value_from_its_stage() -> None:

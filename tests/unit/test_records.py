@@ -18,6 +18,7 @@ import clipflow_ray.lab.benchmark.proxies
 import clipflow_ray.lab.benchmark.sandbox
 import clipflow_ray.lab.benchmark.serve
 import clipflow_ray.lab.record
+import clipflow_ray.model.calibration
 import clipflow_ray.model.record
 import clipflow_ray.runs.record
 import clipflow_ray.statistics
@@ -66,6 +67,7 @@ from clipflow_ray.evaluate.record import (
     VariantsIdentity,
     VariantsRecord,
 )
+from clipflow_ray.model.calibration import SourceRange
 from clipflow_ray.model.record import CheckpointRecord
 from clipflow_ray.statistics import flagged_rate
 from clipflow_ray.train.record import FeaturesIdentity, FeaturesRecord
@@ -82,6 +84,7 @@ MODULES = (
     clipflow_ray.lab.benchmark.sandbox,
     clipflow_ray.lab.benchmark.serve,
     clipflow_ray.lab.record,
+    clipflow_ray.model.calibration,
     clipflow_ray.model.record,
     clipflow_ray.runs.record,
     clipflow_ray.statistics,
@@ -90,6 +93,19 @@ MODULES = (
 TIMING = Timing(seconds=2.5, objects=10, objects_per_second=4.0)
 RATE = flagged_rate(2, 9, 0.1)
 ENCODED = {"encoder_fingerprint": "e" * 16, "features": ("projected",)}
+
+
+UNSEEN = SourceRange(sources=9, median=0.1, mean=0.125, low=0.0, high=0.25)
+CARD = CalibrationCard(
+    calibration_n=99,
+    calibration_sources=9,
+    threshold=1.25,
+    p_floor=0.01,
+    false_positive_rate_95=(0.05, 0.17),
+    unseen_source=UNSEEN,
+    prone_strata=("png|0-256",),
+    in_words=("p cannot be below 0.01.",),
+)
 
 
 def audit_record() -> AuditRecord:
@@ -109,7 +125,7 @@ def audit_record() -> AuditRecord:
         timing=TIMING,
         alpha=0.1,
         dedupe="sha256",
-        calibration=CalibrationCard(calibration_n=99, threshold=1.25, false_positive_rate_95=(0.05, 0.17)),
+        calibration=CARD,
         ledger="/out/ledger",
         report="/out/report.html",
         rows=10,
@@ -137,6 +153,8 @@ def audit_report() -> AuditReport:
             dedupe="none",
         ),
         command="clipflow-ray audit",
+        calibration=CARD,
+        capped=1,
         counts=Counts(status={"ok": 9}, verdict={"likely_ai": 2}, error_code={"truncated": 1}, rows=10),
         timing=TIMING,
         flagged=RATE,
@@ -195,6 +213,9 @@ def evaluation_figures() -> EvaluationFigures:
         fpr=rate,
         balanced_accuracy=0.5,
         false_positive_rate_95=(0.0, 0.1),
+        unseen_source=UNSEEN,
+        prone_strata=("png|0-256",),
+        capped=n,
         audited_together=RateTogether(**dict(RATE), generated_share=0.4),
         per_generator={"low_pass": rate},
         per_source={"lake": SourceRate(**dict(rate), expected_95=(0.0, 0.2), inside=True, excess_lower_bound=0.0)},
@@ -221,6 +242,8 @@ def evaluation_figures() -> EvaluationFigures:
         auroc=0.75,
         n=n,
         calibration_n=99,
+        calibration_sources=9,
+        calibration_in_words=("p cannot be below 0.01.",),
         variants={"as_found": variant},
         metadata_only_auroc=0.75,
         format_gap_auroc={"flow": 0.0},

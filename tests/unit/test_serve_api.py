@@ -21,6 +21,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from clipflow_ray.config import OPENAI_VIEW, ImageLimits, ServeConfig
 from clipflow_ray.images import Pixels
+from clipflow_ray.model.calibration import Rule, SourceRange
 from clipflow_ray.model.finding import Numbers
 from clipflow_ray.serve.detector import DetectorReplica
 from clipflow_ray.serve.ingress import Ingress
@@ -33,6 +34,7 @@ PHOTO = encoded(photo(1, (64, 64)), quality=60)
 LIMITS = ServeConfig(
     decoders=1, max_images=3, max_bytes=4000, max_body_bytes=20_000, max_json_bytes=20_000, timeout_seconds=5.0
 )
+UNSEEN = SourceRange(sources=40, median=0.01, mean=0.0125, low=0.0, high=0.0625)
 MODEL = ModelInfo(model_id="m", calibration_id="c", tool_version="0")
 
 
@@ -42,10 +44,20 @@ class Method:
 
 
 class ScriptedDetector:
-    """A handle to detectors that give every image the score `value`; each of `errors` is raised by one call first."""
+    """A handle to detectors that give every image the score `value`; each of `errors` is raised by one call first.
 
-    def __init__(self, errors: list[Exception] | None = None, delay: float = 0.0, value: float = 1.0) -> None:
-        self.value = value
+    All strata in `prone` are prone to false alarms.
+    """
+
+    def __init__(
+        self,
+        errors: list[Exception] | None = None,
+        delay: float = 0.0,
+        value: float = 1.0,
+        p_value: float = 0.5,
+        prone: tuple[str, ...] = (),
+    ) -> None:
+        self.value, self.p_value, self.prone = value, p_value, prone
         self.errors = errors or []
         self.delay = delay
         self.decoding = Decoding(ImageLimits(), OPENAI_VIEW)
@@ -60,13 +72,17 @@ class ScriptedDetector:
             raise self.errors.pop(0)
         if alpha is not None and alpha < 0.001:
             return Refused("too small for this calibration.")
-        numbers = [Numbers(-9.0, self.value, 0.5) for _ in views]
-        return Scored(MODEL, self.decoding, alpha or 0.01, (0.005, 0.02), numbers)
+        numbers = [Numbers(-9.0, self.value, self.p_value) for _ in views]
+        rule = Rule(alpha or 0.01, frozenset(self.prone), cap=True)
+        return Scored(MODEL, self.decoding, rule, (0.005, 0.02), UNSEEN, 0.001, numbers)
 
     async def _describe(self) -> Description:
         interval = (0.005, 0.02)
-        thresholds = [Threshold(alpha=0.01, score=2.0, false_positive_rate_95=interval)]
-        return Description(MODEL, self.decoding, 0.01, interval, 999, thresholds, "# Card")
+        thresholds = [Threshold(alpha=0.01, score=2.0, false_positive_rate_95=interval, unseen_source=UNSEEN)]
+        words = ("p cannot be below 0.001.",)
+        return Description(
+            MODEL, self.decoding, 0.01, interval, UNSEEN, 0.001, 999, UNSEEN.sources, words, thresholds, "# Card"
+        )
 
     async def _probe(self, view: object) -> bool:
         return not self.errors
@@ -160,6 +176,22 @@ def test_an_item_holds_what_is_said_of_its_image(service: Service) -> None:
         "sha256": hashlib.sha256(b"text").hexdigest(),
         "error": {"code": "unsupported_format", "message": message},
     }
+
+
+def test_an_item_of_a_prone_stratum_says_so_and_is_not_flagged() -> None:
+    with served(p_value=0.001, prone=("jpeg|0-256",)) as service:
+        (result,) = service.detect(files=files(PHOTO)).json()["results"]
+    assert (result["verdict"], result["reasons"]) == ("inconclusive", ["below_alpha", "stratum_prone"])
+
+
+def test_answers_say_what_alpha_means_for_a_source_never_seen_and_how_small_p_can_be(service: Service) -> None:
+    found, model = service.detect(files=files(PHOTO)).json(), service.request("GET", "/v1/model").json()
+    for answer in (found, model):
+        assert answer["unseen_source"] == UNSEEN.model_dump() and answer["p_floor"] == 0.001
+        assert answer["alpha_realised_95"] == [0.005, 0.02]
+    assert model["thresholds"][0]["unseen_source"] == UNSEEN.model_dump()
+    assert (model["calibration_n"], model["calibration_sources"]) == (999, 40)
+    assert model["in_words"] == ["p cannot be below 0.001."]
 
 
 def test_an_image_without_a_finite_score_is_an_error_of_its_own() -> None:

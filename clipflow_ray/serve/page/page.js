@@ -11,6 +11,7 @@ const WORDS = {
   below_alpha: (limit) => `At or below the threshold of ${limit}: photographs rarely score this high, but some do.`,
   near_alpha: (limit) => `Above the threshold of ${limit}, but near it: unusual, but not unusual enough to flag.`,
   above_alpha: (limit) => `Well above the threshold of ${limit}: nothing unusual was found. AI-generated images can look like this too.`,
+  stratum_prone: () => "Photographs of this format and size are flagged too often, so this result says less than others.",
   no_exif: () => "No camera data (EXIF) in the file. Editing, sharing and screenshots remove it too.",
   enlarged_to_view: () => "Smaller than the model's input, so it was enlarged.",
 };
@@ -104,9 +105,7 @@ async function loadModel() {
   model = await insist("/v1/model");
   $("model-id").textContent = model.model.model_id;
   $("alpha").textContent = number(model.alpha);
-  const range = model.thresholds.find(({ alpha }) => Math.abs(alpha - model.alpha) < 1e-9)?.false_positive_rate_95;
-  $("realised").parentNode.hidden = !range;
-  if (range) $("realised").textContent = `${range.map(percent).join(" to ")}, 95 % interval`;
+  $("meaning").replaceChildren(...model.in_words.map((sentence) => element("li", [sentence])));
   $("model").hidden = false;
   const { formats, max_images, max_bytes } = model.limits;
   const megabytes = number(max_bytes / 2 ** 20);
@@ -289,7 +288,7 @@ const plain = (code) => code.replaceAll("_", " ");
 
 // A logarithmic scale of p-values from 1 / (n + 1), the smallest with n calibration photographs, to 1.
 function scale(node, p, alpha) {
-  const n = model.calibration_n;
+  const { calibration_n: n, calibration_sources: sources } = model;
   const place = (value) => `${100 * Math.min(1, Math.max(0, 1 + Math.log(value) / Math.log(n + 1)))}%`;
   const limit = place(alpha);
   const anchor = parseFloat(limit) < 15 ? "start" : parseFloat(limit) > 85 ? "end" : "middle";
@@ -301,9 +300,13 @@ function scale(node, p, alpha) {
     shape("circle", { class: "here", cx: place(p), cy: 26, r: 7 }),
   );
   node.querySelector(".ends span").textContent = `p = ${number(1 / (n + 1))}`;
-  const above = Math.round(p * (n + 1)) - 1;
-  const share = above === 0 ? `none of the ${n}` : above === n ? `all ${n}` : `${above} of the ${n}`;
-  node.querySelector("figcaption").textContent = `p = ${number(p)}: ${share} calibration photographs ${above < 2 ? "scores" : "score"} as high.`;
+  // The calibration photographs that score as high. With sources of unequal sizes, which weigh the same, it is no count.
+  const above = p * (n + 1) - 1;
+  const some = sources > 1 ? percent(above / n) : Math.round(above);
+  const share = above < 0.01 ? `none of the ${n}` : above > n - 0.01 ? `all ${n}` : `${some} of the ${n}`;
+  const verb = above < 0.01 || some === 1 ? "scores" : "score";
+  const pooled = sources > 1 ? ", each source weighing the same" : "";
+  node.querySelector("figcaption").textContent = `p = ${number(p)}: ${share} calibration photographs ${verb} as high${pooled}. It cannot be below ${number(1 / (n + 1))}.`;
   node.querySelector("figure").hidden = false;
 }
 
