@@ -247,6 +247,7 @@ class TrainConfig(Config):
     input: tuple[str, ...] = ()
     output: str
     s3: S3Options = S3Options()
+    inventory: InventoryOptions = InventoryOptions()
     limits: ImageLimits = ImageLimits()
     encoder: EncoderConfig = EncoderConfig()
     extra_features: tuple[str, ...] = Field(

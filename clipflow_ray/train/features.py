@@ -69,7 +69,8 @@ def extract(config: TrainConfig) -> Run:
     encoder_fingerprint = fingerprint(config.encoder, tower)
     identity = FeaturesIdentity(
         input=config.input,
-        listing=listing_hash(inputs),
+        inventory=config.inventory,
+        listing=listing_hash(inputs, config.inventory),
         encoder_fingerprint=encoder_fingerprint,
         proxies=config.proxies,
         calibration=tuple(sorted(config.split.calibration)),
@@ -80,7 +81,11 @@ def extract(config: TrainConfig) -> Run:
     run = _reusable(config, stable_hash(identity.model_dump(mode="json", exclude={"features"})), stored)
     if run.finished:
         return run
-    begun = run.begin(RunRecord[FeaturesIdentity], identity, lambda: write_manifest(inputs, run.place / MANIFEST))
+
+    def list_inputs() -> int:
+        return write_manifest(inputs, run.place / MANIFEST, config.inventory)
+
+    begun = run.begin(RunRecord[FeaturesIdentity], identity, list_inputs)
     plan = resources.plan_scoring(begun.manifest_rows, _ENCODE_ROWS)
 
     run.write(
@@ -96,6 +101,7 @@ def extract(config: TrainConfig) -> Run:
                 "spec": tower.view,
                 "config": config.proxies,
                 "plain_groups": config.split.calibration,
+                "options": config.inventory,
             },
             Embed,
             {"encoder": config.encoder, "features": stored, "fingerprint": encoder_fingerprint},

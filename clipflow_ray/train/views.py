@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from clipflow_ray import images, proxies
-from clipflow_ray.config import ImageLimits, ProxyConfig, ViewSpec
+from clipflow_ray.config import ImageLimits, InventoryOptions, ProxyConfig, ViewSpec
 from clipflow_ray.data.reading import described, read_images
 from clipflow_ray.images import DecodedImage, Pixels
 from clipflow_ray.place import Place
@@ -18,13 +18,14 @@ def read_and_distort(
     spec: ViewSpec,
     config: ProxyConfig,
     plain_groups: Sequence[str],
+    options: InventoryOptions,
 ) -> pa.Table:
     """Manifest rows -> described rows with `view` (bytes of M views) and `families` (the family of each of them).
 
     M is `natural_views * (1 + proxies_per_view)`. Images of `plain_groups` are for calibration only, so they give
     one view: the one that inference uses. An unreadable image keeps its row and gives no view.
     """
-    outcomes = read_images(table, near, limits)
+    outcomes = read_images(table, near, limits, options=options)
     views: list[bytes] = []
     families: list[list[str]] = []
     for identity, group, outcome in zip(table["row_id"].to_pylist(), table["group"].to_pylist(), outcomes, strict=True):

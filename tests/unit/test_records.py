@@ -155,6 +155,7 @@ def features_record() -> FeaturesRecord:
     return FeaturesRecord(
         identity=FeaturesIdentity(
             input=("/in",),
+            inventory=InventoryOptions(uri_column="path"),
             listing="l" * 16,
             encoder_fingerprint="e" * 16,
             proxies=ProxyConfig(pairs=0.25),
