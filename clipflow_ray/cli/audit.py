@@ -23,6 +23,7 @@ from clipflow_ray.cli.options import (
     Region,
     Unsigned,
     UriColumn,
+    inventory_options,
     s3_options,
 )
 from clipflow_ray.config import DISCLAIMER, AuditConfig, load_yaml
@@ -73,14 +74,9 @@ def audit(
             "output": output,
             "checkpoint": checkpoint,
             "alpha": alpha,
-            "inventory": {
-                "input_format": input_format,
-                "group_by": group_by,
-                "uri_column": uri_column,
-                "bytes_column": bytes_column,
-                "group_column": group_column,
-                "label_column": label_column,
-            },
+            "inventory": inventory_options(
+                input_format, group_by, uri_column, bytes_column, group_column, label_column
+            ),
             "s3": s3_options(endpoint_url, region, unsigned),
             "gallery": gallery,
             "sample": sample,

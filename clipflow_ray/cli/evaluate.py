@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from clipflow_ray.cli.options import AsJson, Checkpoint, Endpoint, Output, Region, Unsigned, s3_options
+from clipflow_ray.cli.options import (
+    AsJson,
+    BytesColumn,
+    Checkpoint,
+    Endpoint,
+    Format,
+    GroupBy,
+    GroupColumn,
+    Output,
+    Region,
+    Unsigned,
+    UriColumn,
+    inventory_options,
+    s3_options,
+)
 from clipflow_ray.config import EvaluateConfig, load_yaml
 
 
@@ -18,6 +32,14 @@ def evaluate(
     generated: Annotated[list[str] | None, typer.Option("--generated", help="AI-generated images; repeatable.")] = None,
     output: Output = None,
     checkpoint: Checkpoint = None,
+    alpha: Annotated[
+        float | None, typer.Option("--alpha", help="False-positive rate of the threshold; default 0.01 and 0.05.")
+    ] = None,
+    input_format: Format = None,
+    group_by: GroupBy = None,
+    uri_column: UriColumn = None,
+    bytes_column: BytesColumn = None,
+    group_column: GroupColumn = None,
     seeds: Annotated[
         list[str] | None, typer.Option("--seed-checkpoint", help="Same training with another seed; repeatable.")
     ] = None,
@@ -39,7 +61,7 @@ def evaluate(
     unsigned: Unsigned = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a checkpoint and its baselines on labelled images. Folders below an input name the generators."""
+    """Measure a checkpoint and its baselines on labelled images. Groups of the inputs name sources and generators."""
     with nullcontext(output) if output else tempfile.TemporaryDirectory() as folder:
         settings = load_yaml(
             EvaluateConfig,
@@ -49,6 +71,8 @@ def evaluate(
                 "generated": tuple(generated or ()),
                 "output": folder,
                 "checkpoint": checkpoint,
+                "alpha": alpha,
+                "inventory": inventory_options(input_format, group_by, uri_column, bytes_column, group_column),
                 "seeds": tuple(seeds or ()),
                 "robustness": robustness,
                 "gallery": gallery,

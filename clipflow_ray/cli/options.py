@@ -30,6 +30,25 @@ Dedupe = Annotated[str | None, typer.Option("--dedupe", help="sha256: count equa
 LabelColumn = Annotated[str | None, typer.Option("--label-column", help="Column with labels; default label.")]
 
 
+def inventory_options(
+    input_format: str | None,
+    group_by: str | None,
+    uri_column: str | None,
+    bytes_column: str | None,
+    group_column: str | None,
+    label_column: str | None = None,
+) -> dict[str, Any]:
+    """The `inventory` settings that the flags give; None for a flag that was not given."""
+    return {
+        "input_format": input_format,
+        "group_by": group_by,
+        "uri_column": uri_column,
+        "bytes_column": bytes_column,
+        "group_column": group_column,
+        "label_column": label_column,
+    }
+
+
 def s3_options(endpoint_url: str | None, region: str | None, unsigned: bool) -> dict[str, Any]:
     """The `s3` settings that the flags give; None for a flag that was not given."""
     return {"endpoint_url": endpoint_url, "region": region, "unsigned": unsigned or None}

@@ -6,7 +6,22 @@ from typing import Annotated
 
 import typer
 
-from clipflow_ray.cli.options import AsJson, ConfigFile, Endpoint, Inputs, Output, Region, Unsigned, s3_options
+from clipflow_ray.cli.options import (
+    AsJson,
+    BytesColumn,
+    ConfigFile,
+    Endpoint,
+    Format,
+    GroupBy,
+    GroupColumn,
+    Inputs,
+    Output,
+    Region,
+    Unsigned,
+    UriColumn,
+    inventory_options,
+    s3_options,
+)
 from clipflow_ray.config import ProxyConfig, TrainConfig, load_yaml
 
 
@@ -14,6 +29,11 @@ def train(
     inputs: Inputs = None,
     output: Output = None,
     config: ConfigFile = None,
+    input_format: Format = None,
+    group_by: GroupBy = None,
+    uri_column: UriColumn = None,
+    bytes_column: BytesColumn = None,
+    group_column: GroupColumn = None,
     endpoint_url: Endpoint = None,
     region: Region = None,
     unsigned: Unsigned = False,
@@ -33,6 +53,7 @@ def train(
         {
             "input": tuple(inputs or ()),
             "output": output,
+            "inventory": inventory_options(input_format, group_by, uri_column, bytes_column, group_column),
             "s3": s3_options(endpoint_url, region, unsigned),
             "allow_small": allow_small or None,
         },

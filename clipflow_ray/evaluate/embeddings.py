@@ -1,4 +1,4 @@
-"""Embeddings of labelled images, as found, format-aligned and distorted: encoded once, stored and reused."""
+"""Embeddings of labelled images, as found, re-encoded and distorted: encoded once, stored and reused."""
 
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -9,51 +9,75 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 from numpy.typing import NDArray
 
-from clipflow_ray.config import EvaluateConfig, Segment
+from clipflow_ray.columns import manifest_table
+from clipflow_ray.config import EvaluateConfig, InventoryOptions, Segment, stable_hash
 from clipflow_ray.data import resources
 from clipflow_ray.data.pipeline import read_then_encode
 from clipflow_ray.data.scoring import Embed
 from clipflow_ray.evaluate.record import DistortionsIdentity, DistortionsRecord, VariantsIdentity, VariantsRecord
-from clipflow_ray.evaluate.views import CASES, DRAW, VARIANTS, read_both, read_distorted
-from clipflow_ray.inputs.listing import listing_hash
-from clipflow_ray.inputs.manifest import write_manifest
+from clipflow_ray.evaluate.views import CASES, DRAW, VARIANTS, read_distorted, read_variants
+from clipflow_ray.inputs import listing
 from clipflow_ray.model.detector import Detector
-from clipflow_ray.place import Place
+from clipflow_ray.place import Place, places
 from clipflow_ray.runs.folder import MANIFEST, Run
 from clipflow_ray.runs.record import FinishedRecord, IdentityT
 
 F32 = NDArray[np.float32]
 
 EMBEDDINGS: Final = "embeddings"
+GENERATED: Final = "generated"
 _ENCODE_ROWS: Final = 16
 _DISTORT_ROWS: Final = 4  # a row holds one view for each distortion
 
 
-def both_variants(config: EvaluateConfig, inputs: Sequence[Place], detector: Detector) -> Run:
-    """Encode every image as found and format-aligned, and return the finished run."""
+def variants(config: EvaluateConfig, detector: Detector) -> Run:
+    """Encode every image in every variant, and return the finished run.
+
+    The column `generated` of its rows says under which of the two kinds of inputs an image was listed.
+    """
+    natural, generated = (places(uris, config.s3) for uris in (config.natural, config.generated))
     identity = VariantsIdentity(
         encoder_fingerprint=detector.encoder.fingerprint,
         segments=detector.checkpoint.outputs,
-        input=tuple(place.uri for place in inputs),
-        listing=listing_hash(inputs),
+        natural=config.natural,
+        generated=config.generated,
+        inventory=config.inventory,
+        listing=stable_hash(*(listing.listing_hash(inputs, config.inventory) for inputs in (natural, generated))),
         variants=VARIANTS,
     )
     run = Run(Place.at(config.output, config.s3) / "evaluation")
 
     def list_inputs() -> int:
-        return write_manifest(inputs, run.place / MANIFEST)
+        listing.check_apart([*natural, *generated], run.place)
+        listed = labelled(natural, generated, config.inventory)
+        (run.place / MANIFEST / "part-0.parquet").write_parquet(listed)
+        return len(listed)
 
-    _encoded(run, VariantsRecord, identity, list_inputs, read_both, _ENCODE_ROWS, detector)
+    _encoded(run, VariantsRecord, identity, list_inputs, read_variants, _ENCODE_ROWS, detector, config.inventory)
     return run
+
+
+def labelled(natural: Sequence[Place], generated: Sequence[Place], options: InventoryOptions) -> pa.Table:
+    """The manifest rows of both classes, with a column `generated`.
+
+    A natural input may hold a generated one, or list some of its images: what is listed under both is generated.
+    Raises InputError if an input cannot be listed.
+    """
+    positive = [*listing.rows(generated, options)]
+    # The generated inputs themselves are in this set because a natural folder lists the tables and tars that it holds.
+    taken = {(row["uri"], row["member"]) for row in positive} | {(place.uri, "") for place in generated}
+    negative = [row for row in listing.rows(natural, options) if (row["uri"], row["member"]) not in taken]
+    labels = np.repeat([False, True], [len(negative), len(positive)])
+    return manifest_table([*negative, *positive]).append_column(GENERATED, pa.array(labels))
 
 
 def distortions(config: EvaluateConfig, source: Run, draws: dict[str, int], detector: Detector) -> Run:
     """Encode the images of `draws` (row id -> draw) after every distortion, and return the finished run.
 
-    `source` is the finished run of `both_variants` that lists the images.
+    `source` is the finished run of `variants` that lists the images.
     """
     listed = source.completed(VariantsRecord)
-    assert listed is not None  # `both_variants` returns a finished run
+    assert listed is not None  # `variants` returns a finished run
     identity = DistortionsIdentity(
         encoder_fingerprint=detector.encoder.fingerprint,
         segments=detector.checkpoint.outputs,
@@ -69,7 +93,7 @@ def distortions(config: EvaluateConfig, source: Run, draws: dict[str, int], dete
         (run.place / MANIFEST / "part-0.parquet").write_parquet(rows)
         return len(rows)
 
-    _encoded(run, DistortionsRecord, identity, sample, read_distorted, _DISTORT_ROWS, detector)
+    _encoded(run, DistortionsRecord, identity, sample, read_distorted, _DISTORT_ROWS, detector, config.inventory)
     return run
 
 
@@ -94,6 +118,7 @@ def _encoded(
     read: Callable[..., pa.Table],
     batch_size: int,
     detector: Detector,
+    options: InventoryOptions,
 ) -> None:
     if run.completed(kind, identity) is not None:
         return
@@ -106,7 +131,7 @@ def _encoded(
             plan,
             batch_size,
             read,
-            {"near": run.place, "limits": checkpoint.limits, "spec": checkpoint.view},
+            {"near": run.place, "limits": checkpoint.limits, "spec": checkpoint.view, "options": options},
             Embed,
             {
                 "encoder": checkpoint.encoder,

@@ -5,17 +5,19 @@ The table of scores has one row for each image and variant. Its columns are `row
 checkpoints of other seeds), and the suspicion by each available one of BASELINES.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from clipflow_ray.config import CAP_PRONE_STRATA
+from clipflow_ray.config import CAP_PRONE_STRATA, EVALUATED_ALPHAS
 from clipflow_ray.evaluate import metrics
 from clipflow_ray.evaluate.baselines import BASELINES
 from clipflow_ray.evaluate.record import (
+    MIN_CELL,
+    CellFigures,
     ClassCounts,
     DerivedFigures,
     DetectorFigures,
@@ -28,16 +30,22 @@ from clipflow_ray.evaluate.record import (
     ThresholdFigures,
     VariantFigures,
 )
-from clipflow_ray.evaluate.views import CASES, VARIANTS
+from clipflow_ray.evaluate.views import ALIGNED, AS_FOUND, CASES, VARIANTS
 from clipflow_ray.images import stratum
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.statistics import auroc, excess_lower_bound, flagged_rate, wilson
 
-ALPHAS: Final = (0.01, 0.05)
 FLOW: Final = "flow"
 METADATA_ONLY: Final = "metadata_only"
 ORIGINAL: Final = "original"
 _P_BINS: Final = 20
+# Ranges of the short side in pixels, in words: each begins at its number and ends below the next one's.
+_SIZES: Final = {
+    0: "below 512 pixels",
+    512: "512 to 1023 pixels",
+    1024: "1024 to 2047 pixels",
+    2048: "2048 pixels and more",
+}
 
 Columns = dict[str, NDArray[Any]]
 Mask = NDArray[np.bool_]
@@ -50,13 +58,14 @@ def columns_of(table: pa.Table, **equal: Any) -> Columns:
     return {name: values[kept] for name, values in columns.items()} if equal else columns
 
 
-def figures(scores: pa.Table, calibrations: Sequence[Calibration]) -> DerivedFigures:
-    """Return all figures except the robustness curves.
+def figures(scores: pa.Table, calibrations: Sequence[Calibration], alphas: Sequence[float]) -> DerivedFigures:
+    """Return all figures except the robustness curves, with rates at the thresholds of `alphas`.
 
-    `calibrations` are those of the checkpoint, then of the checkpoints of other seeds.
+    `calibrations` are those of the checkpoint, then of the checkpoints of other seeds. `supported` gives the alphas.
     """
-    variants = {name: _variant(columns_of(scores, variant=name), calibrations) for name in VARIANTS}
-    found, aligned = (variants[name] for name in VARIANTS)
+    tables = {name: columns_of(scores, variant=name) for name in VARIANTS}
+    variants = {name: _variant(rows, calibrations, alphas) for name, rows in tables.items()}
+    found, aligned, rows = variants[AS_FOUND], variants[ALIGNED], tables[AS_FOUND]
     return DerivedFigures(
         auroc=found.detectors[FLOW].auroc,
         n=found.n,
@@ -64,12 +73,14 @@ def figures(scores: pa.Table, calibrations: Sequence[Calibration]) -> DerivedFig
         calibration_sources=calibrations[0].source_count,
         calibration_in_words=_in_words(calibrations[0]),
         variants=variants,
+        by_format=_cells(rows, rows["format"], sorted(set(rows["format"])), calibrations[0], alphas),
+        by_size=_cells(rows, sizes(rows["width"], rows["height"]), _SIZES.values(), calibrations[0], alphas),
         metadata_only_auroc=found.metadata_only.auroc,
         format_gap_auroc={name: row.auroc - aligned.detectors[name].auroc for name, row in found.detectors.items()},
     )
 
 
-def curves(robustness: pa.Table, calibration: Calibration) -> tuple[RobustnessPoint, ...]:
+def curves(robustness: pa.Table, calibration: Calibration, alphas: Sequence[float]) -> tuple[RobustnessPoint, ...]:
     """Return AUROC, recall and false-positive rate at the fixed thresholds by distortion, the originals first."""
     points = []
     for name, level in ((ORIGINAL, 0.0), *CASES):
@@ -81,34 +92,72 @@ def curves(robustness: pa.Table, calibration: Calibration) -> tuple[RobustnessPo
                 level=level,
                 n=_counts(generated),
                 auroc=auroc(rows["score"][~generated], rows["score"][generated]),
-                tpr={f"{alpha:g}": rate(alpha, generated) for alpha in supported(calibration)},
-                fpr={f"{alpha:g}": rate(alpha, ~generated) for alpha in supported(calibration)},
+                tpr={f"{alpha:g}": rate(alpha, generated) for alpha in alphas},
+                fpr={f"{alpha:g}": rate(alpha, ~generated) for alpha in alphas},
             )
         )
     return tuple(points)
 
 
-def supported(calibration: Calibration) -> list[float]:
-    """Return the alphas for which the calibration set is large enough.
+def supported(calibrations: Sequence[Calibration], asked: float | None) -> list[float]:
+    """Return the asked alpha, or else those of EVALUATED_ALPHAS for which every calibration is large enough.
 
-    If it is large enough for none, return the largest, whose use raises an error that says what to do.
+    Raises CalibrationError if a calibration is too small for the asked alpha, or for all of them.
     """
-    return [alpha for alpha in ALPHAS if calibration.supports(alpha)] or [max(ALPHAS)]
+    alphas = (asked,) if asked else EVALUATED_ALPHAS
+    enough = [alpha for alpha in alphas if all(each.supports(alpha) for each in calibrations)]
+    for calibration in calibrations if not enough else ():
+        calibration.threshold(max(alphas))  # raises, and says what to do
+    return enough
 
 
-def _variant(rows: Columns, calibrations: Sequence[Calibration]) -> VariantFigures:
+def sizes(width: NDArray[Any], height: NDArray[Any]) -> NDArray[Any]:
+    """Return the range of each image's short side in words, [N]; `width` and `height` are in pixels."""
+    starts, names = np.array([*_SIZES]), np.array([*_SIZES.values()])
+    named: NDArray[Any] = names[np.searchsorted(starts, np.minimum(width, height), side="right") - 1]
+    return named
+
+
+def _cells(
+    rows: Columns, names: NDArray[Any], order: Iterable[str], calibration: Calibration, alphas: Sequence[float]
+) -> dict[str, CellFigures]:
+    """The flow's figures on the images of each name; `names` [N] are those of the images."""
+    masks = {str(name): names == name for name in order}
+    return {name: _cell(rows, mask, calibration, alphas) for name, mask in masks.items() if mask.any()}
+
+
+def _cell(rows: Columns, mask: Mask, calibration: Calibration, alphas: Sequence[float]) -> CellFigures:
+    rate, generated = _rates(rows["score"], calibration), rows["generated"]
+    natural, positive = mask & ~generated, mask & generated
+    pair = rows["score"][natural], rows["score"][positive]
+    enough = min(map(len, pair)) >= MIN_CELL
+    return CellFigures(
+        n=_counts(generated[mask]),
+        auroc=auroc(*pair) if enough else None,
+        auroc_95=metrics.interval_95(metrics.resampled_auroc(*pair)) if enough else None,
+        tpr={f"{alpha:g}": rate(alpha, positive) for alpha in alphas if positive.any()},
+        fpr={f"{alpha:g}": rate(alpha, natural) for alpha in alphas if natural.any()},
+    )
+
+
+def _variant(rows: Columns, calibrations: Sequence[Calibration], alphas: Sequence[float]) -> VariantFigures:
     """The figures of one variant: flow and baselines, per generator and per source, and the spread over seeds."""
     generated, calibration = rows["generated"], calibrations[0]
-    columns: dict[str, str] = {FLOW: "score", **{name: name for name in BASELINES if name in rows}}
-    table = {name: _headline(rows[column], rows) for name, column in columns.items()}
+    values = {FLOW: rows["score"]} | {name: rows[name] for name in (*BASELINES, METADATA_ONLY) if name in rows}
+    resamples = {name: metrics.resampled_auroc(*_by_class(own, generated)) for name, own in values.items()}
+    table = {name: _headline(own, rows, alphas, resamples[name]) for name, own in values.items()}
+    metadata_only = table.pop(METADATA_ONLY)
     p_values = rows["p_value"][~generated]
-    alphas = supported(calibration)
     seeds = [_of_seed(rows[seed_column("score", at)], own, rows, alphas) for at, own in enumerate(calibrations)]
     return VariantFigures(
         n=_counts(generated),
         detectors=table,
-        metadata_only=_headline(rows[METADATA_ONLY], rows),
-        not_beaten=tuple(name for name, row in table.items() if name != FLOW and row.auroc >= table[FLOW].auroc),
+        metadata_only=metadata_only,
+        comparisons={
+            name: metrics.compared(table[FLOW].auroc - row.auroc, resamples[FLOW], resamples[name])
+            for name, row in table.items()
+            if name != FLOW
+        },
         auroc_by_seed=tuple(seed["auroc"] for seed in seeds),
         by_seed=tuple(seeds),
         over_seeds={name: _spread([seed[name] for seed in seeds]) for name in seeds[0]} if len(seeds) > 1 else {},
@@ -123,15 +172,14 @@ def seed_column(name: str, seed: int) -> str:
     return f"{name}_{seed}" if seed else name
 
 
-def _headline(values: NDArray[Any], rows: Columns) -> DetectorFigures:
-    generated = rows["generated"]
-    negative, positive = values[~generated], values[generated]
+def _headline(values: NDArray[Any], rows: Columns, alphas: Sequence[float], resamples: NDArray[Any]) -> DetectorFigures:
+    negative, positive = _by_class(values, rows["generated"])
     each = _per_generator(values, rows)
     return DetectorFigures(
         **dict(_ranking(values, rows, each)),
-        auroc_95=metrics.bootstrap_auroc(negative, positive),
+        auroc_95=metrics.interval_95(resamples),
         average_precision=metrics.average_precision(negative, positive),
-        oracle_tpr={f"{rate:g}": metrics.oracle_tpr(negative, positive, rate) for rate in ALPHAS},
+        oracle_tpr={f"{rate:g}": metrics.oracle_tpr(negative, positive, rate) for rate in alphas},
         per_generator_auroc=each,
     )
 
@@ -224,6 +272,11 @@ def _strata(rows: Columns) -> NDArray[np.str_]:
     """The stratum of format and size of each image."""
     files = zip(rows["format"], rows["width"], rows["height"], strict=True)
     return np.array([stratum(str(kind), int(width), int(height)) for kind, width, height in files], np.str_)
+
+
+def _by_class(values: NDArray[Any], generated: Mask) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The values of the natural images, and those of the generated ones."""
+    return values[~generated], values[generated]
 
 
 def _groups(rows: Columns, mask: Mask) -> list[tuple[str, Mask]]:

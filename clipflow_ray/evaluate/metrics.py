@@ -11,7 +11,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from clipflow_ray.evaluate.record import Uniformity
+from clipflow_ray.evaluate.record import Comparison, Outcome, Uniformity
 
 Floats = NDArray[np.floating[Any]]
 Names = NDArray[np.str_]
@@ -36,8 +36,12 @@ def uniformity(p_values: Floats) -> Uniformity:
     return Uniformity(ks_distance=float(result.statistic), p=float(result.pvalue))
 
 
-def bootstrap_auroc(negative: Floats, positive: Floats, draws: int = 1000) -> tuple[float, float]:
-    """Return the 95 % bootstrap percentile interval of the AUROC; the seed of the resampling is fixed."""
+def resampled_auroc(negative: Floats, positive: Floats, draws: int = 1000) -> Floats:
+    """Return the AUROC of each bootstrap resample, [draws]; each class is resampled on its own.
+
+    The seed is fixed. The resamples depend on the number of images alone, so two detectors of the same images, in the
+    same order, get the same resamples, and their AUROCs are paired.
+    """
     rng = np.random.default_rng(0)
     _, place = np.unique(np.r_[negative, positive], return_inverse=True)
     places, size = (place[: len(negative)], place[len(negative) :]), place.max() + 1
@@ -45,8 +49,24 @@ def bootstrap_auroc(negative: Floats, positive: Floats, draws: int = 1000) -> tu
     for _ in range(draws):
         n, p = (np.bincount(rng.choice(own, len(own)), minlength=size) for own in places)
         values.append(p @ (np.cumsum(n) - n / 2) / (len(negative) * len(positive)))  # ties count half
+    return np.array(values)
+
+
+def interval_95(values: Floats) -> tuple[float, float]:
+    """Return the 95 % percentile interval of resampled values [draws]."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
+
+
+def compared(difference: float, flow: Floats, baseline: Floats) -> Comparison:
+    """Compare the flow with a baseline by a paired bootstrap of their AUROCs.
+
+    `difference` is the flow's AUROC minus the baseline's. `flow` and `baseline` are their `resampled_auroc` [draws] on
+    the same images in the same order.
+    """
+    low, high = interval_95(flow - baseline)
+    outcome: Outcome = "higher" if low > 0 else "lower" if high < 0 else "no difference beyond the noise"
+    return Comparison(auroc_difference=difference, difference_95=(low, high), outcome=outcome)
 
 
 def metadata_scores(formats: Names, numbers: Floats, labels: NDArray[np.bool_]) -> Floats:

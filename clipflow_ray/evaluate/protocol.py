@@ -23,11 +23,11 @@ from clipflow_ray.data import resources
 from clipflow_ray.errors import ConfigError, InputError
 from clipflow_ray.evaluate import metrics
 from clipflow_ray.evaluate.baselines import fit_baselines
-from clipflow_ray.evaluate.embeddings import EMBEDDINGS, both_variants, distortions, embeddings_of, readable
-from clipflow_ray.evaluate.figures import METADATA_ONLY, ORIGINAL, curves, figures, seed_column
+from clipflow_ray.evaluate.embeddings import EMBEDDINGS, GENERATED, distortions, embeddings_of, readable, variants
+from clipflow_ray.evaluate.figures import METADATA_ONLY, ORIGINAL, curves, figures, seed_column, supported
 from clipflow_ray.evaluate.record import EvaluationFigures
 from clipflow_ray.evaluate.report import write_page
-from clipflow_ray.evaluate.views import ALIGNED_BYTES, ALIGNED_SIDE, CASES, VARIANTS
+from clipflow_ray.evaluate.views import ALIGNED, ALIGNED_SIDE, AS_FOUND, CASES, SIZES, VARIANTS
 from clipflow_ray.model.checkpoint import load_checkpoint
 from clipflow_ray.model.detector import Detector
 from clipflow_ray.place import Place, places, settled
@@ -41,21 +41,24 @@ def evaluate(config: EvaluateConfig) -> EvaluationFigures:
 
     Writes per-image scores, the figures and a page under `config.output`. Embeddings there are reused if nothing
     changed. `config.seeds` names checkpoints that differ in their seed alone; they give the spread over seeds. Raises
-    ClipflowError.
+    ClipflowError, before any encoding if a setting is wrong or if a calibration is too small for the asked alpha.
     """
     config = settled(config, "natural", "generated", "output")
     if not config.natural or not config.generated:
         raise ConfigError("Name at least one --natural and one --generated input.")
+    _check_labels(config)
     checkpoints = [load_checkpoint(at) for at in places((config.checkpoint, *config.seeds), config.s3)]
     if len({(checkpoint.encoder_fingerprint, checkpoint.segments) for checkpoint in checkpoints}) > 1:
         raise ConfigError("The checkpoints differ in encoder or segments; evaluate them one at a time.")
     first = Detector(checkpoints[0])
     detectors = [first, *(Detector(checkpoint, encoder=first.encoder) for checkpoint in checkpoints[1:])]
+    calibrations = [detector.calibration for detector in detectors]
+    alphas = supported(calibrations, config.alpha)
     resources.connect()
-    run = both_variants(config, places(config.natural + config.generated, config.s3), first)
+    run = variants(config, first)
     rows = readable(run)
-    labels = _labels(rows, config.generated)
-    tables = {"scores": _scores(rows, labels, detectors), "calibration": _calibration(detectors)}
+    _check_classes(rows)
+    tables = {"scores": _scores(rows, detectors), "calibration": _calibration(detectors)}
     if config.robustness:
         tables["robustness"] = _robustness(config, run, tables["scores"], first)
     unreadable = _unreadable(run)
@@ -66,10 +69,10 @@ def evaluate(config: EvaluateConfig) -> EvaluationFigures:
         seed_model_ids=tuple(detector.checkpoint.model_id for detector in detectors[1:]),
         natural=config.natural,
         generated=config.generated,
-        **dict(figures(tables["scores"], [detector.calibration for detector in detectors])),
+        **dict(figures(tables["scores"], calibrations, alphas)),
         unreadable=unreadable.total(),
         unreadable_by_code=dict(sorted(unreadable.items())),
-        robustness=curves(tables["robustness"], first.calibration) if config.robustness else (),
+        robustness=curves(tables["robustness"], calibrations[0], alphas) if config.robustness else (),
     )
     output = Place.at(config.output, config.s3)
     for name, table in tables.items():
@@ -79,29 +82,35 @@ def evaluate(config: EvaluateConfig) -> EvaluationFigures:
     return result
 
 
-def _labels(rows: pa.Table, generated: Sequence[str]) -> NDArray[np.bool_]:
-    """Whether each readable row lies below a generated input. Raises InputError if a class has too few images."""
+def _check_labels(config: EvaluateConfig) -> None:
+    """Raise ConfigError if all images of a natural input would be generated ones as well."""
+    natural, generated = (places(uris, config.s3) for uris in (config.natural, config.generated))
+    for place in natural:
+        if any(other.holds(place) for other in generated):
+            raise ConfigError(
+                f"{place.uri} is given as --natural and lies inside --generated, so its images would have both labels. "
+                "Give each class files or folders of its own."
+            )
+
+
+def _check_classes(rows: pa.Table) -> None:
+    """Raise InputError if a class has too few readable images."""
     if len(rows) == 0:
         raise InputError("No image could be read. The column `error_code` of the embeddings says why.")
-    prefixes = tuple(f"{uri.rstrip('/')}/" for uri in generated)
-    labels = np.array([uri.startswith(prefixes) or uri in generated for uri in rows["uri"].to_pylist()])
-    if min(labels.sum(), (~labels).sum()) < 2:
+    positive = pc.sum(rows[GENERATED]).as_py()
+    if min(positive, len(rows) - positive) < 2:
         raise InputError("One class has fewer than two readable images; check --natural and --generated.")
-    return labels
 
 
-def _scores(rows: pa.Table, labels: NDArray[np.bool_], detectors: Sequence[Detector]) -> pa.Table:
+def _scores(rows: pa.Table, detectors: Sequence[Detector]) -> pa.Table:
     """One row for each image and variant: the file, score and p-value of each seed, and the baselines' suspicion."""
-    both = embeddings_of(rows, detectors[0].checkpoint.segments, len(VARIANTS))
+    embeddings = embeddings_of(rows, detectors[0].checkpoint.segments, len(VARIANTS))
     baselines = fit_baselines(detectors[0].checkpoint)
+    labels = rows[GENERATED].to_numpy()
     parts = []
-    for variant, embedding in zip(VARIANTS, both, strict=True):
-        columns = {name: rows[name] for name in _FILE_COLUMNS}
-        if variant != VARIANTS[0]:
-            side = pa.array(np.full(len(rows), ALIGNED_SIDE, np.int32))
-            columns |= {"width": side, "height": side, "bytes": rows[ALIGNED_BYTES]}
-            columns["format"] = pa.array(["JPEG"] * len(rows))
-        columns |= {"variant": pa.array([variant] * len(rows)), "generated": pa.array(labels)}
+    for variant, embedding in zip(VARIANTS, embeddings, strict=True):
+        columns = file_columns(rows, variant)
+        columns |= {"variant": pa.array([variant] * len(rows)), GENERATED: rows[GENERATED]}
         for at, detector in enumerate(detectors):
             scores = detector.score_embeddings(embedding)
             columns |= {seed_column("score", at): scores.score, seed_column("p_value", at): scores.p_value}
@@ -109,6 +118,16 @@ def _scores(rows: pa.Table, labels: NDArray[np.bool_], detectors: Sequence[Detec
         columns[METADATA_ONLY] = metadata_only(columns, labels).astype(np.float32)
         parts.append(pa.table(columns))
     return pa.concat_tables(parts)
+
+
+def file_columns(rows: pa.Table, variant: str) -> dict[str, Any]:
+    """What is known of the file of each image in `variant`: format, size and bytes are those after its re-encoding."""
+    columns = {name: rows[name] for name in _FILE_COLUMNS}
+    if variant != AS_FOUND:
+        columns |= {"format": pa.array(["JPEG"] * len(rows)), "bytes": rows[SIZES[variant]]}
+    if variant == ALIGNED:
+        columns |= dict.fromkeys(("width", "height"), pa.array(np.full(len(rows), ALIGNED_SIDE, np.int32)))
+    return columns
 
 
 def metadata_only(columns: dict[str, Any], labels: NDArray[np.bool_]) -> NDArray[Any]:
@@ -123,15 +142,15 @@ def _robustness(config: EvaluateConfig, source: Run, scores: pa.Table, detector:
 
     The n-th image of one class and the n-th of the other get the same draw.
     """
-    originals = scores.filter(pc.equal(scores["variant"], VARIANTS[0]))
+    originals = scores.filter(pc.equal(scores["variant"], AS_FOUND))
     draws: dict[str, int] = {}
     # row ids are hashes, so the first ones are a random sample that is the same in every run
     for generated in (False, True):
-        ids = originals.filter(pc.equal(originals["generated"], generated))["row_id"].to_pylist()
+        ids = originals.filter(pc.equal(originals[GENERATED], generated))["row_id"].to_pylist()
         draws |= {row_id: at for at, row_id in enumerate(ids[: config.robustness])}
     rows = readable(distortions(config, source, draws, detector))
     known = originals.filter(pc.is_in(originals["row_id"], rows["row_id"]))
-    names = ("row_id", "uri", "member", "group", "generated")
+    names = ("row_id", "uri", "member", "group", GENERATED)
     cases = [((ORIGINAL, 0.0), {name: known[name].to_numpy() for name in ("score", "p_value")})]
     for case, embedding in zip(CASES, embeddings_of(rows, detector.checkpoint.segments, len(CASES)), strict=True):
         distorted = detector.score_embeddings(embedding)

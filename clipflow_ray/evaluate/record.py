@@ -1,11 +1,16 @@
 """The models of `figures.json`, and of `run.json` in the two runs that hold an evaluation's embeddings."""
 
+from typing import Final, Literal
+
 from pydantic import Field
 
-from clipflow_ray.config import Closed, Record, Segment
+from clipflow_ray.config import Closed, InventoryOptions, Record, Segment
 from clipflow_ray.model.calibration import SourceRange
 from clipflow_ray.runs.record import FinishedRecord
 from clipflow_ray.statistics import FlaggedRate
+
+MIN_CELL: Final = 10  # with fewer images of a class, an AUROC says nothing
+Outcome = Literal["higher", "lower", "no difference beyond the noise"]
 
 
 class ClassCounts(Closed):
@@ -32,6 +37,16 @@ class DetectorFigures(Ranking):
         description="Recall at a false-positive rate, with a threshold that is set on the evaluated images themselves."
     )
     per_generator_auroc: dict[str, float] = Field(description="AUROC of each generator, worst first.")
+
+
+class Comparison(Closed):
+    """The flow against one baseline on the same images."""
+
+    auroc_difference: float = Field(description="AUROC of the flow minus AUROC of the baseline.")
+    difference_95: tuple[float, float] = Field(
+        description="95 % interval of `auroc_difference`: a bootstrap that draws the same images for both."
+    )
+    outcome: Outcome = Field(description="The flow's AUROC: `higher` or `lower` if `difference_95` leaves out 0.")
 
 
 class Rate(Closed):
@@ -104,15 +119,25 @@ class Uniformity(Closed):
     p: float = Field(description="p-value of that distance.")
 
 
+class CellFigures(Closed):
+    """The flow's figures on the images of one file format, or of one range of sizes."""
+
+    n: ClassCounts = Field(description="Readable images.")
+    auroc: float | None = Field(description=f"AUROC; null if a class has fewer than {MIN_CELL} images.")
+    auroc_95: tuple[float, float] | None = Field(description="95 % bootstrap interval of `auroc`, or null.")
+    tpr: dict[str, Rate] = Field(description="Recall, by alpha; empty without generated images.")
+    fpr: dict[str, Rate] = Field(description="False positives, by alpha; empty without natural images.")
+
+
 class VariantFigures(Closed):
-    """All figures of one variant of the images: as found, or format-aligned."""
+    """All figures of one variant of the images: as found, format-aligned, or recompressed."""
 
     n: ClassCounts = Field(description="Readable images.")
     detectors: dict[str, DetectorFigures] = Field(description="The flow, and each baseline on the same embeddings.")
     metadata_only: DetectorFigures = Field(
         description="A probe on format, size, aspect and bytes per pixel alone, trained on the labels."
     )
-    not_beaten: tuple[str, ...] = Field(description="Baselines whose AUROC the flow does not exceed.")
+    comparisons: dict[str, Comparison] = Field(description="The flow against each baseline.")
     auroc_by_seed: tuple[float, ...] = Field(description="AUROC of the flow of each seed.")
     by_seed: tuple[dict[str, float], ...] = Field(description="Figures of the flow of each seed, by name.")
     over_seeds: dict[str, Spread] = Field(description="Spread of the figures of `by_seed`; empty with one seed.")
@@ -142,7 +167,13 @@ class DerivedFigures(Closed):
     calibration_in_words: tuple[str, ...] = Field(
         (), description="What each alpha and a p-value mean with this calibration, as sentences."
     )
-    variants: dict[str, VariantFigures] = Field(description="The figures of `as_found` and of `format_aligned`.")
+    variants: dict[str, VariantFigures] = Field(
+        description="The figures of `as_found`, `format_aligned` and `recompressed`."
+    )
+    by_format: dict[str, CellFigures] = Field(description="Figures of the images as found, by file format.")
+    by_size: dict[str, CellFigures] = Field(
+        description="Figures of the images as found, by the range of the short side, smallest first."
+    )
     metadata_only_auroc: float = Field(description="AUROC of the `metadata_only` probe on the images as found.")
     format_gap_auroc: dict[str, float] = Field(
         description="AUROC as found minus AUROC format-aligned, of each detector."
@@ -166,11 +197,13 @@ class EvaluationFigures(DerivedFigures, Record):
 
 
 class VariantsIdentity(Closed):
-    """All settings that affect the embeddings of the images as found and format-aligned."""
+    """All settings that affect the embeddings of the images in every variant."""
 
     encoder_fingerprint: str = Field(description="Fingerprint of the encoder.")
     segments: tuple[Segment, ...] = Field(description="Outputs of the encoder that are stored.")
-    input: tuple[str, ...] = Field(description="URIs of the natural and of the generated inputs.")
+    natural: tuple[str, ...] = Field(description="URIs of the natural inputs.")
+    generated: tuple[str, ...] = Field(description="URIs of the generated inputs.")
+    inventory: InventoryOptions = Field(description="How the inputs are read.")
     listing: str = Field(description="Hash of the listed objects.")
     variants: tuple[str, ...] = Field(description="Names of the variants.")
 
@@ -186,7 +219,7 @@ class DistortionsIdentity(Closed):
 
 
 class VariantsRecord(FinishedRecord[VariantsIdentity]):
-    """`run.json` of finished embeddings of both variants."""
+    """`run.json` of finished embeddings of all variants."""
 
 
 class DistortionsRecord(FinishedRecord[DistortionsIdentity]):

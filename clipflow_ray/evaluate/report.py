@@ -12,8 +12,14 @@ from sklearn.metrics import roc_curve
 
 from clipflow_ray.config import EvaluateConfig, ImageLimits
 from clipflow_ray.evaluate.figures import FLOW, METADATA_ONLY, ORIGINAL, Columns, columns_of
-from clipflow_ray.evaluate.record import EvaluationFigures, RobustnessPoint, ThresholdFigures, VariantFigures
-from clipflow_ray.evaluate.views import DISTORTIONS, VARIANTS
+from clipflow_ray.evaluate.record import (
+    MIN_CELL,
+    EvaluationFigures,
+    RobustnessPoint,
+    ThresholdFigures,
+    VariantFigures,
+)
+from clipflow_ray.evaluate.views import ALIGNED, AS_FOUND, DISTORTIONS, VARIANTS
 from clipflow_ray.place import Place
 from clipflow_ray.reports import pages
 from clipflow_ray.reports.pages import Picture
@@ -44,20 +50,21 @@ def write_page(
 ) -> None:
     """Write `report.html` below the output. `run` lists the images, `result` are the figures."""
     variants = {name: columns_of(scores, variant=name) for name in VARIANTS}
-    found, aligned = (result.variants[name] for name in VARIANTS)
+    found = result.variants[AS_FOUND]
     alpha = max(found.thresholds, key=float)
     threshold = found.thresholds[alpha].threshold
     template = pages.environment("clipflow_ray.evaluate").get_template("report.html.j2")
     text = template.render(
         result=result,
         found=found,
-        aligned=aligned,
+        titles={name: name.replace("_", "-" if name == ALIGNED else " ") for name in VARIANTS},
         alpha=alpha,
+        min_cell=MIN_CELL,
         charts=[_charts(name, rows, result.variants[name]) for name, rows in variants.items()],
         p_value_chart=pages.p_value_chart(found.p_values_of_naturals),
         curves=_curves(result.robustness, alpha) if result.robustness else [],
         axes=_AXES,
-        gallery=_gallery(config.gallery, run, variants[VARIANTS[0]], threshold, limits) if config.gallery else {},
+        gallery=_gallery(config, run, variants[AS_FOUND], threshold, limits) if config.gallery else {},
         tables=["scores", "calibration", *(["robustness"] if result.robustness else [])],
     )
     (Place.at(config.output, config.s3) / "report.html").write(text)
@@ -149,8 +156,10 @@ def level_of(point: RobustnessPoint) -> str:
     return ORIGINAL if point.distortion == ORIGINAL else f"{point.level:g}"
 
 
-def _gallery(size: int, run: Run, rows: Columns, threshold: float, limits: ImageLimits) -> dict[str, list[Picture]]:
-    """Up to `size` errors of each kind at `threshold`, worst first."""
+def _gallery(
+    config: EvaluateConfig, run: Run, rows: Columns, threshold: float, limits: ImageLimits
+) -> dict[str, list[Picture]]:
+    """Up to `config.gallery` errors of each kind at `threshold`, worst first."""
     flagged = rows["score"] > threshold
     order = np.argsort(rows["score"], kind="stable")
     kinds = {
@@ -165,5 +174,6 @@ def _gallery(size: int, run: Run, rows: Columns, threshold: float, limits: Image
         return Picture(**row, note=rows["group"][at])
 
     return {
-        title: pages.pictured(run, [picture(at) for at in chosen[:size]], limits) for title, chosen in kinds.items()
+        title: pages.pictured(run, [picture(at) for at in chosen[: config.gallery]], limits, config.inventory)
+        for title, chosen in kinds.items()
     }

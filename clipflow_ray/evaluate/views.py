@@ -1,4 +1,4 @@
-"""Ray Data tasks of evaluation: make the views of an image as found, format-aligned and distorted."""
+"""Ray Data tasks of evaluation: make the views of an image as found, re-encoded and distorted."""
 
 import io
 from typing import Final
@@ -8,15 +8,20 @@ import pyarrow as pa
 from PIL import Image, ImageFilter
 
 from clipflow_ray import images
-from clipflow_ray.config import ImageLimits, ViewSpec
+from clipflow_ray.config import ImageLimits, InventoryOptions, ViewSpec
 from clipflow_ray.data.reading import described, read_images
 from clipflow_ray.images import DecodedImage, Pixels
 from clipflow_ray.place import Place
 
-VARIANTS: Final = ("as_found", "format_aligned")
+AS_FOUND: Final = "as_found"
+ALIGNED: Final = "format_aligned"
+RECOMPRESSED: Final = "recompressed"
+VARIANTS: Final = (AS_FOUND, ALIGNED, RECOMPRESSED)
 ALIGNED_SIDE: Final = 448
-ALIGNED_BYTES: Final = "aligned_bytes"
+# The columns with the size of the re-encoded image, by variant.
+SIZES: Final = {ALIGNED: "aligned_bytes", RECOMPRESSED: "recompressed_bytes"}
 _ALIGNED_QUALITY: Final = 90
+_RECOMPRESSED_QUALITY: Final = 85
 _WEB_SIDE: Final = 768
 
 DRAW: Final = "draw"
@@ -32,28 +37,37 @@ DISTORTIONS: Final[dict[str, tuple[float, ...]]] = {
 CASES: Final = tuple((name, level) for name, levels in DISTORTIONS.items() for level in levels)
 
 
-def read_both(table: pa.Table, near: Place, limits: ImageLimits, spec: ViewSpec) -> pa.Table:
-    """Manifest rows -> described rows with `aligned_bytes` and `view`: the bytes of one view per variant.
+def read_variants(
+    table: pa.Table, near: Place, limits: ImageLimits, spec: ViewSpec, options: InventoryOptions
+) -> pa.Table:
+    """Manifest rows -> described rows with `view`, the bytes of one view per variant, and with the columns of SIZES.
 
-    An unreadable row has no views, and `aligned_bytes` is null.
+    An unreadable row has no views, and its sizes are null.
     """
-    outcomes = read_images(table, near, limits)
+    outcomes = read_images(table, near, limits, options=options)
     views: list[bytes] = []
-    sizes: list[int | None] = []
+    sizes: dict[str, list[int | None]] = {name: [] for name in SIZES.values()}
     for outcome in outcomes:
-        pair: list[Pixels] = []
-        sizes.append(None)
+        made: list[Pixels] = []
+        encoded: dict[str, bytes] = {}
         if isinstance(outcome.image, DecodedImage):
-            encoded = aligned(outcome.image.rgb)
-            sizes[-1] = len(encoded)
-            pair = [images.views(rgb, spec) for rgb in (outcome.image.rgb, _decoded(encoded))]
-        views.append(b"".join(view.tobytes() for view in pair))
-    return described(table, outcomes, views).append_column(ALIGNED_BYTES, pa.array(sizes, pa.int64()))
+            rgb = outcome.image.rgb
+            encoded = {SIZES[ALIGNED]: aligned(rgb), SIZES[RECOMPRESSED]: recompressed(rgb)}
+            made = [images.views(pixels, spec) for pixels in (rgb, *map(_decoded, encoded.values()))]
+        views.append(b"".join(view.tobytes() for view in made))
+        for name, values in sizes.items():
+            values.append(len(encoded[name]) if encoded else None)
+    table = described(table, outcomes, views)
+    for name, values in sizes.items():
+        table = table.append_column(name, pa.array(values, pa.int64()))
+    return table
 
 
-def read_distorted(table: pa.Table, near: Place, limits: ImageLimits, spec: ViewSpec) -> pa.Table:
+def read_distorted(
+    table: pa.Table, near: Place, limits: ImageLimits, spec: ViewSpec, options: InventoryOptions
+) -> pa.Table:
     """Manifest rows with a `draw` -> described rows with `view`: the bytes of one view per case of CASES."""
-    outcomes = read_images(table, near, limits)
+    outcomes = read_images(table, near, limits, options=options)
     views = []
     for outcome, draw in zip(outcomes, table[DRAW].to_pylist(), strict=True):
         made: list[Pixels] = []
@@ -74,6 +88,14 @@ def aligned(rgb: Pixels) -> bytes:
     image = Image.fromarray(rgb).resize(size, Image.Resampling.BICUBIC)
     left, top = (size[0] - ALIGNED_SIDE) // 2, (size[1] - ALIGNED_SIDE) // 2
     return _encoded(image.crop((left, top, left + ALIGNED_SIDE, top + ALIGNED_SIDE)), "JPEG", _ALIGNED_QUALITY)
+
+
+def recompressed(rgb: Pixels) -> bytes:
+    """Return a JPEG of quality 85 and 4:2:0 subsampling, which is Pillow's default, at the image's own size.
+
+    After this, the compression of a file does not depend on its class. Size and earlier compression still may.
+    """
+    return _encoded(Image.fromarray(rgb), "JPEG", _RECOMPRESSED_QUALITY)
 
 
 def distorted(rgb: Pixels, name: str, level: float, draw: int) -> Pixels:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipflow_ray import __version__, proxies
-from clipflow_ray.config import InventoryOptions, ProxyConfig, Segment, TrainConfig, stable_hash
+from clipflow_ray.config import ProxyConfig, Segment, TrainConfig, stable_hash
 from clipflow_ray.data import resources
 from clipflow_ray.data.pipeline import read_then_encode
 from clipflow_ray.data.scoring import Embed
@@ -66,14 +66,16 @@ def extract(config: TrainConfig) -> Run:
     proxies.check(config.proxies)
     inputs = places(config.input, config.s3)
     tower = load_record(config.encoder)
-    stored = resolved((*config.segments, *config.extra_segments), config.encoder, tower)
+    wanted = tuple(dict.fromkeys((*config.segments, *config.extra_segments)))
+    stored = resolved(wanted, config.encoder, tower)
     widths_of(stored, config.encoder, tower)  # a feature that the tower lacks is refused here
     spec = view_of(stored, tower)
     encoder_fingerprint = fingerprint(config.encoder, tower, spec.sizes)
-    images = ((row["row_id"], row["group"]) for row in rows(inputs, InventoryOptions()))
+    images = ((row["row_id"], row["group"]) for row in rows(inputs, config.inventory))
     identity = FeaturesIdentity(
         input=config.input,
-        listing=listing_hash(inputs),
+        inventory=config.inventory,
+        listing=listing_hash(inputs, config.inventory),
         encoder_fingerprint=encoder_fingerprint,
         proxies=config.proxies,
         parts=assigned(images, config.split, config.allow_small),
@@ -84,7 +86,11 @@ def extract(config: TrainConfig) -> Run:
     run = _reusable(config, stable_hash(identity.model_dump(mode="json", exclude={"segments"})), stored)
     if run.finished:
         return run
-    begun = run.begin(RunRecord[FeaturesIdentity], identity, lambda: write_manifest(inputs, run.place / MANIFEST))
+
+    def list_inputs() -> int:
+        return write_manifest(inputs, run.place / MANIFEST, config.inventory)
+
+    begun = run.begin(RunRecord[FeaturesIdentity], identity, list_inputs)
     plan = resources.plan_scoring(begun.manifest_rows, _ENCODE_ROWS)
 
     run.write(
@@ -101,6 +107,7 @@ def extract(config: TrainConfig) -> Run:
                 "segments": stored,
                 "config": config.proxies,
                 "parts": identity.parts,
+                "options": config.inventory,
             },
             Embed,
             {"encoder": config.encoder, "segments": stored, "fingerprint": encoder_fingerprint},

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from clipflow_ray.config import Closed, ImageLimits, ProxyConfig, Segment
+from clipflow_ray.config import Closed, ImageLimits, InventoryOptions, ProxyConfig, Segment
 from clipflow_ray.runs.record import FinishedRecord
 from clipflow_ray.train.parts import Parts
 
@@ -11,6 +11,7 @@ class FeaturesIdentity(Closed):
     """All settings that affect the embeddings. After any change, images are encoded again into another folder."""
 
     input: tuple[str, ...] = Field(description="URIs of the inputs.")
+    inventory: InventoryOptions = Field(description="How the inputs are read.")
     listing: str = Field(description="Hash of the listed objects.")
     encoder_fingerprint: str = Field(description="Fingerprint of the encoder.")
     proxies: ProxyConfig = Field(description="Settings of views and proxies.")

@@ -8,7 +8,7 @@ import pyarrow as pa
 from PIL import Image
 
 from clipflow_ray import images, proxies
-from clipflow_ray.config import ImageLimits, ProxyConfig, Segment, ViewSpec, slots
+from clipflow_ray.config import ImageLimits, InventoryOptions, ProxyConfig, Segment, ViewSpec, slots
 from clipflow_ray.data.reading import described, read_images
 from clipflow_ray.images import DecodedImage, Pixels
 from clipflow_ray.place import Place
@@ -25,6 +25,7 @@ def read_and_distort(
     segments: Sequence[Segment],
     config: ProxyConfig,
     parts: Parts,
+    options: InventoryOptions,
 ) -> pa.Table:
     """Manifest rows -> described rows with `view` (bytes of M images) and `families` (the family of each of them).
 
@@ -32,7 +33,7 @@ def read_and_distort(
     the calibration part give one image, plain in all views: the one that inference uses. An unreadable image keeps its
     row and gives none.
     """
-    outcomes = read_images(table, near, limits)
+    outcomes = read_images(table, near, limits, options=options)
     views: list[bytes] = []
     families: list[list[str]] = []
     ids = table["row_id"].to_pylist()

@@ -35,6 +35,7 @@ def test_help_names_every_command() -> None:
         (("audit", "--input", "x", "--output", "y", "--alpha", "2"), "alpha"),
         (("score", "/no/such/file.jpg"), "No such file"),
         (("evaluate", "--natural", "x", "--output", "y"), "generated"),
+        (("evaluate", "--natural", "x", "--generated", "x", "--output", "y"), "both labels"),
     ],
 )
 def test_a_usage_error_is_one_sentence_on_stderr_and_exit_code_2(arguments: tuple[str, ...], words: str) -> None:

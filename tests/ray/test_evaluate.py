@@ -15,14 +15,14 @@ from playwright.sync_api import sync_playwright
 from sklearn.metrics import roc_auc_score
 
 from clipflow_ray import proxies
-from clipflow_ray.config import EvaluateConfig, ProxyConfig
+from clipflow_ray.config import EvaluateConfig, InventoryOptions, ProxyConfig
 from clipflow_ray.errors import ConfigError
 from clipflow_ray.evaluate import figures as derived
 from clipflow_ray.evaluate.baselines import BASELINES
 from clipflow_ray.evaluate.protocol import evaluate, metadata_only
 from clipflow_ray.evaluate.record import ClassCounts, EvaluationFigures
 from clipflow_ray.evaluate.text import text
-from clipflow_ray.evaluate.views import CASES
+from clipflow_ray.evaluate.views import CASES, VARIANTS
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import load_checkpoint
 from tests.conftest import encoded, photo
@@ -84,9 +84,10 @@ def test_every_figure_is_derived_again_from_the_shipped_tables_alone(
     assert set(own["source_weight"].to_pylist()) == {1 / (source.max() + 1)}
     scores_of_naturals = own["score"].to_numpy().astype(np.float32)
     calibration = Calibration(scores_of_naturals, tuple(own["stratum"].to_pylist()), source)
-    again = json.loads(derived.figures(scores, [calibration] * 3).model_dump_json())
+    alphas = derived.supported([calibration] * 3, None)
+    again = json.loads(derived.figures(scores, [calibration] * 3, alphas).model_dump_json())
     assert again == {name: written[name] for name in again}
-    curves = derived.curves(shipped(config, "robustness"), calibration)
+    curves = derived.curves(shipped(config, "robustness"), calibration, alphas)
     assert [json.loads(point.model_dump_json()) for point in curves] == written["robustness"]
     for variant in written["variants"]:
         rows = scores.filter(pc.equal(scores["variant"], variant))
@@ -161,14 +162,24 @@ def test_every_baseline_has_figures_and_the_unreadable_image_is_counted(
         assert figures.n == ClassCounts(natural=30, generated=20)
         assert len(set(figures.auroc_by_seed)) == 1
     assert result.unreadable == 1
+    assert list(result.variants) == [*VARIANTS]
+    counts = {name: (cell.n.natural, cell.n.generated) for name, cell in result.by_format.items()}
+    assert counts == {"JPEG": (30, 0), "PNG": (0, 20)}
+    assert {name: cell.n for name, cell in result.by_size.items()} == {
+        "below 512 pixels": ClassCounts(natural=30, generated=20)
+    }
     assert result.metadata_only_auroc == pytest.approx(1.0)  # JPEG against PNG: the figure exists to show this bias
     flow = result.variants["as_found"].detectors["flow"].auroc
     assert result.format_gap_auroc["flow"] == pytest.approx(
         flow - result.variants["format_aligned"].detectors["flow"].auroc
     )
     for figures in result.variants.values():
-        beaten = {name for name, row in figures.detectors.items() if row.auroc < figures.detectors["flow"].auroc}
-        assert set(figures.not_beaten) == set(figures.detectors) - beaten - {"flow"}
+        assert list(figures.comparisons) == [*BASELINES]
+        for name, row in figures.comparisons.items():
+            difference = figures.detectors["flow"].auroc - figures.detectors[name].auroc
+            assert row.auroc_difference == pytest.approx(difference)
+            low, high = row.difference_95
+            assert row.outcome == ("higher" if low > 0 else "lower" if high < 0 else "no difference beyond the noise")
 
 
 def test_the_written_figures_are_the_returned_ones_and_the_text_names_worst_generator_first(
@@ -188,6 +199,45 @@ def test_a_second_evaluation_encodes_nothing_again(result: EvaluationFigures, co
     again = evaluate(config)
     assert before == {path: path.stat().st_mtime_ns for folder in folders for path in folder.iterdir()}
     assert again == result
+
+
+def test_a_recompressed_image_has_its_own_sides_and_the_bytes_of_its_re_encoding(
+    result: EvaluationFigures, config: EvaluateConfig
+) -> None:
+    table = shipped(config, "scores").to_pandas()
+    found, recompressed = (table[table.variant == name].set_index("row_id") for name in ("as_found", "recompressed"))
+    recompressed = recompressed.loc[found.index]
+    assert (recompressed.format == "JPEG").all()
+    for name in ("width", "height", "group", "generated"):
+        assert (recompressed[name] == found[name]).all()
+    assert (recompressed.bytes[found.generated] < found.bytes[found.generated]).all()  # these were PNG
+    assert (recompressed.score != found.score).any()
+
+
+def test_lists_and_tables_give_the_scores_of_the_files_that_they_hold_at_the_asked_alpha(
+    result: EvaluationFigures, config: EvaluateConfig, labelled: tuple[Path, Path], tmp_path: Path
+) -> None:
+    natural, generated = (sorted(path for path in root.rglob("*.*") if path.name != "broken.png") for root in labelled)
+    (tmp_path / "natural.csv").write_text("path\n" + "\n".join(map(str, natural)))
+    images = [{"png": path.read_bytes(), "model": path.parent.name} for path in generated]
+    pq.write_table(pa.Table.from_pylist(images), tmp_path / "generated.parquet")
+    listed = EvaluateConfig(
+        natural=(str(tmp_path / "natural.csv"),),
+        generated=(str(tmp_path / "generated.parquet"),),
+        output=str(tmp_path / "out"),
+        checkpoint=config.checkpoint,
+        alpha=0.1,
+        inventory=InventoryOptions(uri_column="path", bytes_column="png", group_column="model"),
+        gallery=2,
+    )
+    again = evaluate(listed)
+    assert (again.n, again.unreadable) == (result.n, 0)
+    assert again.auroc == pytest.approx(result.auroc)
+    for figures in again.variants.values():
+        assert list(figures.thresholds) == ["0.1"]
+        assert set(figures.detectors["flow"].per_generator_auroc) == {"phase_jitter", "low_pass"}
+    assert sum(row.of for row in again.variants["as_found"].thresholds["0.1"].per_source.values()) == 30
+    assert Path(listed.output, "report.html").exists()
 
 
 def test_a_missing_class_is_refused(cluster: None, config: EvaluateConfig) -> None:
@@ -237,7 +287,7 @@ def test_the_page_fits_a_phone_sorts_its_tables_and_sends_no_request(
         shown = [name.replace(" ", "_") for name in rows.all_inner_texts()]
         assert [table[name].auroc for name in shown] == ranked
         figures = page.locator("figure").all()
-        assert len(figures) == 11  # two ROC curves and histograms, the p-values, six kinds of distortion
+        assert len(figures) == 13  # three ROC curves and histograms, the p-values, six kinds of distortion
         assert all(figure.get_attribute("aria-label") for figure in figures)
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)

@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipflow_ray.config import TrainConfig
+from clipflow_ray.config import InventoryOptions, TrainConfig
 from clipflow_ray.errors import ConfigError, ResourceError, TrainingError
 from clipflow_ray.model.checkpoint import load_checkpoint
 from clipflow_ray.model.detector import Detector
@@ -22,6 +23,7 @@ from clipflow_ray.train import features, fit
 from clipflow_ray.train.loop import SELECTION, Loop, source_separation
 from clipflow_ray.train.run import train
 from clipflow_ray.train.split import split
+from tests.conftest import SOURCES
 
 
 def _changed(config: TrainConfig, **fit_changes: object) -> TrainConfig:
@@ -66,6 +68,32 @@ def test_embeddings_are_reused_if_nothing_changed_and_made_again_if_the_input_di
     (extra / "one.jpg").write_bytes((naturals / "alpine" / "000.jpg").read_bytes())
     wider = tiny.model_copy(update={"input": (str(naturals), str(extra))})
     assert features.extract(wider).place.uri != run.place.uri
+
+
+def test_a_table_of_images_gives_the_sources_and_the_natural_views_of_the_files_in_it(
+    trained: str, tiny: TrainConfig, naturals: Path, tmp_path: Path
+) -> None:
+    images = [{"jpg": path.read_bytes(), "place": path.parent.name} for path in sorted(naturals.rglob("*.jpg"))]
+    pq.write_table(pa.Table.from_pylist(images), tmp_path / "naturals.parquet")
+    listed = tiny.model_copy(
+        update={
+            "input": (str(tmp_path / "naturals.parquet"),),
+            "output": str(tmp_path / "out"),
+            "inventory": InventoryOptions(bytes_column="jpg", group_column="place"),
+        }
+    )
+    of_table, of_files = (
+        features.load(features.extract(each), ("projected",), tiny.proxies) for each in (listed, tiny)
+    )
+    assert set(of_table.group) == set(of_files.group) == set(SOURCES)
+    for source in SOURCES:
+        # the first natural view does not depend on the row id, which differs
+        table, files = (
+            each.embedding[(each.group == source) & (each.family == "natural") & (each.view == 0)]
+            for each in (of_table, of_files)
+        )
+        assert len(table) == 16
+        np.testing.assert_allclose(table[np.argsort(table[:, 0])], files[np.argsort(files[:, 0])], atol=1e-5)
 
 
 def test_every_image_has_its_natural_views_and_proxies(trained: str, tiny: TrainConfig) -> None:

@@ -1,14 +1,20 @@
-"""The distortions of the robustness evaluation, and format alignment."""
+"""The views of an evaluation: distortions, and the re-encodings that both classes share."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
+from clipflow_ray import images
 from clipflow_ray.cli import app
-from clipflow_ray.evaluate.views import CASES, aligned, distorted
-from tests.conftest import photo
+from clipflow_ray.columns import manifest_table
+from clipflow_ray.config import OPENAI_VIEW, ImageLimits, InventoryOptions
+from clipflow_ray.evaluate.views import CASES, VARIANTS, aligned, distorted, read_variants, recompressed
+from clipflow_ray.inputs.listing import rows
+from clipflow_ray.place import Place
+from tests.conftest import encoded, photo
 
 
 def test_every_distortion_gives_an_image_and_the_same_one_for_the_same_draw() -> None:
@@ -53,6 +59,32 @@ def test_every_distortion_of_a_tiny_image_gives_an_image() -> None:
 def test_aligned_images_are_all_jpegs_of_one_size(size: tuple[int, int]) -> None:
     image = Image.open(io.BytesIO(aligned(photo(5, size))))
     assert (image.format, image.size, image.mode) == ("JPEG", (448, 448), "RGB")
+
+
+def test_a_recompressed_image_is_a_jpeg_of_quality_85_and_keeps_its_size() -> None:
+    rgb = photo(6, (100, 333))
+    made = images.decode(recompressed(rgb), ImageLimits())
+    assert (made.format, made.width, made.height, made.jpeg_quality) == ("JPEG", 333, 100, 85)
+    assert JpegImagePlugin.get_sampling(Image.open(io.BytesIO(recompressed(rgb)))) == 2  # Pillow's number of 4:2:0
+
+
+def test_every_variant_gives_the_view_and_the_size_of_its_own_encoding(tmp_path: Path) -> None:
+    rgb = photo(7, (300, 260))
+    (tmp_path / "a.png").write_bytes(encoded(rgb, "PNG"))
+    (tmp_path / "b.png").write_bytes(b"broken")
+    options = InventoryOptions()
+    listed = manifest_table([*rows([Place.at(tmp_path)], options)])
+    table = read_variants(listed, Place.at(tmp_path), ImageLimits(), OPENAI_VIEW, options)
+    good, broken = sorted(table.to_pylist(), key=lambda row: row["uri"])
+    encodings = [aligned(rgb), recompressed(rgb)]
+    seen = [rgb, *(np.array(Image.open(io.BytesIO(data)).convert("RGB")) for data in encodings)]
+    views = np.frombuffer(good["view"], np.uint8).reshape(len(VARIANTS), 224, 224, 3)
+    for pixels, view in zip(seen, views, strict=True):
+        np.testing.assert_array_equal(view, images.view(pixels, OPENAI_VIEW))
+    assert [good["aligned_bytes"], good["recompressed_bytes"]] == [len(data) for data in encodings]
+    assert good["bytes"] == len(encoded(rgb, "PNG"))
+    assert broken["status"] == "error" and not broken["view"]
+    assert broken["aligned_bytes"] is None and broken["recompressed_bytes"] is None
 
 
 def test_the_help_gives_the_true_cost_of_robustness() -> None:

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from clipflow_ray.evaluate import metrics
+from clipflow_ray.evaluate.record import Comparison
 from clipflow_ray.statistics import auroc, wilson
 
 scores = st.lists(st.integers(-5, 5), min_size=2, max_size=30).map(lambda values: np.array(values, float))
@@ -55,7 +56,7 @@ def test_the_bootstrap_interval_holds_the_auroc_and_shrinks_with_more_images() -
     widths = []
     for n in (30, 300):
         negative, positive = rng.normal(0, 1, n), rng.normal(1, 1, n)
-        low, high = metrics.bootstrap_auroc(negative, positive, draws=300)
+        low, high = metrics.interval_95(metrics.resampled_auroc(negative, positive, draws=300))
         assert low < auroc(negative, positive) < high
         widths.append(high - low)
     assert widths[1] < widths[0] / 2
@@ -64,7 +65,46 @@ def test_the_bootstrap_interval_holds_the_auroc_and_shrinks_with_more_images() -
 def test_the_bootstrap_resamples_each_class_and_counts_ties_half() -> None:
     negative, positive, rng = np.array([0.0, 1, 1, 3]), np.array([1.0, 2, 3]), np.random.default_rng(0)
     drawn = [auroc(rng.choice(negative, 4), rng.choice(positive, 3)) for _ in range(100)]
-    assert metrics.bootstrap_auroc(negative, positive, 100) == pytest.approx(np.percentile(drawn, [2.5, 97.5]))
+    assert metrics.resampled_auroc(negative, positive, 100) == pytest.approx(drawn)
+    assert metrics.interval_95(np.array(drawn)) == pytest.approx(np.percentile(drawn, [2.5, 97.5]))
+
+
+def two_detectors(shift: float, n: int = 150) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Scores of natural and generated images by two detectors with much noise in common; `shift` helps the first."""
+    rng = np.random.default_rng(0)
+    natural, generated = rng.normal(0, 1, n), rng.normal(1, 1, n)
+    worse = natural + rng.normal(0, 0.1, n), generated + rng.normal(0, 0.1, n)
+    return (natural, generated + shift), worse
+
+
+def compared(
+    flow: tuple[np.ndarray, np.ndarray], baseline: tuple[np.ndarray, np.ndarray], draws: int = 300
+) -> Comparison:
+    resamples = (metrics.resampled_auroc(*pair, draws) for pair in (flow, baseline))
+    return metrics.compared(auroc(*flow) - auroc(*baseline), *resamples)
+
+
+def test_a_difference_beyond_the_noise_is_named_and_one_inside_is_not() -> None:
+    better, worse = two_detectors(0.3)
+    higher, lower = compared(better, worse), compared(worse, better)
+    assert (higher.outcome, lower.outcome) == ("higher", "lower")
+    assert 0 < higher.difference_95[0] < higher.auroc_difference < higher.difference_95[1]
+    equal = compared(*two_detectors(0.0))
+    assert equal.difference_95[0] < 0 < equal.difference_95[1]
+    assert equal.outcome == "no difference beyond the noise"
+    assert compared(better, better).outcome == "no difference beyond the noise"
+
+
+def test_a_comparison_draws_the_same_images_for_both_detectors() -> None:
+    better, worse = two_detectors(0.3)
+    low, high = compared(better, worse).difference_95
+    alone = metrics.interval_95(metrics.resampled_auroc(*better, draws=300))
+    assert high - low < (alone[1] - alone[0]) / 3  # what both see alike cancels
+    rng, pairs = np.random.default_rng(0), []
+    for _ in range(50):
+        drawn = [rng.choice(len(side), len(side)) for side in better]
+        pairs.append(auroc(better[0][drawn[0]], better[1][drawn[1]]) - auroc(worse[0][drawn[0]], worse[1][drawn[1]]))
+    assert compared(better, worse, 50).difference_95 == pytest.approx(np.percentile(pairs, [2.5, 97.5]))
 
 
 def test_metadata_alone_separates_classes_only_if_it_differs() -> None:

@@ -51,7 +51,9 @@ from clipflow_ray.config import (
     Record,
 )
 from clipflow_ray.evaluate.record import (
+    CellFigures,
     ClassCounts,
+    Comparison,
     DetectorFigures,
     DistortionsIdentity,
     DistortionsRecord,
@@ -173,6 +175,7 @@ def features_record() -> FeaturesRecord:
     return FeaturesRecord(
         identity=FeaturesIdentity(
             input=("/in",),
+            inventory=InventoryOptions(uri_column="path"),
             listing="l" * 16,
             encoder_fingerprint="e" * 16,
             proxies=ProxyConfig(pairs=0.25),
@@ -187,7 +190,14 @@ def features_record() -> FeaturesRecord:
 
 
 def variants_record() -> VariantsRecord:
-    identity = VariantsIdentity(input=("/natural", "/generated"), listing="l" * 16, variants=("a", "b"), **ENCODED)
+    identity = VariantsIdentity(
+        natural=("/natural",),
+        generated=("/generated",),
+        inventory=InventoryOptions(uri_column="path"),
+        listing="l" * 16,
+        variants=("a", "b"),
+        **ENCODED,
+    )
     return VariantsRecord(identity=identity, manifest_rows=7)
 
 
@@ -224,7 +234,9 @@ def evaluation_figures() -> EvaluationFigures:
         n=n,
         detectors={"flow": headline},
         metadata_only=headline,
-        not_beaten=("knn",),
+        comparisons={
+            "knn": Comparison(auroc_difference=0.1, difference_95=(-0.1, 0.3), outcome="no difference beyond the noise")
+        },
         auroc_by_seed=(0.75, 0.5),
         by_seed=({"auroc": 0.75}, {"auroc": 0.5}),
         over_seeds={"auroc": Spread(mean=0.625, std=0.1, min=0.5, max=0.75)},
@@ -245,6 +257,8 @@ def evaluation_figures() -> EvaluationFigures:
         calibration_sources=9,
         calibration_in_words=("p cannot be below 0.01.",),
         variants={"as_found": variant},
+        by_format={"JPEG": CellFigures(n=n, auroc=0.75, auroc_95=(0.5, 0.9), tpr={"0.05": rate}, fpr={"0.05": rate})},
+        by_size={"below 512 pixels": CellFigures(n=n, auroc=None, auroc_95=None, tpr={}, fpr={"0.05": rate})},
         metadata_only_auroc=0.75,
         format_gap_auroc={"flow": 0.0},
         unreadable=1,
