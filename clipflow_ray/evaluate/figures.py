@@ -71,7 +71,7 @@ def figures(scores: pa.Table, calibrations: Sequence[Calibration], alphas: Seque
         n=found.n,
         calibration_n=len(calibrations[0].scores),
         calibration_sources=calibrations[0].source_count,
-        calibration_in_words=_in_words(calibrations[0]),
+        calibration_in_words=_in_words(calibrations[0], alphas),
         variants=variants,
         by_format=_cells(rows, rows["format"], sorted(set(rows["format"])), calibrations[0], alphas),
         by_size=_cells(rows, sizes(rows["width"], rows["height"]), _SIZES.values(), calibrations[0], alphas),
@@ -261,9 +261,8 @@ def _rates(scores: NDArray[Any], calibration: Calibration) -> Callable[[float, M
     return rate
 
 
-def _in_words(calibration: Calibration) -> tuple[str, ...]:
+def _in_words(calibration: Calibration, alphas: Sequence[float]) -> tuple[str, ...]:
     """The sentences of every alpha, each once."""
-    alphas = supported(calibration)
     each = (calibration.in_words(a) + calibration.rule(a, CAP_PRONE_STRATA).in_words() for a in alphas)
     return tuple(dict.fromkeys(sentence for sentences in each for sentence in sentences))
 
