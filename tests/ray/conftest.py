@@ -13,6 +13,7 @@ from clipflow_ray.config import (
     FitConfig,
     FlowConfig,
     ProxyConfig,
+    Segment,
     SplitConfig,
     TrainConfig,
 )
@@ -50,6 +51,7 @@ def tiny(naturals: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfi
         input=(str(naturals),),
         output=str(tmp_path_factory.mktemp("train")),
         encoder=EncoderConfig(model=TEST_TOWER, pretrained="seed:0"),
+        segments=(Segment(feature="projected", size=224),),
         # An image draws its families by its path. With few families, "alpine" draws the held-out one.
         proxies=ProxyConfig(families={name: families[name] for name in FAMILIES}),
         flow=FlowConfig(blocks=3, hidden=32),

@@ -14,6 +14,7 @@ from clipflow_ray.config import (
     ExperimentConfig,
     FitConfig,
     ObjectiveConfig,
+    Segment,
     TrainConfig,
     load_yaml,
 )
@@ -154,7 +155,7 @@ def test_the_rank_correlation_is_spearmans_over_the_candidates_with_a_test_auroc
 
 
 def test_a_family_that_no_image_drew_fails_its_fit_with_a_sentence(trained: str, tiny: TrainConfig) -> None:
-    loaded = features.load(features.extract(tiny), ("projected",), tiny.proxies)
+    loaded = features.load(features.extract(tiny), tiny.segments, tiny.proxies)
     held_out = tiny.model_copy(update={"split": tiny.split.model_copy(update={"held_out_family": "tone"})})
     row = ray.get(_held_out_figures.remote(held_out, loaded.where(loaded.family != "tone"), (32,), ()))
     assert row.error is not None and "No proxies of family 'tone'" in row.error and row.auroc is None

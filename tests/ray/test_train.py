@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipflow_ray.config import TrainConfig
+from clipflow_ray.config import Segment, TrainConfig
 from clipflow_ray.errors import ConfigError, ResourceError, TrainingError
 from clipflow_ray.model.checkpoint import load_checkpoint
 from clipflow_ray.model.detector import Detector
@@ -43,7 +43,7 @@ def test_a_checkpoint_carries_all_that_a_detector_needs(trained: str, naturals: 
 
 def test_calibration_images_are_the_sources_that_training_never_saw(trained: str, tiny: TrainConfig) -> None:
     run = features.extract(tiny)
-    data = split(features.load(run, tiny.encoder.feature, tiny.proxies), tiny.split)
+    data = split(features.load(run, tiny.segments, tiny.proxies), tiny.split)
     groups = [set(part.group) for part in (data.natural, data.validation_natural, data.calibration)]
     assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2]
     assert "low_pass" not in set(data.proxy.family)
@@ -71,12 +71,12 @@ def test_embeddings_are_reused_if_nothing_changed_and_made_again_if_the_input_di
 def test_every_image_has_its_natural_views_and_proxies(trained: str, tiny: TrainConfig) -> None:
     run = features.extract(tiny)
     table = pq.read_table(f"{run.place.uri}/embeddings")
-    for row in table.select(["group", "families", "projected"]).to_pylist():
+    for row in table.select(["group", "families", "projected@224"]).to_pylist():
         plain = row["group"] in tiny.split.calibration
         views = 1 if plain else tiny.proxies.natural_views * (1 + tiny.proxies.proxies_per_view)
         assert len(row["families"]) == views
         assert row["families"].count("natural") == (1 if plain else tiny.proxies.natural_views)
-        assert len(row["projected"]) == views * 32
+        assert len(row["projected@224"]) == views * 32
 
 
 def test_one_worker_of_ray_train_gives_the_weights_of_the_loop_without_ray(trained: str, tiny: TrainConfig) -> None:
@@ -97,7 +97,7 @@ def test_a_checkpoint_holds_half_precision_and_is_calibrated_to_the_flow_that_it
     checkpoint = load_checkpoint(trained)
     kinds = {tensor.dtype for name, tensor in checkpoint.flow_state.items() if not name.endswith("permutation")}
     assert kinds == {torch.float16}
-    data = split(features.load(features.extract(tiny), ("projected",), tiny.proxies), tiny.split)
+    data = split(features.load(features.extract(tiny), tiny.segments, tiny.proxies), tiny.split)
     with torch.inference_mode():
         scores = -checkpoint.flow()(torch.from_numpy(data.calibration.embedding)).per_dim.numpy()
     assert checkpoint.calibration is not None
@@ -105,7 +105,7 @@ def test_a_checkpoint_holds_half_precision_and_is_calibrated_to_the_flow_that_it
 
 
 def test_the_figures_of_an_epoch_can_be_computed_from_the_flow_again(trained: str, tiny: TrainConfig) -> None:
-    data = split(features.load(features.extract(tiny), ("projected",), tiny.proxies), tiny.split)
+    data = split(features.load(features.extract(tiny), tiny.segments, tiny.proxies), tiny.split)
     loop = Loop(tiny, data, (32,))
     figures = loop.epoch(0)
     with torch.inference_mode():
@@ -127,7 +127,7 @@ def test_the_figures_of_an_epoch_can_be_computed_from_the_flow_again(trained: st
 
 
 def test_another_seed_gives_other_weights(trained: str, tiny: TrainConfig) -> None:
-    data = split(features.load(features.extract(tiny), ("projected",), tiny.proxies), tiny.split)
+    data = split(features.load(features.extract(tiny), tiny.segments, tiny.proxies), tiny.split)
     loops = [Loop(_changed(tiny, seed=seed), data, (32,)) for seed in (0, 0, 1)]
     for loop in loops:
         loop.epoch(0)
@@ -198,7 +198,7 @@ def test_more_workers_than_the_cluster_has_cpus_are_refused_before_start(trained
 
 
 def test_an_unknown_source_or_family_in_the_split_is_refused_by_name(trained: str, tiny: TrainConfig) -> None:
-    loaded = features.load(features.extract(tiny), tiny.encoder.feature, tiny.proxies)
+    loaded = features.load(features.extract(tiny), tiny.segments, tiny.proxies)
     with pytest.raises(ConfigError, match="atlantis"):
         split(loaded, tiny.split.model_copy(update={"validation": ("atlantis",)}))
     with pytest.raises(ConfigError, match="no_family"):
@@ -224,7 +224,7 @@ def test_an_unchanged_config_trains_nothing_twice(trained: str, tiny: TrainConfi
 def _undisturbed(config: TrainConfig) -> list[tuple[dict[str, float], dict[str, torch.Tensor]]]:
     """Figures and weights after each epoch, without Ray."""
     loop = Loop(
-        config, split(features.load(features.extract(config), ("projected",), config.proxies), config.split), (32,)
+        config, split(features.load(features.extract(config), config.segments, config.proxies), config.split), (32,)
     )
     epochs = range(config.fit.epochs)
     return [(loop.epoch(at), {name: value.clone() for name, value in loop.flow.state_dict().items()}) for at in epochs]
