@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from clipflow_ray.config import TEST_TOWER, EncoderConfig, FlowConfig
+from clipflow_ray.config import TEST_TOWER, EncoderConfig, FlowConfig, Segment
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint, save_checkpoint
 from clipflow_ray.model.encoder import Encoder
@@ -30,14 +30,22 @@ CLI = [sys.executable, "-m", "clipflow_ray"]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     tower = EncoderConfig(model=TEST_TOWER, pretrained="seed:0")
-    encoder = Encoder(tower, device="cpu")
+    segments = (Segment(feature="projected", size=224),)
+    encoder = Encoder(tower, segments, device="cpu")
     config = FlowConfig(blocks=2, hidden=16)
     flow = Flow((32,), config)
-    views = np.stack([photo(seed, (224, 224)) for seed in range(8)])
-    flow.fit_standardizer(torch.from_numpy(encoder.embed(views)))
+    views = np.stack([photo(seed, (224, 224)).ravel() for seed in range(8)])
+    flow.fit_standardizer(torch.from_numpy(encoder(views)["projected@224"]))
     calibration = Calibration.fit(np.linspace(0.5, 3.0, 199, dtype=np.float32), ["jpeg|256-512"] * 199)
     made = Checkpoint(
-        tower, encoder.fingerprint, encoder.view, (32,), config, flow.state_dict(), calibration=calibration
+        encoder=tower,
+        encoder_fingerprint=encoder.fingerprint,
+        view=encoder.view,
+        segments=segments,
+        widths=(32,),
+        flow_config=config,
+        flow_state=flow.state_dict(),
+        calibration=calibration,
     )
     path = str(tmp_path_factory.mktemp("served") / "checkpoint")
     save_checkpoint(made, path)

@@ -13,6 +13,7 @@ from clipflow_ray.config import (
     FitConfig,
     FlowConfig,
     ProxyConfig,
+    Segment,
     SplitConfig,
     TrainConfig,
 )
@@ -22,6 +23,8 @@ from clipflow_ray.place import Place
 from clipflow_ray.serve.launch import SWITCHES
 
 FAMILIES = ("low_pass", "radial_gain_down", "resample", "tone")
+# Encoded besides the trained segment, for a candidate of the experiments. Small views are quick.
+EXTRA = (Segment(feature="block1.mean", size=64, training="paired"),)
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +53,8 @@ def tiny(naturals: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfi
         input=(str(naturals),),
         output=str(tmp_path_factory.mktemp("train")),
         encoder=EncoderConfig(model=TEST_TOWER, pretrained="seed:0"),
+        segments=(Segment(feature="projected", size=224),),
+        extra_segments=EXTRA,
         # An image draws its families by its path. With few families, "alpine" draws the held-out one.
         proxies=ProxyConfig(families={name: families[name] for name in FAMILIES}),
         flow=FlowConfig(blocks=3, hidden=32),

@@ -14,6 +14,7 @@ from clipflow_ray.config import (
     ExperimentConfig,
     FitConfig,
     ObjectiveConfig,
+    Segment,
     TrainConfig,
     load_yaml,
 )
@@ -21,6 +22,7 @@ from clipflow_ray.errors import ConfigError
 from clipflow_ray.lab.experiment import _held_out_figures, experiment, rank_correlation, summarized
 from clipflow_ray.lab.record import ExperimentResult, FitRow
 from clipflow_ray.train import features
+from tests.ray.conftest import EXTRA
 
 FIT = FitConfig(epochs=2, batch_size=32, learning_rate=2e-3)
 
@@ -101,6 +103,7 @@ def test_a_second_run_does_only_what_is_new_and_a_changed_candidate_is_fitted_an
                 *config.candidates[:1],
                 Candidate(name="renamed", without=("resample",)),
                 Candidate(name="natural alone", objective=ObjectiveConfig(kind="natural")),
+                Candidate(name="paired", segments=EXTRA),
             ),
             "seeds": (0,),
             "test_auroc": {},
@@ -109,14 +112,18 @@ def test_a_second_run_does_only_what_is_new_and_a_changed_candidate_is_fitted_an
     second = experiment(grown)
     after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert {name: after[name] for name in before} == before
-    assert len(after) == len(before) + 2
-    assert {line.candidate for line in second.summary} == {"as it is", "renamed", "natural alone"}
+    assert len(after) == len(before) + 4
+    assert {line.candidate for line in second.summary} == {"as it is", "renamed", "natural alone", "paired"}
+    assert not [line.failed for line in second.summary if line.failed]
 
 
 def test_an_unknown_family_or_feature_is_refused_with_those_there_are(
     first: ExperimentResult, config: ExperimentConfig
 ) -> None:
-    for change in ({"held_out": ("sepia",)}, {"candidates": (Candidate(name="a", feature=("block99.cls",)),)}):
+    for change in (
+        {"held_out": ("sepia",)},
+        {"candidates": (Candidate(name="a", segments=(Segment(feature="block99.cls"),)),)},
+    ):
         with pytest.raises(ConfigError, match=r"sepia|block99\.cls"):
             experiment(config.model_copy(update={**change, "test_auroc": {}}))
 
@@ -154,7 +161,7 @@ def test_the_rank_correlation_is_spearmans_over_the_candidates_with_a_test_auroc
 
 
 def test_a_family_that_no_image_drew_fails_its_fit_with_a_sentence(trained: str, tiny: TrainConfig) -> None:
-    loaded = features.load(features.extract(tiny), ("projected",), tiny.proxies)
+    loaded = features.load(features.extract(tiny), tiny.segments, tiny.proxies)
     held_out = tiny.model_copy(update={"split": tiny.split.model_copy(update={"held_out_family": "tone"})})
     row = ray.get(_held_out_figures.remote(held_out, loaded.where(loaded.family != "tone"), (32,), ()))
     assert row.error is not None and "No proxies of family 'tone'" in row.error and row.auroc is None

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from clipflow_ray.config import OPENAI_VIEW, TEST_TOWER, EncoderConfig, FlowConfig
+from clipflow_ray.config import OPENAI_VIEW, TEST_TOWER, EncoderConfig, FlowConfig, Segment
 from clipflow_ray.evaluate.baselines import BASELINES, fit_baselines
 from clipflow_ray.model.checkpoint import Checkpoint
 from clipflow_ray.model.flow import Flow
@@ -24,7 +24,8 @@ def test_every_baseline_finds_the_wider_class_and_an_older_checkpoint_has_no_mlp
         encoder=EncoderConfig(model=TEST_TOWER, pretrained="seed:0"),
         encoder_fingerprint="0" * 16,
         view=OPENAI_VIEW,
-        segments=(8,),
+        segments=(Segment(feature="projected", size=224),),
+        widths=(8,),
         flow_config=config,
         flow_state=flow.state_dict(),
         reference={"natural": torch.from_numpy(natural[:1000]), **fit_probes(flow, natural[:1000], proxy[:1000])},

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
+from scipy import stats
 
 from clipflow_ray.config import (
     DEFAULT_CHECKPOINT,
@@ -25,6 +26,7 @@ from clipflow_ray.config import (
     ImageLimits,
     ObjectiveConfig,
     ProxyConfig,
+    Segment,
     SplitConfig,
     TrainConfig,
     ViewSpec,
@@ -34,7 +36,7 @@ from clipflow_ray.errors import CheckpointError
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from clipflow_ray.model.flow import Flow
-from clipflow_ray.model.record import CheckpointRecord, TrainingRecord
+from clipflow_ray.model.record import TrainingRecord
 
 ROOT = Path(__file__).parents[2]
 HASH = "record_sha256"
@@ -58,7 +60,16 @@ TRAINING = TrainingRecord(
     made_at="2026-01-01T00:00:00+00:00",
 )
 VIEW = ViewSpec(
-    kind="crop", size=336, interpolation="bilinear", resize_mode="squash", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)
+    kind="crop",
+    sizes=(336, 224),
+    interpolation="bilinear",
+    resize_mode="squash",
+    mean=(0.5, 0.4, 0.3),
+    std=(0.2, 0.3, 0.4),
+)
+SEGMENTS = (
+    Segment(feature="block1.cls", size=336, training="paired"),
+    Segment(feature="block2.mean", size=224),
 )
 FILES = ["checkpoint.json", "flow.safetensors", "calibration.safetensors", "reference.safetensors"]
 each_file = pytest.mark.parametrize("name", FILES)
@@ -69,21 +80,22 @@ def whole(**changes: Any) -> Checkpoint:
     generator = torch.Generator().manual_seed(0)
     flow = Flow((6, 4), FLOW)
     with torch.no_grad():
-        for tensor in [*flow.parameters(), flow.mean, flow.std]:
+        for tensor in [*flow.parameters(), flow.mean, flow.std, flow.centre, flow.spread]:
             tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
     scores = np.random.default_rng(0).normal(1.4, 0.1, 30).astype(np.float32)
     checkpoint = Checkpoint(
-        encoder=EncoderConfig(
-            model=TEST_TOWER, pretrained="seed:3", view="crop", feature=("block1.cls", "block2.mean")
-        ),
+        encoder=EncoderConfig(model=TEST_TOWER, pretrained="seed:3", view="crop"),
         encoder_fingerprint="0123456789abcdef",
         view=VIEW,
-        segments=(6, 4),
+        segments=SEGMENTS,
+        widths=(6, 4),
         flow_config=FLOW,
         flow_state=flow.state_dict(),
         limits=ImageLimits(max_bytes=1000, min_side=48),
         objective=ObjectiveConfig(kind="both", margin=0.7),
-        proxies=ProxyConfig(seed=5, families={"low_pass": {"cutoff": (0.3, 0.4), "order": (2.0, 3.0)}}),
+        proxies=ProxyConfig(
+            seed=5, paired_quality=(60, 80), families={"low_pass": {"cutoff": (0.3, 0.4), "order": (2.0, 3.0)}}
+        ),
         calibration=Calibration.fit(
             scores,
             ["jpeg|0-256", "png|256-512", "ünï|x"] * 10,
@@ -182,7 +194,9 @@ def test_the_rebuilt_flow_scores_as_the_trained_one(saved: Path) -> None:
     trained.load_state_dict(load_file(saved / "flow.safetensors"))
     rebuilt = load_checkpoint(saved).flow()
     with torch.no_grad():
-        torch.testing.assert_close(rebuilt(embeddings).total, trained(embeddings).total, rtol=0, atol=0)
+        for field in ("total", "score"):
+            found, expected = (getattr(flow(embeddings), field) for flow in (rebuilt, trained))
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert not rebuilt.training and not any(p.requires_grad for p in rebuilt.parameters())
 
 
@@ -256,9 +270,10 @@ def altered(saved: Path, *keys: str, value: Any) -> None:
     [
         (("flow", "clamp"), 1.8),
         (("encoder", "view"), "resize"),
-        (("view", "size"), 224),
+        (("view", "sizes"), [224]),
         (("encoder_fingerprint",), "f" * 16),
-        (("segments",), [5, 5]),
+        (("widths",), [5, 5]),
+        (("segments",), []),
         (("limits", "max_pixels"), 10**12),
         (("calibration_strata",), ["jpeg|0-256"]),
         (("model_id",), "0" * 16),
@@ -272,23 +287,70 @@ def test_a_record_whose_fields_were_changed_is_refused(saved: Path, keys: tuple[
         load_checkpoint(saved)
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None])
+@pytest.mark.parametrize("version", [0, 4, "1", None])
 def test_an_unknown_format_version_is_refused(saved: Path, version: object) -> None:
     altered(saved, "format_version", value=version)
     with pytest.raises(CheckpointError, match="format version"):
         load_checkpoint(saved)
 
 
-def test_a_record_of_version_1_is_read_with_the_view_that_all_towers_had(saved: Path) -> None:
+def made_older(saved: Path, version: int) -> Checkpoint:
+    """Rewrite the files in `saved` as a release of format `version` did, and return the checkpoint that they hold."""
     record = json.loads((saved / "checkpoint.json").read_text())
-    del record["view"], record["encoder"]["precision"], record["record_sha256"]
-    record["format_version"] = 1
+    state = {name: value for name, value in whole().flow_state.items() if name not in ("centre", "spread")}
+    save_file(state, saved / "flow.safetensors")
+    record["sha256"]["flow.safetensors"] = hashlib.sha256((saved / "flow.safetensors").read_bytes()).hexdigest()
+    record["format_version"] = version
+    record["encoder"]["feature"] = ["block1.cls", "block2.mean"]
+    record["segments"] = record.pop("widths")
+    record["view"] = {name: value for name, value in record["view"].items() if name != "sizes"} | {"size": 336}
+    del record["proxies"]["paired_quality"], record["record_sha256"]
+    if version == 1:
+        del record["view"], record["encoder"]["precision"]
     record["record_sha256"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     (saved / "checkpoint.json").write_text(json.dumps(record))
+    size = 224 if version == 1 else 336
+    one_size: dict[str, Any] = {"sizes": (size,)}
+    view = OPENAI_VIEW.model_copy(update={"kind": "crop"}) if version == 1 else VIEW.model_copy(update=one_size)
+    segments = tuple(Segment(feature=name, size=size) for name in ("block1.cls", "block2.mean"))
+    proxies = whole().proxies.model_copy(update={"paired_quality": ProxyConfig().paired_quality})
+    return whole(view=view, segments=segments, flow_state=state, proxies=proxies)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_features_of_an_older_record_are_plain_segments_of_its_one_view(saved: Path, version: int) -> None:
+    expected = made_older(saved, version)
     loaded = load_checkpoint(saved)
-    view = OPENAI_VIEW.model_copy(update={"kind": "crop"})
-    assert plain(loaded) == plain(dataclasses.replace(whole(), view=view))
-    assert (loaded.model_id, loaded.encoder.precision) == (whole().model_id, "float32")
+    assert plain(loaded) == plain(expected)
+    assert [each.name for each in loaded.segments] == [
+        f"{name}@{224 if version == 1 else 336}" for name in ("block1.cls", "block2.mean")
+    ]
+    assert loaded.encoder.precision == "float32"
+    digest = hashlib.sha256(loaded.encoder_fingerprint.encode() + save(expected.flow_state))
+    assert loaded.model_id == digest.hexdigest()[:16]  # as the release that wrote it computed it
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@torch.no_grad()
+def test_the_score_of_an_older_checkpoint_is_its_negative_log_likelihood_per_dimension(
+    saved: Path, version: int
+) -> None:
+    made_older(saved, version)
+    flow = load_checkpoint(saved).flow().double()
+    embeddings = torch.randn(50, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    latent, log_det = flow.transform(flow.standardize(embeddings))
+    log_likelihood = stats.norm.logpdf(latent.numpy()).sum(axis=1) + log_det.sum(dim=1).numpy()
+    assert np.ptp(log_likelihood) > 1.0
+    np.testing.assert_allclose(flow(embeddings).score, -log_likelihood / 10, rtol=1e-7)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_older_checkpoint_that_is_saved_again_is_the_same_in_the_current_version(saved: Path, version: int) -> None:
+    made_older(saved, version)
+    loaded = load_checkpoint(saved)
+    save_checkpoint(loaded, saved)
+    assert json.loads((saved / "checkpoint.json").read_text())["format_version"] == 3
+    assert plain(load_checkpoint(saved)) == plain(loaded)
 
 
 @pytest.mark.parametrize(
@@ -359,6 +421,9 @@ def test_the_config_of_the_packaged_training_is_what_the_packaged_checkpoint_was
     config = load_yaml(TrainConfig, str(ROOT / "jobs/train_default.yaml"), {"output": "anywhere"})
     packaged = load_checkpoint(DEFAULT_CHECKPOINT)
     assert config.encoder == packaged.encoder and config.proxies == packaged.proxies
+    (own,) = packaged.view.sizes
+    named = tuple(each.model_copy(update={"size": each.size or own}) for each in config.segments)
+    assert named == packaged.segments
     assert config.flow == packaged.flow_config and config.objective == packaged.objective
     assert packaged.training is not None
     assert config.split == packaged.training.split
@@ -377,6 +442,14 @@ def test_a_record_with_an_unknown_field_is_refused_even_with_the_right_hash(save
             load_checkpoint(elsewhere)
 
 
-def test_the_packaged_record_is_valid_and_does_not_change_if_it_is_written_again() -> None:
-    plain = json.loads(Path(DEFAULT_CHECKPOINT, "checkpoint.json").read_text())
-    assert CheckpointRecord.model_validate(plain).model_dump(mode="json") == plain
+def test_the_packaged_checkpoint_does_not_change_if_it_is_written_again(tmp_path: Path) -> None:
+    packaged = load_checkpoint(DEFAULT_CHECKPOINT)
+    save_checkpoint(packaged, tmp_path / "model")
+    assert plain(load_checkpoint(tmp_path / "model")) == plain(packaged)
+    assert packaged.model_id == json.loads(Path(DEFAULT_CHECKPOINT, "checkpoint.json").read_text())["model_id"]
+
+
+def test_the_outputs_of_a_checkpoint_name_each_feature_and_size_once() -> None:
+    again = Segment(feature="block1.cls", size=336)
+    checkpoint = whole(segments=(*SEGMENTS, again), widths=(6, 4, 6))
+    assert [each.name for each in checkpoint.outputs] == ["block1.cls@336", "block2.mean@224"]

@@ -196,6 +196,36 @@ def test_segments_have_flows_of_their_own_whose_likelihoods_multiply() -> None:
     torch.testing.assert_close(result.per_dim, result.total / 10)
 
 
+@torch.no_grad()
+def test_the_score_of_a_new_flow_is_the_negative_log_likelihood_per_dimension() -> None:
+    flow, x = randomised((6, 4, 9), strength=0.5), normal(20, 19)
+    torch.testing.assert_close(flow(x).score, -flow(x).per_dim)
+
+
+@torch.no_grad()
+def test_fit_scale_gives_each_segment_mean_zero_and_deviation_one_on_the_calibration() -> None:
+    flow, calibration = randomised((6, 40, 9), strength=0.5).double(), normal(300, 55).double()
+    before = flow(calibration)
+    assert before.per_segment.std(dim=0).max() > 1.5 * before.per_segment.std(dim=0).min()
+    flow.fit_scale(calibration)
+    standard = (flow.centre - flow(calibration).per_segment) / flow.spread
+    torch.testing.assert_close(standard.mean(dim=0), torch.zeros(3).double(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(standard.std(dim=0, correction=0), torch.ones(3).double(), rtol=0, atol=1e-9)
+    after = flow(calibration)
+    torch.testing.assert_close(after.score, standard.sum(dim=1))
+    torch.testing.assert_close(after.total, before.total)  # the likelihood stays in nats
+    other = normal(20, 55, seed=2).double()
+    flow.fit_scale(calibration[:, torch.arange(55)])
+    torch.testing.assert_close(flow(other).score, ((flow.centre - flow(other).per_segment) / flow.spread).sum(dim=1))
+
+
+@torch.no_grad()
+def test_a_segment_that_never_varies_on_the_calibration_stays_finite() -> None:
+    flow = randomised((6, 4), strength=0.5)
+    flow.fit_scale(normal(1, 10).repeat(30, 1))
+    assert flow(normal(5, 10)).score.isfinite().all()
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @torch.no_grad()
 def test_the_density_integrates_to_one_in_two_dimensions(seed: int) -> None:

@@ -49,6 +49,7 @@ from clipflow_ray.config import (
     ObjectiveConfig,
     ProxyConfig,
     Record,
+    Segment,
 )
 from clipflow_ray.evaluate.record import (
     CellFigures,
@@ -72,6 +73,7 @@ from clipflow_ray.evaluate.record import (
 from clipflow_ray.model.calibration import SourceRange
 from clipflow_ray.model.record import CheckpointRecord
 from clipflow_ray.statistics import flagged_rate
+from clipflow_ray.train.parts import Parts
 from clipflow_ray.train.record import FeaturesIdentity, FeaturesRecord
 from tests.unit.test_checkpoint import TRAINING
 
@@ -94,7 +96,11 @@ MODULES = (
 )
 TIMING = Timing(seconds=2.5, objects=10, objects_per_second=4.0)
 RATE = flagged_rate(2, 9, 0.1)
-ENCODED = {"encoder_fingerprint": "e" * 16, "features": ("projected",)}
+SEGMENTS = (
+    Segment(feature="block1.cls", size=448, training="paired"),
+    Segment(feature="block2.mean", size=224),
+)
+ENCODED: dict[str, Any] = {"encoder_fingerprint": "e" * 16, "segments": SEGMENTS[1:]}
 
 
 UNSEEN = SourceRange(sources=9, median=0.1, mean=0.125, low=0.0, high=0.25)
@@ -179,10 +185,10 @@ def features_record() -> FeaturesRecord:
             listing="l" * 16,
             encoder_fingerprint="e" * 16,
             proxies=ProxyConfig(pairs=0.25),
-            calibration=("harbour",),
+            parts=Parts(by="source", validation=("lake",), calibration=("harbour",)),
             limits=ImageLimits(),
             tool_version="0.1.0",
-            features=("projected", "block1.cls"),
+            segments=SEGMENTS,
         ),
         manifest_rows=7,
         errors=2,
@@ -272,10 +278,11 @@ def evaluation_figures() -> EvaluationFigures:
 def checkpoint_record() -> CheckpointRecord:
     return CheckpointRecord(
         model_id="m" * 16,
-        encoder=EncoderConfig(feature=("block1.cls", "block2.mean")),
+        encoder=EncoderConfig(view="crop"),
         encoder_fingerprint="e" * 16,
-        view=OPENAI_VIEW,
-        segments=(6, 4),
+        view=OPENAI_VIEW.model_copy(update={"sizes": (448, 224)}),
+        segments=SEGMENTS,
+        widths=(6, 4),
         flow=FlowConfig(blocks=2),
         limits=ImageLimits(min_side=16),
         objective=ObjectiveConfig(kind="both"),
@@ -296,7 +303,7 @@ RECORDS = [
     evaluation_figures(),
     checkpoint_record(),
 ]
-VERSIONS: dict[type, int] = {CheckpointRecord: 2}
+VERSIONS: dict[type, int] = {CheckpointRecord: 3}
 each_record = pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
 
 

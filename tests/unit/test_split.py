@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clipflow_ray.config import FlowConfig, SplitConfig
-from clipflow_ray.errors import ConfigError
+from clipflow_ray.errors import ConfigError, TrainingError
 from clipflow_ray.lab.experiment import _without_families
 from clipflow_ray.model.flow import Flow
 from clipflow_ray.train.features import Features
@@ -15,7 +15,8 @@ from clipflow_ray.train.loop import source_separation, validate
 from clipflow_ray.train.split import split
 
 KINDS = ("natural", "tone", "low_pass", "tone+low_pass", "tone+resample")
-SPLIT = SplitConfig(validation=("b",), calibration=("c",), held_out_family="low_pass")
+PARTS = {"a": "training", "b": "validation", "c": "calibration"}
+SPLIT = SplitConfig(held_out_family="low_pass")
 
 
 def features() -> Features:
@@ -27,6 +28,7 @@ def features() -> Features:
         row_id=np.arange(count).astype(str),
         group=group,
         stratum=np.full(count, ""),
+        part=np.array([PARTS[source] for source in group]),
         family=family,
         view=np.zeros(count, np.int64),
     )
@@ -44,6 +46,17 @@ def test_a_pair_of_families_cannot_be_held_out() -> None:
     for name in ("tone+low_pass", "pairs"):
         with pytest.raises(ConfigError, match=r"there are: low_pass, tone\."):
             split(features(), SPLIT.model_copy(update={"held_out_family": name}))
+
+
+def test_a_part_that_is_empty_is_named() -> None:
+    for part, names in (
+        ("validation", "validation_natural, validation_proxy, held_out"),
+        ("training", "natural, proxy"),
+    ):
+        kept = features()
+        kept.part[kept.part == part] = "calibration"
+        with pytest.raises(TrainingError, match=f"Nothing is left for {names}: give more images"):
+            split(kept, SPLIT)
 
 
 def test_pairs_have_one_figure_of_their_own() -> None:

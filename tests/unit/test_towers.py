@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from timm.layers import resample_abs_pos_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torchvision.transforms.functional import normalize, to_tensor
 
 from clipflow_ray.config import EncoderConfig, Segment
