@@ -10,15 +10,16 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import torch
-from open_clip.modified_resnet import ModifiedResNet
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from clipflow_ray import compat
 from clipflow_ray.config import WEIGHTS_INCLUDED, EncoderConfig
 from clipflow_ray.errors import ConfigError, WeightsError
 from clipflow_ray.images import Pixels
 from clipflow_ray.model.extractor import F32, Images, joined
 from clipflow_ray.model.weights import TowerRecord, TowerWeights, build_tower, load_weights
+
+open_clip = compat.open_clip()
 
 _CUDA_CHUNK: Final = 32
 _ROWS: Final = 196
@@ -136,13 +137,13 @@ def _features(tower: nn.Module, planes: Tensor, names: Sequence[str]) -> dict[st
         return {"projected": tower(planes)}
     projected, classes = "projected" in names, any(name.endswith(".cls") for name in names)
     # open_clip's ResNet stops at the last requested block even if stop_early is False, so all blocks are requested.
-    everything = isinstance(tower, ModifiedResNet)
+    everything = isinstance(tower, open_clip.modified_resnet.ModifiedResNet)
     result = tower.forward_intermediates(  # type: ignore[operator]
         planes,
         indices=None if everything else [number - 1 for number in numbers],
         stop_early=not projected,
         intermediates_only=not projected,
-        output_fmt="NLC" if isinstance(tower, VisionTransformer) else "NCHW",
+        output_fmt="NLC" if isinstance(tower, open_clip.transformer.VisionTransformer) else "NCHW",
         output_extra_tokens=classes,
     )
     outputs: dict[str, Tensor] = {"projected": result["image_features"]} if projected else {}
@@ -161,7 +162,10 @@ def _block_numbers(names: Sequence[str]) -> list[int]:
 
 
 def _has_class_token(tower: nn.Module) -> bool:
-    return isinstance(tower, VisionTransformer) or getattr(getattr(tower, "trunk", None), "cls_token", None) is not None
+    return (
+        isinstance(tower, open_clip.transformer.VisionTransformer)
+        or getattr(getattr(tower, "trunk", None), "cls_token", None) is not None
+    )
 
 
 def _images_per_pass(record: TowerRecord) -> int:
