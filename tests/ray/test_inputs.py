@@ -82,10 +82,10 @@ def written_as(kind: str, folder: Path, root: Path) -> Path:
         ("txt", "s3"),
         ("csv", "disk"),
         ("jsonl", "disk"),
-        ("parquet", "disk"),
         ("parquet", "s3"),
-        ("tar", "disk"),
         ("tar", "s3"),
+        pytest.param("parquet", "disk", marks=pytest.mark.stress),
+        pytest.param("tar", "disk", marks=pytest.mark.stress),
     ],
 )
 def test_every_kind_of_input_gives_the_scores_of_the_files(

@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+import subprocess
+import sys
 from typing import Any
 
 import open_clip
@@ -13,6 +15,17 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import Target, TargetGroup
 
 from clipflow_ray import compat
+
+
+def test_a_detector_starts_without_torchs_compiler_which_can_be_imported_afterwards() -> None:
+    code = (
+        "import sys, clipflow_ray.model.detector\n"
+        "print(any(name.startswith('torch._dynamo') for name in sys.modules), 'torchvision.ops' in sys.modules)\n"
+        "import torch, torch._dynamo.utils\n"
+        "print(torch._dynamo.utils.is_compile_supported('cpu'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "True"]
 
 
 def test_a_handle_takes_the_option_that_chooses_how_calls_are_sent() -> None:
