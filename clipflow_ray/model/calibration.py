@@ -39,6 +39,7 @@ MIN_SOURCES: Final = 5
 PRONE_FACTOR: Final = 3.0
 PRONE_MIN_IMAGES: Final = 20
 PRONE_MIN_SOURCES: Final = 2
+PRONE_MIN_FLAGGED: Final = 2  # one flagged image among 20 is common by chance
 # A p-value above alpha and at most this many times alpha is `inconclusive`.
 INCONCLUSIVE_FACTOR: Final = 5.0
 # What each verdict and each reason means; docs/formats.md shows these sentences.
@@ -249,11 +250,13 @@ class Calibration:
         """Return the strata whose photographs are flagged at least three times as often as `alpha`.
 
         This is the share of a stratum's calibration images that are flagged when their own source is left out. A
-        stratum with under 20 images, or with images of one source only, is not named. Raises as `threshold` does.
+        stratum with under 20 images, with images of one source only, or with a single flagged image is not named.
+        Raises as `threshold` does.
         """
         names, place, known = self._stratum_facts
         of, hits = np.bincount(place), np.bincount(place, weights=self._held_out_flagged(alpha))
-        return frozenset(names[known & (hits * _SLACK >= PRONE_FACTOR * alpha * of)].tolist())
+        prone = known & (hits >= PRONE_MIN_FLAGGED) & (hits * _SLACK >= PRONE_FACTOR * alpha * of)
+        return frozenset(names[prone].tolist())
 
     def in_words(self, alpha: float) -> tuple[str, ...]:
         """Return what `alpha` and a p-value mean with this calibration, as sentences for people.

@@ -42,8 +42,8 @@ def assigned(images: Iterable[tuple[str, str]], config: SplitConfig, allow_small
 
     `config` names the sources of validation and calibration. If it names none, each of the two gets one source in five
     by a hash of the name, or one image in five if there are fewer than seven sources. Raises ConfigError for a source
-    that does not exist or if only one part is named, and TrainingError if the calibration has fewer than 20 images or fewer than two sources,
-    unless `allow_small` is set.
+    that does not exist or if only one part is named. Raises TrainingError if the calibration has fewer than 20 images
+    or fewer than two sources, unless `allow_small` is set.
     """
     source_of = dict(images)
     sources = sorted(set(source_of.values()))
