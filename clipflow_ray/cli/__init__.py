@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from clipflow_ray import __version__
-from clipflow_ray.cli import audit, evaluate, machine, score, serve, train
+from clipflow_ray.cli import audit, calibrate, evaluate, machine, score, serve, train
 from clipflow_ray.cli.exits import FAILED, WRONG_USAGE
 from clipflow_ray.config import DISCLAIMER
 from clipflow_ray.errors import ClipflowError, ConfigError
@@ -29,6 +29,7 @@ for command in (
     audit.finalize,
     score.score,
     train.train,
+    calibrate.calibrate,
     evaluate.evaluate,
     train.proxies,
     machine.weights,

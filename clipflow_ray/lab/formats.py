@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from clipflow_ray import config, errors
 from clipflow_ray.audit.record import AuditPlan, AuditRecord, AuditReport
+from clipflow_ray.calibrate import CalibrationReport
 from clipflow_ray.cli.exits import EXIT_CODES
 from clipflow_ray.columns import COLUMNS, STATUSES
 from clipflow_ray.errors import ITEM_CODES, ClipflowError
@@ -130,6 +131,7 @@ SECTIONS: Final[dict[str, Callable[[], str]]] = {
     "run-embeddings": lambda: model_tables(FeaturesRecord, VariantsRecord, DistortionsRecord),
     "report": lambda: model_tables(AuditReport),
     "checkpoint": lambda: model_tables(CheckpointRecord),
+    "calibration": lambda: model_tables(CalibrationReport),
     "figures": lambda: model_tables(EvaluationFigures),
     "plan": lambda: model_tables(AuditPlan),
     "manifest": _manifest,

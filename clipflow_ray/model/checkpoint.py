@@ -32,7 +32,7 @@ from clipflow_ray.config import (
 from clipflow_ray.errors import CheckpointError
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.flow import Flow
-from clipflow_ray.model.record import FORMAT_VERSION, CheckpointRecord, TrainingRecord
+from clipflow_ray.model.record import FORMAT_VERSION, CalibrationStep, CheckpointRecord, TrainingRecord
 from clipflow_ray.place import Place
 
 RECORD: Final = "checkpoint.json"
@@ -63,6 +63,7 @@ class Checkpoint:
     calibration: Calibration | None = field(default=None, repr=False)
     reference: dict[str, Tensor] = field(default_factory=dict, repr=False)
     training: TrainingRecord | None = field(default=None, repr=False)
+    lineage: tuple[CalibrationStep, ...] = ()
 
     @property
     def model_id(self) -> str:
@@ -116,6 +117,7 @@ def save_checkpoint(checkpoint: Checkpoint, where: Place | str | Path) -> None:
         proxies=checkpoint.proxies,
         calibration_strata=strata,
         training=checkpoint.training,
+        lineage=checkpoint.lineage,
         sha256={name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     ).model_dump(mode="json")
     record["record_sha256"] = _record_sha256(record)
@@ -165,6 +167,7 @@ def load_checkpoint(where: Place | str | Path) -> Checkpoint:
             calibration=calibration,
             reference=tensors.get("reference.safetensors", {}),
             training=record.training,
+            lineage=record.lineage,
         )
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{uri} has a missing or invalid field: {error}") from error

@@ -40,6 +40,18 @@ class TrainingRecord(Closed):
     made_at: str = Field(description="Time at which the training ended, ISO 8601 in UTC.")
 
 
+class CalibrationStep(Closed):
+    """One replacement of a checkpoint's calibration by `calibrate`, without the paths of the machine."""
+
+    calibration_before: str = Field(description="Id of the calibration that was replaced.")
+    input: tuple[str, ...] = Field(description="Last component of each input's URI.")
+    photographs: int = Field(description="Photographs that were added.")
+    sources: int = Field(description="Their sources.")
+    keep_shipped: float = Field(description="Weight of the replaced calibration in the new one.")
+    tool_version: str = Field(description="Version of this package.")
+    made_at: str = Field(description="Time of the replacement, ISO 8601 in UTC.")
+
+
 FORMAT_VERSION: Final = 3
 
 
@@ -62,5 +74,6 @@ class CheckpointRecord(Closed):
     proxies: ProxyConfig = Field(description="Settings of views and proxies.")
     calibration_strata: tuple[str, ...] = Field(description="Stratum of each calibration score, in the scores' order.")
     training: TrainingRecord | None = Field(description="How the checkpoint was made; null if it was not trained.")
+    lineage: tuple[CalibrationStep, ...] = Field((), description="Replacements of the calibration, oldest first.")
     sha256: dict[str, str] = Field(description="sha256 of each tensor file, by name.")
     record_sha256: str = Field("", description="sha256 of all other fields, as json with sorted keys.")

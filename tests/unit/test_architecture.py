@@ -26,7 +26,7 @@ FLOORS = (
     ("reports",),
     ("audit", "train", "evaluate", "serve"),
     ("client",),
-    ("demo", "doctor"),
+    ("calibrate", "demo", "doctor"),
     ("cli",),
     ("lab",),
     ("__main__",),

@@ -1,0 +1,301 @@
+"""Calibrate a checkpoint on photographs of one's own: an audit of them, and a new calibration from its scores.
+
+Nothing is trained and no AI-generated image is used, so the scores of all images stay the same. Only p-values and
+thresholds change.
+
+checkpoint/        the new checkpoint, for `--checkpoint`
+scores/            the audit of the photographs, unless the input is a finished audit
+calibration.json   what changes
+report.html        the same as a page
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from pydantic import Field
+
+from clipflow_ray import __version__
+from clipflow_ray.audit.ledger import SCORED
+from clipflow_ray.audit.record import AuditRecord
+from clipflow_ray.audit.run import audit
+from clipflow_ray.config import DISCLAIMER, EVALUATED_ALPHAS, AuditConfig, CalibrateConfig, Closed, Record
+from clipflow_ray.errors import CalibrationError, ConfigError, InputError
+from clipflow_ray.inputs.listing import rows
+from clipflow_ray.model.calibration import Calibration
+from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from clipflow_ray.model.record import CalibrationStep
+from clipflow_ray.place import Place, places, settled
+from clipflow_ray.reports import pages
+from clipflow_ray.runs.folder import Run
+from clipflow_ray.statistics import FlaggedRate, flagged_rate
+
+log = logging.getLogger(__name__)
+
+MIN_PHOTOGRAPHS: Final = 20
+_FOLDS: Final = 5
+_COLUMNS: Final = ("row_id", "sha256", "score", "stratum", "group", "status")
+
+F32 = NDArray[np.float32]
+
+
+class SourceChange(Closed):
+    """The photographs of one source at one alpha, before and after. `after` is cross-fitted."""
+
+    name: str = Field(description="Name of the source: the group of its photographs.")
+    before: FlaggedRate = Field(description="Flagged by the old calibration.")
+    after: FlaggedRate = Field(description="Flagged by the new calibration.")
+    stands_out: bool = Field(
+        description="Whether the source is flagged more often than alpha after the change as well, beyond chance."
+    )
+
+
+class AlphaChange(Closed):
+    """What changes at one alpha. A photograph's own score is not in the calibration that judges it afterwards."""
+
+    alpha: float = Field(description="False-positive rate to flag at.")
+    threshold_before: float | None = Field(
+        description="A higher score was flagged; null if alpha is below the floor of the old calibration."
+    )
+    threshold_after: float = Field(description="A higher score is flagged now.")
+    before: FlaggedRate | None = Field(description="The photographs that the old calibration flags; null likewise.")
+    after: FlaggedRate = Field(description="The photographs that the new calibration flags, by cross-fitting.")
+    sources: tuple[SourceChange, ...] = Field(description="The same by source, most flagged first.")
+    in_words: tuple[str, ...] = Field(description="What alpha means with the new calibration, as sentences.")
+
+
+class CalibrationReport(Record):
+    """`calibration.json`: what `calibrate` changed."""
+
+    disclaimer: str = Field(description="What a score is and is not.")
+    checkpoint: str = Field(description="URI of the new checkpoint.")
+    model_id: str = Field(description="Id of the model, which stays the same.")
+    calibration_before: str = Field(description="Id of the old calibration.")
+    calibration_after: str = Field(description="Id of the new calibration.")
+    photographs: int = Field(description="Photographs in the new calibration that `calibrate` added.")
+    sources: int = Field(description="Their sources.")
+    unreadable: int = Field(description="Objects of the input that have no score; the ledger of `scores` says why.")
+    repeated: int = Field(description="Equal files, which are left out.")
+    keep_shipped: float = Field(description="Weight of the old calibration in the new one.")
+    alphas: tuple[AlphaChange, ...] = Field(description="What changes at each alpha that the new calibration supports.")
+
+
+@dataclass(frozen=True)
+class _Photographs:
+    """Scores float32 [N] of distinct photographs, sorted by row id, with the stratum and the source of each."""
+
+    scores: F32
+    strata: list[str]
+    sources: list[str]
+    unreadable: int
+    repeated: int
+
+
+def calibrate(config: CalibrateConfig) -> CalibrationReport:
+    """Write a checkpoint whose calibration is made of the photographs of `config.input`, and what that changes.
+
+    The input may be a finished audit by the same model; no image is read then. A repeated call continues an interrupted
+    one. Raises ClipflowError before scoring starts if the input has fewer than 20 objects.
+    """
+    if not config.input:
+        raise ConfigError("Name at least one --input with photographs.")
+    config = settled(config, "input", "output")
+    checkpoint = load_checkpoint(Place.at(config.checkpoint, config.s3))
+    if checkpoint.calibration is None:
+        raise CalibrationError("The checkpoint has no calibration to compare with; train it with a calibration split.")
+    own = _photographs(config, checkpoint)
+    if len(own.scores) < MIN_PHOTOGRAPHS:
+        raise CalibrationError(f"Only {len(own.scores)} photographs have a score; give at least {MIN_PHOTOGRAPHS}.")
+    new = _combined(checkpoint.calibration, own, config.keep_shipped, np.ones(len(own.scores), bool))
+    step = CalibrationStep(
+        calibration_before=checkpoint.calibration.calibration_id,
+        input=tuple(place.name for place in places(config.input, config.s3)),
+        photographs=len(own.scores),
+        sources=len(set(own.sources)),
+        keep_shipped=config.keep_shipped,
+        tool_version=__version__,
+        made_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    place = Place.at(config.output, config.s3)
+    changed = replace(checkpoint, calibration=new, lineage=(*checkpoint.lineage, step))
+    save_checkpoint(changed, place / "checkpoint")
+    report = CalibrationReport(
+        disclaimer=DISCLAIMER,
+        checkpoint=(place / "checkpoint").uri,
+        model_id=checkpoint.model_id,
+        calibration_before=step.calibration_before,
+        calibration_after=new.calibration_id,
+        photographs=step.photographs,
+        sources=step.sources,
+        unreadable=own.unreadable,
+        repeated=own.repeated,
+        keep_shipped=config.keep_shipped,
+        alphas=_changes(checkpoint.calibration, new, own, config.keep_shipped),
+    )
+    (place / "calibration.json").write(report.model_dump_json(indent=1) + "\n")
+    template = pages.environment("clipflow_ray.reports").get_template("calibration.html.j2")
+    (place / "report.html").write(template.render(report=report, step=step))
+    return report
+
+
+def in_words(report: CalibrationReport) -> list[str]:
+    """The report as sentences for the terminal."""
+    left_out = [
+        f"{count} {name}"
+        for count, name in ((report.unreadable, "without a score"), (report.repeated, "equal files"))
+        if count
+    ]
+    lines = [
+        f"calibrated on {report.photographs} photographs from {report.sources} sources"
+        + (f"; left out: {', '.join(left_out)}" if left_out else "")
+    ]
+    for change in report.alphas:
+        before = "not supported" if change.before is None else _share(change.before)
+        lines.append(f"alpha {change.alpha:g}: flagged before {before}, now {_share(change.after)} (cross-fitted)")
+        standing_out = [each for each in change.sources if each.stands_out]
+        if standing_out:
+            names = ", ".join(f"{each.name} ({_share(each.after)})" for each in standing_out)
+            lines.append(f"  sources that are still flagged more often than alpha: {names}")
+    lines += report.alphas[-1].in_words if report.alphas else ()
+    return [*lines, f"checkpoint: {report.checkpoint}", report.disclaimer]
+
+
+def _photographs(config: CalibrateConfig, checkpoint: Checkpoint) -> _Photographs:
+    """The scores of the input, from a finished audit or from a new one."""
+    inputs = places(config.input, config.s3)
+    finished = Run(inputs[0]).completed(AuditRecord) if len(inputs) == 1 else None
+    if finished is not None:
+        if finished.identity.model_id != checkpoint.model_id:
+            raise InputError(
+                f"{inputs[0].uri} is an audit by model {finished.identity.model_id}, not by {checkpoint.model_id}. "
+                "Name the checkpoint of that audit, or give its photographs as the input."
+            )
+        return _scored(Run(inputs[0]))
+    _check_before(config, inputs)
+    assert checkpoint.calibration is not None
+    run = AuditConfig(
+        input=config.input,
+        output=(Place.at(config.output, config.s3) / "scores").uri,
+        checkpoint=config.checkpoint,
+        alpha=next(iter(_supported(checkpoint.calibration)), 0.5),
+        s3=config.s3,
+        inventory=config.inventory,
+        limits=checkpoint.limits,
+        gallery=0,
+    )
+    audit(run)
+    return _scored(Run(Place.at(run.output, config.s3)))
+
+
+def _check_before(config: CalibrateConfig, inputs: Sequence[Place]) -> None:
+    """Say what the calibration will be like; raises CalibrationError if it will be too small."""
+    groups = [row["group"] for row in rows(inputs, config.inventory)]
+    log.info(
+        "%d objects from %d sources: the smallest alpha will be %.2g",
+        len(groups),
+        len(set(groups)),
+        1 / (len(groups) + 1),
+    )
+    if len(groups) < MIN_PHOTOGRAPHS:
+        raise CalibrationError(
+            f"The input has {len(groups)} objects; a calibration needs at least {MIN_PHOTOGRAPHS} photographs, and at "
+            "least 99 for alpha 0.01."
+        )
+    if len(set(groups)) == 1 and not config.keep_shipped:
+        log.warning("all photographs are from one source, so nothing is known about any other: see --keep-shipped")
+
+
+def _scored(run: Run) -> _Photographs:
+    tables = [part.to_table(columns=list(_COLUMNS)) for part in run.parts(SCORED)]
+    table = pa.concat_tables(tables).sort_by("row_id")
+    good = table.filter(pc.equal(table["status"], "ok"))
+    _, first = np.unique(np.array(good["sha256"].to_pylist(), np.str_), return_index=True)
+    kept = good.take(np.sort(first))
+    return _Photographs(
+        scores=kept["score"].to_numpy().astype(np.float32),
+        strata=kept["stratum"].to_pylist(),
+        sources=kept["group"].to_pylist(),
+        unreadable=int(pc.sum(pc.equal(table["status"], "error")).as_py() or 0),
+        repeated=len(good) - len(kept),
+    )
+
+
+def _combined(old: Calibration, own: _Photographs, keep: float, chosen: NDArray[np.bool_]) -> Calibration:
+    """A calibration of the chosen photographs, in which the old calibration has the weight `keep`."""
+    sources = [f"own {name}" for name, is_chosen in zip(own.sources, chosen, strict=True) if is_chosen]
+    strata = [name for name, is_chosen in zip(own.strata, chosen, strict=True) if is_chosen]
+    if not keep:
+        return Calibration.fit(own.scores[chosen], strata, sources)
+    distinct = set(sources)
+    shares = np.full(old.source_count, 1.0 / old.source_count) if old.weights is None else old.weights
+    weights: dict[str | int, float] = {f"shipped {at}": keep * float(share) for at, share in enumerate(shares)}
+    weights |= dict.fromkeys(distinct, (1.0 - keep) / len(distinct))
+    return Calibration.fit(
+        np.r_[old.scores, own.scores[chosen]],
+        [*old.strata, *strata],
+        [*(f"shipped {at}" for at in old.sources), *sources],
+        weights,
+    )
+
+
+def _changes(old: Calibration, new: Calibration, own: _Photographs, keep: float) -> tuple[AlphaChange, ...]:
+    before, after = old.p_value(own.scores), _cross_fitted(old, own, keep)
+    sources = np.array(own.sources, np.str_)
+    changes = []
+    for alpha in _supported(new):
+        known = old.supports(alpha)
+        hits = {"before": _flagged(before, alpha), "after": _flagged(after, alpha)}
+
+        def rate(name: str, mask: Any, hits: Any = hits, alpha: float = alpha) -> FlaggedRate:
+            return flagged_rate(int(hits[name][mask].sum()), int(mask.sum()), alpha)
+
+        by_source = [
+            SourceChange(
+                name=str(name),
+                before=rate("before", sources == name),
+                after=(found := rate("after", sources == name)),
+                stands_out=bool(found.excess_lower_bound),
+            )
+            for name in np.unique(sources)
+        ]
+        everything = np.ones(len(sources), bool)
+        changes.append(
+            AlphaChange(
+                alpha=alpha,
+                threshold_before=old.threshold(alpha) if known else None,
+                threshold_after=new.threshold(alpha),
+                before=rate("before", everything) if known else None,
+                after=rate("after", everything),
+                sources=tuple(sorted(by_source, key=lambda each: -(each.after.share or 0.0))),
+                in_words=new.in_words(alpha),
+            )
+        )
+    return tuple(changes)
+
+
+def _cross_fitted(old: Calibration, own: _Photographs, keep: float) -> F32:
+    """The p-value of each photograph by a calibration on the other four fifths of the photographs, float32 [N]."""
+    fold = np.random.default_rng(0).permutation(len(own.scores)) % _FOLDS
+    result = np.empty(len(own.scores), np.float32)
+    for number in range(_FOLDS):
+        result[fold == number] = _combined(old, own, keep, fold != number).p_value(own.scores[fold == number])
+    return result
+
+
+def _flagged(p_values: F32, alpha: float) -> NDArray[np.bool_]:
+    flagged: NDArray[np.bool_] = p_values.astype(np.float64) <= alpha * (1.0 + 1e-6)
+    return flagged
+
+
+def _supported(calibration: Calibration) -> list[float]:
+    return [alpha for alpha in EVALUATED_ALPHAS if calibration.supports(alpha)]
+
+
+def _share(rate: FlaggedRate) -> str:
+    return f"{rate.count} of {rate.of}"
