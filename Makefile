@@ -5,7 +5,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INPUT ?=
 NATURAL ?= ../shared/data/natural
-VARIED ?= ../shared/data/natural_varied
 WORK ?= runs/default
 SEEDS := 0 1 2
 
@@ -40,21 +39,17 @@ stress: setup
 docs: setup
 	$(BIN)/python -m clipflow_ray.lab.formats
 
-# Train the packaged checkpoints again, and with two other seeds, and calibrate them; natural images only.
-# The photographs of VARIED get 79 of 84 parts of the weight, so that each source weighs the same.
+# Train the packaged checkpoint again, and with two other seeds; natural images only.
 train-default: setup
-	for name in default fast; do \
-	  for seed in $(SEEDS); do \
-	    $(BIN)/clipflow-ray train --config jobs/recipes/$$name.yaml --input "$(NATURAL)" --output $(WORK)/$$name \
-	      --seed $$seed && $(BIN)/clipflow-ray calibrate --input "$(VARIED)" --keep-shipped 0.0595238 \
-	      --checkpoint $(WORK)/$$name/checkpoint --output $(WORK)/$$name/seed-$$seed || exit 1; \
-	  done; \
-	  cp $(WORK)/$$name/seed-0/checkpoint/* clipflow_ray/assets/$$name/; \
+	for seed in $(SEEDS); do \
+	  $(BIN)/clipflow-ray train --config jobs/train_default.yaml --input "$(NATURAL)" --output $(WORK) --seed $$seed \
+	  && rm -rf $(WORK)/seed-$$seed && mv $(WORK)/checkpoint $(WORK)/seed-$$seed || exit 1; \
 	done
+	cp $(WORK)/seed-0/* clipflow_ray/assets/default/
 
 # Fit the auto-encoders of the learned proxy families, on the sources that train the packaged checkpoint.
 autoencoders: setup
-	$(BIN)/python jobs/autoencoders.py --config jobs/recipes/default.yaml --input "$(NATURAL)" \
+	$(BIN)/python jobs/autoencoders.py --config jobs/train_default.yaml --input "$(NATURAL)" \
 	  --output clipflow_ray/assets/autoencoders
 
 # Write the KubeRay files from cluster/base.yaml.

@@ -10,15 +10,15 @@ __all__ = ["Detector", "__version__", "load_detector"]
 
 
 def load_detector(path: str | None = None, device: str | None = None) -> "Detector":
-    """The detector of the checkpoint `path` (`default`, `fast`, or a directory), on a torch `device`.
+    """The detector of the checkpoint directory `path`, or of the packaged checkpoint, on a torch `device`.
 
     Fetches the encoder weights if this machine does not have them. Raises CheckpointError, CalibrationError,
     WeightsError or EncoderMismatchError if a part is unusable.
     """
-    from clipflow_ray.config import DEFAULT_CHECKPOINT, checkpoint_uri
+    from clipflow_ray.config import DEFAULT_CHECKPOINT
     from clipflow_ray.model.detector import Detector
 
-    return Detector.from_checkpoint(checkpoint_uri(path or DEFAULT_CHECKPOINT), device)
+    return Detector.from_checkpoint(path or DEFAULT_CHECKPOINT, device)
 
 
 def __getattr__(name: str) -> Any:

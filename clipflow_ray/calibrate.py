@@ -13,13 +13,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field
+from scipy import stats
 
 from clipflow_ray import __version__
 from clipflow_ray.audit.ledger import SCORED
@@ -27,19 +28,22 @@ from clipflow_ray.audit.record import AuditRecord
 from clipflow_ray.audit.run import audit
 from clipflow_ray.config import DISCLAIMER, EVALUATED_ALPHAS, AuditConfig, CalibrateConfig, Closed, Record
 from clipflow_ray.errors import CalibrationError, ConfigError, InputError
-from clipflow_ray.inputs.listing import rows
+from clipflow_ray.inputs.listing import check_apart, rows
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from clipflow_ray.model.record import CalibrationStep
 from clipflow_ray.place import Place, places, settled
 from clipflow_ray.reports import pages
-from clipflow_ray.runs.folder import Run
+from clipflow_ray.runs.folder import RUN, Run
 from clipflow_ray.statistics import FlaggedRate, flagged_rate
 
 log = logging.getLogger(__name__)
 
 MIN_PHOTOGRAPHS: Final = 20
-_FOLDS: Final = 5
+_MAX_FOLDS: Final = 100
+_SLACK: Final = 1.0 + 1e-6  # p-values are rounded to float32
+_CHANCE: Final = 0.05
+_DEFAULT_ALPHA: Final = 0.01
 _COLUMNS: Final = ("row_id", "sha256", "score", "stratum", "group", "status")
 
 F32 = NDArray[np.float32]
@@ -48,11 +52,11 @@ F32 = NDArray[np.float32]
 class SourceChange(Closed):
     """The photographs of one source at one alpha, before and after. `after` is cross-fitted."""
 
-    name: str = Field(description="Name of the source: the group of its photographs.")
-    before: FlaggedRate = Field(description="Flagged by the old calibration.")
+    name: str = Field(description="The group of the photographs.")
+    before: FlaggedRate | None = Field(description="Flagged by the old calibration; null if alpha is below its floor.")
     after: FlaggedRate = Field(description="Flagged by the new calibration.")
     stands_out: bool = Field(
-        description="Whether the source is flagged more often than alpha after the change as well, beyond chance."
+        description="Whether at least two are still flagged, and more than chance explains (5 % over all sources)."
     )
 
 
@@ -83,7 +87,9 @@ class CalibrationReport(Record):
     unreadable: int = Field(description="Objects of the input that have no score; the ledger of `scores` says why.")
     repeated: int = Field(description="Equal files, which are left out.")
     keep_shipped: float = Field(description="Weight of the old calibration in the new one.")
-    alphas: tuple[AlphaChange, ...] = Field(description="What changes at each alpha that the new calibration supports.")
+    alphas: tuple[AlphaChange, ...] = Field(
+        description="What changes at each alpha that the photographs are enough for; empty below 20 for alpha 5 %."
+    )
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,8 @@ def calibrate(config: CalibrateConfig) -> CalibrationReport:
     """Write a checkpoint whose calibration is made of the photographs of `config.input`, and what that changes.
 
     The input may be a finished audit by the same model; no image is read then. A repeated call continues an interrupted
-    one. Raises ClipflowError before scoring starts if the input has fewer than 20 objects.
+    one. Raises ClipflowError before scoring starts if the input has fewer than 20 objects or holds the output, and
+    InputError if the input has changed since the output was begun.
     """
     if not config.input:
         raise ConfigError("Name at least one --input with photographs.")
@@ -109,22 +116,21 @@ def calibrate(config: CalibrateConfig) -> CalibrationReport:
     checkpoint = load_checkpoint(Place.at(config.checkpoint, config.s3))
     if checkpoint.calibration is None:
         raise CalibrationError("The checkpoint has no calibration to compare with; train it with a calibration split.")
-    own = _photographs(config, checkpoint)
+    inputs, place = places(config.input, config.s3), Place.at(config.output, config.s3)
+    check_apart(inputs, place)
+    own = _photographs(config, inputs, checkpoint, checkpoint.calibration)
     if len(own.scores) < MIN_PHOTOGRAPHS:
         raise CalibrationError(f"Only {len(own.scores)} photographs have a score; give at least {MIN_PHOTOGRAPHS}.")
     new = _combined(checkpoint.calibration, own, config.keep_shipped, np.ones(len(own.scores), bool))
     step = CalibrationStep(
         calibration_before=checkpoint.calibration.calibration_id,
-        input=tuple(place.name for place in places(config.input, config.s3)),
+        input=tuple(each.name for each in inputs),
         photographs=len(own.scores),
         sources=len(set(own.sources)),
         keep_shipped=config.keep_shipped,
         tool_version=__version__,
         made_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    place = Place.at(config.output, config.s3)
-    changed = replace(checkpoint, calibration=new, lineage=(*checkpoint.lineage, step))
-    save_checkpoint(changed, place / "checkpoint")
     report = CalibrationReport(
         disclaimer=DISCLAIMER,
         checkpoint=(place / "checkpoint").uri,
@@ -138,6 +144,8 @@ def calibrate(config: CalibrateConfig) -> CalibrationReport:
         keep_shipped=config.keep_shipped,
         alphas=_changes(checkpoint.calibration, new, own, config.keep_shipped),
     )
+    changed = replace(checkpoint, calibration=new, lineage=(*checkpoint.lineage, step))
+    save_checkpoint(changed, place / "checkpoint")
     (place / "calibration.json").write(report.model_dump_json(indent=1) + "\n")
     template = pages.environment("clipflow_ray.reports").get_template("calibration.html.j2")
     (place / "report.html").write(template.render(report=report, step=step))
@@ -148,67 +156,83 @@ def in_words(report: CalibrationReport) -> list[str]:
     """The report as sentences for the terminal."""
     left_out = [
         f"{count} {name}"
-        for count, name in ((report.unreadable, "without a score"), (report.repeated, "equal files"))
+        for count, name in ((report.unreadable, "without a score"), (report.repeated, "repeated"))
         if count
     ]
     lines = [
-        f"calibrated on {report.photographs} photographs from {report.sources} sources"
+        f"calibrated on {report.photographs} photographs; sources: {report.sources}"
         + (f"; left out: {', '.join(left_out)}" if left_out else "")
     ]
     for change in report.alphas:
-        before = "not supported" if change.before is None else _share(change.before)
-        lines.append(f"alpha {change.alpha:g}: flagged before {before}, now {_share(change.after)} (cross-fitted)")
+        before = "not supported"
+        if change.before is not None:
+            before = f"{_share(change.before)} (score above {change.threshold_before:.3f})"
+        now = f"{_share(change.after)} (above {change.threshold_after:.3f}, cross-fitted)"
+        lines.append(f"alpha {change.alpha:g}: flagged before {before}, now {now}")
         standing_out = [each for each in change.sources if each.stands_out]
         if standing_out:
             names = ", ".join(f"{each.name} ({_share(each.after)})" for each in standing_out)
             lines.append(f"  sources that are still flagged more often than alpha: {names}")
     lines += report.alphas[-1].in_words if report.alphas else ()
+    if not any(change.alpha == _DEFAULT_ALPHA for change in report.alphas):
+        lines.append(
+            f"alpha {_DEFAULT_ALPHA:g} needs 100 photographs: give --alpha 0.05 to audits with this checkpoint"
+        )
     return [*lines, f"checkpoint: {report.checkpoint}", report.disclaimer]
 
 
-def _photographs(config: CalibrateConfig, checkpoint: Checkpoint) -> _Photographs:
+def _photographs(
+    config: CalibrateConfig, inputs: Sequence[Place], checkpoint: Checkpoint, old: Calibration
+) -> _Photographs:
     """The scores of the input, from a finished audit or from a new one."""
-    inputs = places(config.input, config.s3)
-    finished = Run(inputs[0]).completed(AuditRecord) if len(inputs) == 1 else None
+    finished = _finished(inputs, checkpoint)
     if finished is not None:
-        if finished.identity.model_id != checkpoint.model_id:
-            raise InputError(
-                f"{inputs[0].uri} is an audit by model {finished.identity.model_id}, not by {checkpoint.model_id}. "
-                "Name the checkpoint of that audit, or give its photographs as the input."
-            )
-        return _scored(Run(inputs[0]))
-    _check_before(config, inputs)
-    assert checkpoint.calibration is not None
+        return _scored(finished)
+    listed = _listed(config, inputs, old)
     run = AuditConfig(
         input=config.input,
         output=(Place.at(config.output, config.s3) / "scores").uri,
         checkpoint=config.checkpoint,
-        alpha=next(iter(_supported(checkpoint.calibration)), 0.5),
+        alpha=next((alpha for alpha in EVALUATED_ALPHAS if old.supports(alpha)), 0.5),
         s3=config.s3,
         inventory=config.inventory,
         limits=checkpoint.limits,
         gallery=0,
     )
-    audit(run)
+    if audit(run).manifest_rows != listed:
+        raise InputError(f"The input has changed since {run.output} was written: name another output.")
     return _scored(Run(Place.at(run.output, config.s3)))
 
 
-def _check_before(config: CalibrateConfig, inputs: Sequence[Place]) -> None:
-    """Say what the calibration will be like; raises CalibrationError if it will be too small."""
+def _finished(inputs: Sequence[Place], checkpoint: Checkpoint) -> Run | None:
+    """The finished audit that the input is, or None if the input is no run. Raises InputError for any other run."""
+    runs = [place for place in inputs if (place / RUN).exists()]
+    if not runs:
+        return None
+    record = Run(runs[0]).completed(AuditRecord)
+    if record is None or len(inputs) > 1:
+        raise InputError(f"{runs[0].uri} is a run. Give one finished audit as the only input, or photographs.")
+    if record.identity.model_id != checkpoint.model_id:
+        raise InputError(
+            f"{runs[0].uri} is an audit by model {record.identity.model_id}, not by {checkpoint.model_id}. Name the "
+            "checkpoint of that audit, or give its photographs as the input."
+        )
+    return Run(runs[0])
+
+
+def _listed(config: CalibrateConfig, inputs: Sequence[Place], old: Calibration) -> int:
+    """The number of objects. Raises CalibrationError if they are too few, and says what the calibration will be like."""
     groups = [row["group"] for row in rows(inputs, config.inventory)]
-    log.info(
-        "%d objects from %d sources: the smallest alpha will be %.2g",
-        len(groups),
-        len(set(groups)),
-        1 / (len(groups) + 1),
-    )
     if len(groups) < MIN_PHOTOGRAPHS:
         raise CalibrationError(
             f"The input has {len(groups)} objects; a calibration needs at least {MIN_PHOTOGRAPHS} photographs, and at "
-            "least 99 for alpha 0.01."
+            f"least 100 for alpha {_DEFAULT_ALPHA:g}."
         )
+    count = len(groups) + (len(old.scores) if config.keep_shipped else 0)
+    log.info("%d objects, sources: %d; the smallest alpha will be %.2g", len(groups), len(set(groups)), 1 / (count + 1))
     if len(set(groups)) == 1 and not config.keep_shipped:
         log.warning("all photographs are from one source, so nothing is known about any other: see --keep-shipped")
+    return len(groups)
 
 
 def _scored(run: Run) -> _Photographs:
@@ -245,33 +269,35 @@ def _combined(old: Calibration, own: _Photographs, keep: float, chosen: NDArray[
 
 
 def _changes(old: Calibration, new: Calibration, own: _Photographs, keep: float) -> tuple[AlphaChange, ...]:
-    before, after = old.p_value(own.scores), _cross_fitted(old, own, keep)
     sources = np.array(own.sources, np.str_)
+    names = np.unique(sources)
+    before, after, floor = old.p_value(own.scores), *_cross_fitted(old, own, keep)
     changes = []
-    for alpha in _supported(new):
+    for alpha in EVALUATED_ALPHAS:
+        if floor > alpha * _SLACK:
+            continue
         known = old.supports(alpha)
-        hits = {"before": _flagged(before, alpha), "after": _flagged(after, alpha)}
-
-        def rate(name: str, mask: Any, hits: Any = hits, alpha: float = alpha) -> FlaggedRate:
-            return flagged_rate(int(hits[name][mask].sum()), int(mask.sum()), alpha)
-
-        by_source = [
-            SourceChange(
-                name=str(name),
-                before=rate("before", sources == name),
-                after=(found := rate("after", sources == name)),
-                stands_out=bool(found.excess_lower_bound),
+        was, now = (_flagged(p_values, alpha) for p_values in (before, after))
+        by_source = []
+        for name in names:
+            own_rows = sources == name
+            rate = _rate(now[own_rows], alpha)
+            by_source.append(
+                SourceChange(
+                    name=str(name),
+                    before=_rate(was[own_rows], alpha) if known else None,
+                    after=rate,
+                    stands_out=rate.count >= 2
+                    and stats.binom.sf(rate.count - 1, rate.of, alpha) < _CHANCE / len(names),
+                )
             )
-            for name in np.unique(sources)
-        ]
-        everything = np.ones(len(sources), bool)
         changes.append(
             AlphaChange(
                 alpha=alpha,
                 threshold_before=old.threshold(alpha) if known else None,
                 threshold_after=new.threshold(alpha),
-                before=rate("before", everything) if known else None,
-                after=rate("after", everything),
+                before=_rate(was, alpha) if known else None,
+                after=_rate(now, alpha),
                 sources=tuple(sorted(by_source, key=lambda each: -(each.after.share or 0.0))),
                 in_words=new.in_words(alpha),
             )
@@ -279,22 +305,29 @@ def _changes(old: Calibration, new: Calibration, own: _Photographs, keep: float)
     return tuple(changes)
 
 
-def _cross_fitted(old: Calibration, own: _Photographs, keep: float) -> F32:
-    """The p-value of each photograph by a calibration on the other four fifths of the photographs, float32 [N]."""
-    fold = np.random.default_rng(0).permutation(len(own.scores)) % _FOLDS
-    result = np.empty(len(own.scores), np.float32)
-    for number in range(_FOLDS):
-        result[fold == number] = _combined(old, own, keep, fold != number).p_value(own.scores[fold == number])
-    return result
+def _cross_fitted(old: Calibration, own: _Photographs, keep: float) -> tuple[F32, float]:
+    """The p-value of each photograph by a calibration without it, float32 [N], and the largest of their floors.
+
+    Up to 100 photographs are left out one at a time, more of them in 100 parts.
+    """
+    count = len(own.scores)
+    folds = min(count, _MAX_FOLDS)
+    fold = np.random.default_rng(0).permutation(count) % folds
+    result, floor = np.empty(count, np.float32), 0.0
+    for number in range(folds):
+        calibration = _combined(old, own, keep, fold != number)
+        result[fold == number] = calibration.p_value(own.scores[fold == number])
+        floor = max(floor, calibration.floor)
+    return result, floor
 
 
 def _flagged(p_values: F32, alpha: float) -> NDArray[np.bool_]:
-    flagged: NDArray[np.bool_] = p_values.astype(np.float64) <= alpha * (1.0 + 1e-6)
+    flagged: NDArray[np.bool_] = p_values.astype(np.float64) <= alpha * _SLACK
     return flagged
 
 
-def _supported(calibration: Calibration) -> list[float]:
-    return [alpha for alpha in EVALUATED_ALPHAS if calibration.supports(alpha)]
+def _rate(flagged: NDArray[np.bool_], alpha: float) -> FlaggedRate:
+    return flagged_rate(int(flagged.sum()), len(flagged), alpha)
 
 
 def _share(rate: FlaggedRate) -> str:

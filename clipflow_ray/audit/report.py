@@ -37,6 +37,9 @@ PAGE: Final = "report.html"
 _EXAMPLES: Final = 3
 _MAX_GROUPS: Final = 200
 _FDR: Final = 0.05
+# Photographs of another kind than the calibration's, or many generated images.
+_UNLIKE_DISTANCE: Final = 0.25
+_UNLIKE_P: Final = 0.001
 _OK: Final = pc.field("status") == "ok"
 # Settings that only a config file can change. Every other setting of an audit has a flag: its name with dashes.
 CONFIG_FILE_ONLY: Final = frozenset({"limits", "generator_column", "cap_prone_strata", "batch_size", "rows_per_task"})
@@ -142,6 +145,7 @@ def _drift(scores: Distribution) -> Drift | None:
         p_value=p_value,
         median=middle,
         calibration_median=scores.calibration_median(),
+        unlike=distance >= _UNLIKE_DISTANCE and p_value <= _UNLIKE_P,
     )
 
 
@@ -175,7 +179,7 @@ def _charts(report: AuditReport) -> dict[str, str]:
             found.calibration, found.edges, fill=True, color=pages.NATURAL_COLOUR, alpha=0.6, label="calibration"
         )
         axes.stairs(found.audit, found.edges, color=pages.SUSPICIOUS_COLOUR, linewidth=2, label="this audit")
-        axes.set_xlabel("score: negative log-likelihood per dimension (the end bins hold all scores beyond)")
+        axes.set_xlabel("score (the end bins hold all scores beyond)")
         axes.set_ylabel("share of images")
         axes.legend(frameon=False)
 

@@ -10,14 +10,7 @@ import typer
 from clipflow_ray.cli.audit import summary
 from clipflow_ray.cli.exits import FAILED
 from clipflow_ray.cli.options import Checkpoint
-from clipflow_ray.config import (
-    DEFAULT_CHECKPOINT,
-    PACKAGED_WEIGHTS,
-    AuditConfig,
-    EncoderConfig,
-    checkpoint_uri,
-    load_yaml,
-)
+from clipflow_ray.config import DEFAULT_CHECKPOINT, PACKAGED_WEIGHTS, AuditConfig, EncoderConfig, load_yaml
 
 
 def weights(
@@ -44,19 +37,16 @@ def demo(
 ) -> None:
     """Audit sample photographs from an embedded S3 server, or your own images, with an embedded Ray."""
     from clipflow_ray.audit.run import audit as run
-    from clipflow_ray.demo import fill_bucket, quick, s3_server
+    from clipflow_ray.demo import fill_bucket, s3_server
 
     folder = tempfile.mkdtemp(prefix="audit-", dir=_created(output))
-    checkpoint = "default" if quick() else "fast"
-    print(f"checkpoint: {checkpoint}" + ("" if quick() else ", because this machine has neither a GPU nor AMX"))
-    common = {"output": folder, "alpha": alpha, "checkpoint": checkpoint}
     if inputs:
-        record = run(load_yaml(AuditConfig, None, {"input": (inputs,), **common}))
+        record = run(load_yaml(AuditConfig, None, {"input": (inputs,), "output": folder, "alpha": alpha}))
         print(summary(record))
         return
     with s3_server() as bucket:
         source = fill_bucket(bucket)
-        settings = {"input": (source,), "s3": bucket.options, **common}
+        settings = {"input": (source,), "output": folder, "alpha": alpha, "s3": bucket.options}
         record = run(load_yaml(AuditConfig, None, settings))
     print(summary(record))
     print("Three files of the bucket are broken on purpose (truncated, empty, text named .jpg): each is an error row.")
@@ -67,7 +57,7 @@ def doctor(checkpoint: Checkpoint = None) -> None:
     from clipflow_ray.doctor import checks
 
     failed = False
-    for name, outcome, fine in checks(checkpoint_uri(checkpoint or DEFAULT_CHECKPOINT)):
+    for name, outcome, fine in checks(checkpoint or DEFAULT_CHECKPOINT):
         failed |= not fine
         print(f"{'ok  ' if fine else 'FAIL'} {name}: {outcome}")
     if failed:

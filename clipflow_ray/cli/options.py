@@ -11,7 +11,7 @@ Inputs = Annotated[
 ]
 Output = Annotated[str | None, typer.Option("--output", help="Folder or s3:// prefix to write to.")]
 Checkpoint = Annotated[
-    str | None, typer.Option("--checkpoint", help="`default`, `fast`, or the folder or s3:// prefix of a checkpoint.")
+    str | None, typer.Option("--checkpoint", help="Checkpoint directory; default: the packaged one.")
 ]
 ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file with settings; flags override it.")]
 Endpoint = Annotated[str | None, typer.Option("--endpoint-url", help="S3 endpoint; default: AWS_ENDPOINT_URL.")]

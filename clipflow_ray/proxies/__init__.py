@@ -99,17 +99,19 @@ def proxy(view: Pixels, family: str, rng: Rng, config: ProxyConfig) -> Pixels:
     return np.ascontiguousarray(quantized(changed).transpose(1, 2, 0))
 
 
-def drawn(view: Pixels, family: str, rng: Rng, config: ProxyConfig) -> tuple[str, Pixels]:
-    """The label and the view of a proxy by `family`.
-
-    The share `pairs` of proxies is changed by a second family as well and labelled `first+second`.
-    """
-    made = proxy(view, family, rng, config)
+def label(family: str, rng: Rng, config: ProxyConfig) -> str:
+    """The label of a proxy by `family`: the share `pairs` of them is by a second family as well, `first+second`."""
     others = sorted(set(config.families) - {family})
     if not config.pairs or not others or rng.random() >= config.pairs:
-        return family, made
-    second = str(rng.choice(others))
-    return f"{family}{_PAIR}{second}", proxy(made, second, rng, config)
+        return family
+    return f"{family}{_PAIR}{rng.choice(others)}"
+
+
+def drawn(view: Pixels, label: str, rng: Rng, config: ProxyConfig) -> Pixels:
+    """The proxy of a natural view by the one or two families that `label` names, one after the other."""
+    for family in label.split(_PAIR):
+        view = proxy(view, family, rng, config)
+    return view
 
 
 def involves(labels: NDArray[np.str_], families: Collection[str]) -> NDArray[np.bool_]:

@@ -66,21 +66,21 @@ def distorted(
     for number in range(config.natural_views):
         rng = proxies.generator(config.seed, row_id, number)
         count = config.proxies_per_view
-        chosen = [str(name) for name in rng.choice(names, size=count, replace=count > len(names))]
+        chosen = rng.choice(names, size=count, replace=count > len(names))
+        labels = [proxies.NATURAL, *(proxies.label(str(name), rng, config) for name in chosen)]
         low, high = config.paired_quality
         quality, subsampling = int(rng.integers(low, high + 1)), str(rng.choice(_SUBSAMPLINGS))
-        plain: dict[int, list[tuple[str, Pixels]]] = {}
+        plain: dict[int, list[Pixels]] = {}
         for size in spec.sizes:
             draws = proxies.generator(config.seed, row_id, number, size)
             view = images.view(rgb, spec, size) if number == 0 else proxies.augmented(rgb, draws, size)
-            own = [(proxies.NATURAL, proxies.natural(view))]
-            plain[size] = own + [proxies.drawn(view, name, draws, config) for name in chosen]
-        for at in range(1 + count):
+            plain[size] = [proxies.natural(view), *(proxies.drawn(view, each, draws, config) for each in labels[1:])]
+        for at, family in enumerate(labels):
             views = [
-                plain[size][at][1] if training == "plain" else compressed(plain[size][at][1], quality, subsampling)
+                plain[size][at] if training == "plain" else compressed(plain[size][at], quality, subsampling)
                 for size, training in slots(segments)
             ]
-            made.append((plain[spec.sizes[0]][at][0], np.concatenate([view.reshape(-1) for view in views])))
+            made.append((family, np.concatenate([view.reshape(-1) for view in views])))
     return made
 
 

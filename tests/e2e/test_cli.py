@@ -23,7 +23,18 @@ def run(*arguments: str, timeout: int = 300) -> subprocess.CompletedProcess[str]
 def test_help_names_every_command() -> None:
     done = run("--help")
     assert done.returncode == 0
-    for command in ("audit", "score", "serve", "train", "evaluate", "proxies", "weights", "demo", "doctor"):
+    for command in (
+        "audit",
+        "score",
+        "serve",
+        "train",
+        "calibrate",
+        "evaluate",
+        "proxies",
+        "weights",
+        "demo",
+        "doctor",
+    ):
         assert command in done.stdout
 
 

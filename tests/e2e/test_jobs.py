@@ -97,7 +97,7 @@ def checkpoint(
         "fit: {epochs: 2, batch_size: 16}\nsegments: [{feature: projected}]\n"
     )
     train = ["jobs/train.py", "--config", str(config), "--input", "s3://jobs/in/", "--output", "s3://jobs/train"]
-    flags = [*store, "--allow-small"]  # the images of one of the five sources calibrate
+    flags = [*store, "--allow-small"]  # with five sources, one image in five calibrates
     done = submitted(nodes[0], "submit", "--working-dir", ".", "--", "python", *train, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     return "s3://jobs/train/checkpoint"

@@ -55,9 +55,11 @@ def test_the_new_checkpoint_gives_the_same_scores_and_p_values_of_the_photograph
     before, after = old.detect(files, 0.5), new.detect(files, 0.5)
     assert [each.score for each in before] == [each.score for each in after]
     scores = np.array([each.score for each in after])
-    # All sources have ten photographs, so the p-value is the plain conformal one.
-    expected = [(1 + np.sum(scores >= score - 1e-6)) / (len(scores) + 1) for score in scores]
-    assert [each.p_value for each in after] == pytest.approx(expected)
+    # All sources have ten photographs, so the p-value is the plain conformal one. A score may differ by rounding from
+    # the one that the audit's actor computed, and then it is just below itself.
+    expected = np.array([(1 + np.sum(scores >= score - 1e-6)) / (len(scores) + 1) for score in scores])
+    found = np.array([each.p_value for each in after])
+    assert np.abs(found - expected).max() <= 1.001 / (len(scores) + 1)
 
 
 def test_the_record_says_how_the_calibration_was_made_and_a_second_one_adds_to_it(
@@ -98,19 +100,18 @@ def test_a_finished_audit_of_the_photographs_gives_the_same_calibration_and_read
 
 
 def test_the_flagged_shares_are_cross_fitted(first: CalibrationReport, trained: str, photographs: Path) -> None:
-    """By hand: leaving four fifths of the photographs to calibrate, five times, judges each photograph once."""
+    """By hand: each of the thirty photographs is judged by a calibration on the others."""
     scores = pq.read_table(Path(first.checkpoint).parent / "scores/scored").sort_by("row_id").to_pylist()
     own = [row for row in scores if row["status"] == "ok"]
     own = [row for at, row in enumerate(own) if row["sha256"] not in {other["sha256"] for other in own[:at]}]
     values = np.array([row["score"] for row in own], np.float32)
-    fold = np.random.default_rng(0).permutation(len(own)) % 5
     p_values = np.empty(len(own), np.float32)
-    for number in range(5):
-        kept = [row for row, at in zip(own, fold, strict=True) if at != number]
-        calibration = Calibration.fit(
-            values[fold != number], [row["stratum"] for row in kept], [row["group"] for row in kept]
-        )
-        p_values[fold == number] = calibration.p_value(values[fold == number])
+    for number in range(len(own)):
+        others = np.arange(len(own)) != number
+        kept = [row for row, is_kept in zip(own, others, strict=True) if is_kept]
+        calibration = Calibration.fit(values[others], [row["stratum"] for row in kept], [row["group"] for row in kept])
+        p_values[number] = calibration.p_value(values[[number]])[0]
+    assert [change.alpha for change in first.alphas] == [0.05]
     for change in first.alphas:
         assert change.after.count == np.sum(p_values <= change.alpha * (1 + 1e-6))
         assert sum(each.after.count for each in change.sources) == change.after.count
@@ -124,6 +125,31 @@ def test_too_few_photographs_are_refused_before_any_is_read(trained: str, photog
     assert not (tmp_path / "out").exists()
 
 
+def test_runs_that_are_no_finished_audit_and_an_output_inside_the_input_are_refused(
+    first: CalibrationReport, trained: str, photographs: Path, tmp_path: Path
+) -> None:
+    scores = str(Path(first.checkpoint).parent / "scores")
+    wrong = {
+        "Give one finished audit as the only input": CalibrateConfig(
+            input=(scores, str(photographs)), output=str(tmp_path / "out"), checkpoint=trained
+        ),
+        "lies inside the input": CalibrateConfig(
+            input=(str(photographs),), output=str(photographs / "out"), checkpoint=trained
+        ),
+        "The input has changed since": CalibrateConfig(
+            input=(str(photographs),), output=str(Path(first.checkpoint).parent), checkpoint=trained
+        ),
+    }
+    extra = photographs / "phone/new.jpg"
+    extra.write_bytes(encoded(photo(2000)))
+    try:
+        for said, config in wrong.items():
+            with pytest.raises(InputError, match=said):
+                calibrate(config)
+    finally:
+        extra.unlink()
+
+
 def test_the_command_prints_what_changes_and_the_page_shows_it(
     first: CalibrationReport, trained: str, photographs: Path, tmp_path: Path
 ) -> None:
@@ -133,7 +159,7 @@ def test_the_command_prints_what_changes_and_the_page_shows_it(
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     shown = done.stdout.splitlines()
-    assert shown[0] == "calibrated on 30 photographs from 3 sources; left out: 1 without a score, 1 equal files"
+    assert shown[0] == "calibrated on 30 photographs; sources: 3; left out: 1 without a score, 1 repeated"
     assert shown[-2] == f"checkpoint: {tmp_path}/out/checkpoint"
     assert [line for line in in_words(first) if line.startswith("alpha")] == [
         line for line in shown if line.startswith("alpha")

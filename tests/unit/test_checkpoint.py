@@ -19,7 +19,6 @@ from scipy import stats
 from clipflow_ray.config import (
     DEFAULT_CHECKPOINT,
     OPENAI_VIEW,
-    PACKAGED_CHECKPOINTS,
     TEST_TOWER,
     EncoderConfig,
     FitConfig,
@@ -418,12 +417,13 @@ def test_a_copied_checkpoint_is_the_same_checkpoint(saved: Path, tmp_path: Path)
     assert plain(load_checkpoint(tmp_path / "elsewhere")) == plain(load_checkpoint(saved))
 
 
-@pytest.mark.parametrize("name", PACKAGED_CHECKPOINTS)
-def test_the_recipe_of_a_packaged_checkpoint_is_what_it_was_made_with(name: str) -> None:
-    config = load_yaml(TrainConfig, str(ROOT / f"jobs/recipes/{name}.yaml"), {"output": "anywhere"})
-    packaged = load_checkpoint(PACKAGED_CHECKPOINTS[name])
+def test_the_config_of_the_packaged_training_is_what_the_packaged_checkpoint_was_made_with() -> None:
+    config = load_yaml(TrainConfig, str(ROOT / "jobs/train_default.yaml"), {"output": "anywhere"})
+    packaged = load_checkpoint(DEFAULT_CHECKPOINT)
     assert config.encoder == packaged.encoder and config.proxies == packaged.proxies
-    assert config.segments == packaged.segments
+    (own,) = packaged.view.sizes
+    named = tuple(each.model_copy(update={"size": each.size or own}) for each in config.segments)
+    assert named == packaged.segments
     assert config.flow == packaged.flow_config and config.objective == packaged.objective
     assert packaged.training is not None
     assert config.split == packaged.training.split

@@ -173,7 +173,7 @@ def audit_report() -> AuditReport:
         },
         scores=ScoreHistogram(edges=(0.0, 1.0, 2.0), audit=(0.5, 0.5), calibration=(0.25, 0.75)),
         p_values=(4, 5),
-        drift=Drift(ks_distance=0.1, p_value=0.5, median=1.5, calibration_median=1.25),
+        drift=Drift(ks_distance=0.1, p_value=0.5, median=1.5, calibration_median=1.25, unlike=False),
     )
 
 
