@@ -175,9 +175,7 @@ def in_words(report: CalibrationReport) -> list[str]:
             lines.append(f"  sources that are still flagged more often than alpha: {names}")
     lines += report.alphas[-1].in_words if report.alphas else ()
     if not any(change.alpha == _DEFAULT_ALPHA for change in report.alphas):
-        lines.append(
-            f"alpha {_DEFAULT_ALPHA:g} needs 100 photographs: give --alpha 0.05 to audits with this checkpoint"
-        )
+        lines.append(f"alpha {_DEFAULT_ALPHA:g} needs 100 photographs: audit with --alpha 0.05 or more")
     return [*lines, f"checkpoint: {report.checkpoint}", report.disclaimer]
 
 
@@ -221,7 +219,7 @@ def _finished(inputs: Sequence[Place], checkpoint: Checkpoint) -> Run | None:
 
 
 def _listed(config: CalibrateConfig, inputs: Sequence[Place], old: Calibration) -> int:
-    """The number of objects. Raises CalibrationError if they are too few, and says what the calibration will be like."""
+    """The number of objects, after saying what they will support. Raises CalibrationError if they are too few."""
     groups = [row["group"] for row in rows(inputs, config.inventory)]
     if len(groups) < MIN_PHOTOGRAPHS:
         raise CalibrationError(

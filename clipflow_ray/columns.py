@@ -92,13 +92,15 @@ COLUMNS: Final = (
         "score",
         pa.float32(),
         _SCORING,
-        "Sum of the segments' standardised negative log-likelihoods; higher is more suspicious. Do not compare it across checkpoints.",
+        "Sum of the segments' standardised negative log-likelihoods; higher is more suspicious. Do not compare it "
+        "across checkpoints.",
     ),
     Column(
         "p_value",
         pa.float32(),
         _SCORING,
-        "Conformal p-value among all calibration images, each source weighing the same, or as its weight says; at least 1 / (n + 1).",
+        "Conformal p-value among all calibration images, each source weighing the same, or as its weight says; at "
+        "least 1 / (n + 1).",
     ),
     Column("stratum", pa.string(), _READING, "Format and class of the longer side, such as `jpeg|512-1024`."),
     Column(

@@ -1,4 +1,4 @@
-"""Entry point for `ray job submit --working-dir . -- python jobs/calibrate.py ...`: flags of `clipflow-ray calibrate`."""
+"""Entry point for `ray job submit --working-dir . -- python jobs/calibrate.py ...`: see `clipflow-ray calibrate`."""
 
 import sys
 

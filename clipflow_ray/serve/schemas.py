@@ -68,7 +68,8 @@ class ItemResult(Schema):
     format: str | None = Field(None, description="`JPEG`, `PNG`, `WEBP` or `GIF`, by the first bytes of the file.")
     score: float | None = Field(
         None,
-        description="Sum of the segments' standardised negative log-likelihoods; higher is more suspicious. Specific to the model.",
+        description="Sum of the segments' standardised negative log-likelihoods; higher is more suspicious. Specific "
+        "to the model.",
     )
     log_likelihood: float | None = Field(None, description="Log-likelihood of the embedding, in nats.")
     p_value: float | None = Field(

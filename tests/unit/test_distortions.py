@@ -80,7 +80,7 @@ def test_every_variant_gives_the_view_and_the_size_of_its_own_encoding(tmp_path:
     seen = [rgb, *(np.array(Image.open(io.BytesIO(data)).convert("RGB")) for data in encodings)]
     views = np.frombuffer(good["view"], np.uint8).reshape(len(VARIANTS), 224, 224, 3)
     for pixels, view in zip(seen, views, strict=True):
-        np.testing.assert_array_equal(view, images.view(pixels, OPENAI_VIEW))
+        np.testing.assert_array_equal(view, images.view(pixels, OPENAI_VIEW, 224))
     assert [good["aligned_bytes"], good["recompressed_bytes"]] == [len(data) for data in encodings]
     assert good["bytes"] == len(encoded(rgb, "PNG"))
     assert broken["status"] == "error" and not broken["view"]

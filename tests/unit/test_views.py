@@ -14,7 +14,15 @@ from PIL import Image
 
 from clipflow_ray import proxies
 from clipflow_ray.columns import MANIFEST_SCHEMA, manifest_table
-from clipflow_ray.config import OPENAI_VIEW, TEST_TOWER, EncoderConfig, ImageLimits, ProxyConfig, Segment
+from clipflow_ray.config import (
+    OPENAI_VIEW,
+    TEST_TOWER,
+    EncoderConfig,
+    ImageLimits,
+    InventoryOptions,
+    ProxyConfig,
+    Segment,
+)
 from clipflow_ray.data.scoring import Embed
 from clipflow_ray.images import by_size, view
 from clipflow_ray.model.encoder import Encoder
@@ -114,7 +122,7 @@ PARTS = Parts(by="source", validation=(), calibration=("lake",))
 def test_a_calibration_image_gives_one_image_that_is_plain_in_all_views(tmp_path: Path) -> None:
     config = ProxyConfig(natural_views=2, proxies_per_view=1)
     near = Place.at(str(tmp_path))
-    read = read_and_distort(manifest(tmp_path), near, ImageLimits(), SMALL, SEGMENTS, config, PARTS)
+    read = read_and_distort(manifest(tmp_path), near, ImageLimits(), SMALL, SEGMENTS, config, PARTS, InventoryOptions())
     assert [len(families) for families in read["families"].to_pylist()] == [1, 4, 0]
     assert read["families"].to_pylist()[0] == ["natural"]
     assert read["status"].to_pylist() == ["ok", "ok", "error"]
@@ -139,7 +147,7 @@ def test_each_segment_gets_the_embeddings_of_its_own_size_and_training(tmp_path:
     )
     spec = OPENAI_VIEW.model_copy(update={"sizes": (64, 224)})
     near = Place.at(str(tmp_path))
-    read = read_and_distort(manifest(tmp_path), near, ImageLimits(), spec, segments, config, PARTS)
+    read = read_and_distort(manifest(tmp_path), near, ImageLimits(), spec, segments, config, PARTS, InventoryOptions())
     tower = EncoderConfig(model=TEST_TOWER, pretrained="seed:0")
     encoder = Encoder(tower, segments, "cpu")
     table = Embed(tower, segments, encoder.fingerprint, 1)(read)
