@@ -98,7 +98,7 @@ def test_segments_keep_their_order_and_are_named_by_feature_size_and_training() 
     made = validated(TrainConfig, AUDIT | {"segments": given}).segments
     assert [each.name for each in made] == ["block12.mean@448.paired", "projected@224", "block3.cls@448.paired"]
     assert [each.output for each in made] == ["block12.mean@448", "projected@224", "block3.cls@448"]
-    assert slots(made) == ((448, "paired"), (224, "plain"))
+    assert slots(made) == ((224, "plain"), (448, "paired"))
 
 
 @pytest.mark.parametrize("change", [{"size": 0}, {"size": -224}, {"training": "pairs"}, {"view": 224}])

@@ -49,7 +49,7 @@ def test_without_names_each_of_two_parts_gets_one_source_in_five_by_its_name_alo
     assert assigned(images(**{f"source{at}": 30 for at in range(20)}), NOTHING_NAMED, allow_small=False) == parts
 
 
-def test_with_fewer_than_five_sources_images_are_split_and_a_warning_says_what_that_means(
+def test_with_fewer_than_seven_sources_images_are_split_and_a_warning_says_what_that_means(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     listed = images(lake=50, tower=50, harbour=50, studio=50)
@@ -62,7 +62,7 @@ def test_with_fewer_than_five_sources_images_are_split_and_a_warning_says_what_t
         "calibration": 40,
     }
     caplog.clear()
-    assigned(images(a=50, b=50, c=50, d=50, e=50), NOTHING_NAMED, allow_small=True)
+    assigned(images(a=50, b=50, c=50, d=50, e=50, f=50, g=50), NOTHING_NAMED, allow_small=False)
     assert "images and not sources" not in caplog.text
 
 
@@ -71,6 +71,7 @@ def test_with_fewer_than_five_sources_images_are_split_and_a_warning_says_what_t
     [
         (SplitConfig(validation=("atlantis",), calibration=("lake",)), r"Unknown: \['atlantis'\]\. There are: lake, t"),
         (SplitConfig(calibration=("lake", "mu")), r"Unknown: \['mu'\]"),
+        (SplitConfig(calibration=("lake",)), "for both `split.validation` and `split.calibration`, or for neither"),
         (SplitConfig(validation=("lake",), calibration=("lake", "tower")), "each once"),
     ],
 )
@@ -112,7 +113,7 @@ def test_what_the_calibration_will_support_is_said_before_the_training_starts(
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.dictionaries(st.text(max_size=8), st.sampled_from(["", "a", "b", "c", "d", "e", "é", "a/b"]), max_size=40),
+    st.dictionaries(st.text(max_size=8), st.sampled_from(["", "a", "b", "c", "d", "e", "é", "a/b", "f"]), max_size=40),
     st.data(),
 )
 def test_the_parts_are_disjoint_and_share_no_source_if_sources_are_split(
@@ -120,13 +121,14 @@ def test_the_parts_are_disjoint_and_share_no_source_if_sources_are_split(
 ) -> None:
     listed, sources = list(source_of.items()), sorted(set(source_of.values()))
     named = data.draw(st.lists(st.sampled_from(sources), unique=True)) if sources else []
-    cut = data.draw(st.integers(0, len(named)))
+    named = named if len(named) > 1 else []  # a source for each of the two parts, or none for either
+    cut = data.draw(st.integers(1, len(named) - 1)) if named else 0
     split = SplitConfig(validation=tuple(named[:cut]), calibration=tuple(named[cut:]))
     parts = assigned(listed, split, allow_small=True)
     found = members(parts, listed)
     assert sum(len(each) for each in found.values()) == len(listed)
     assert set().union(*found.values()) == set(listed)
-    assert parts.by == ("source" if named or len(sources) >= 5 else "image")
+    assert parts.by == ("source" if named or len(sources) >= 7 else "image")
     if parts.by == "source":
         held = [{source for _, source in each} for each in found.values()]
         assert sum(len(each) for each in held) == len(sources)

@@ -58,7 +58,7 @@ SEGMENTS = (
     Segment(feature="projected", size=48),
     Segment(feature="block1.cls", size=64, training="paired"),
 )
-SLOT_SIZES = (48, 64, 48, 64)
+SLOT_SIZES = (48, 48, 64, 64)  # paired, plain, paired, plain
 
 
 def qualities(plain: np.ndarray, changed: np.ndarray) -> set[tuple[int, str]]:
@@ -80,7 +80,7 @@ def test_a_paired_view_is_the_jpeg_of_the_plain_one_with_one_quality_for_a_natur
     drawn = set()
     for first in range(0, len(made), 3):
         packed = np.stack([views for _, views in made[first : first + 3]])
-        paired48, plain64, plain48, paired64 = by_size(packed, SLOT_SIZES)
+        paired48, plain48, paired64, plain64 = by_size(packed, SLOT_SIZES)
         for plain in (plain64, plain48):
             assert len({view.tobytes() for view in plain}) == 3  # the proxies differ from the photograph
         pairs = [(plain48, paired48), (plain64, paired64)]
@@ -95,13 +95,13 @@ def test_views_of_two_sizes_have_the_same_families_and_the_first_is_the_view_of_
     config = ProxyConfig(natural_views=2, proxies_per_view=3)
     rgb = photo(4, (90, 70))
     made = distorted(rgb, "a.jpg", SMALL, SEGMENTS, config)
-    _, plain64, plain48, _ = by_size(made[0][1][None], SLOT_SIZES)
+    _, plain48, _, plain64 = by_size(made[0][1][None], SLOT_SIZES)
     for size, found in ((64, plain64), (48, plain48)):
         np.testing.assert_array_equal(found[0], proxies.natural(view(rgb, SMALL, size)))
     alone = distorted(rgb, "a.jpg", SMALL.model_copy(update={"sizes": (48,)}), SEGMENTS[2:3], config)
     assert [family for family, _ in alone] == [family for family, _ in made]
     for (_, own), (_, views) in zip(alone, made, strict=True):
-        np.testing.assert_array_equal(own, by_size(views[None], SLOT_SIZES)[2].ravel())
+        np.testing.assert_array_equal(own, by_size(views[None], SLOT_SIZES)[1].ravel())
 
 
 def manifest(folder: Path) -> pa.Table:
@@ -153,8 +153,8 @@ def test_each_segment_gets_the_embeddings_of_its_own_size_and_training(tmp_path:
     table = Embed(tower, segments, encoder.fingerprint, 1)(read)
     assert "view" not in table.column_names
     for row, data in enumerate(read["view"].to_pylist()[:2]):
-        packed = np.frombuffer(data, np.uint8).reshape(-1, 3 * (64 * 64 + 224 * 224 + 64 * 64)).copy()
-        paired, own, plain = by_size(packed, (64, 224, 64))
+        packed = np.frombuffer(data, np.uint8).reshape(-1, 3 * (64 * 64 + 64 * 64 + 224 * 224)).copy()
+        paired, plain, own = by_size(packed, (64, 64, 224))
         assert len(packed) == (1, 2)[row]
         for views, segment in ((paired, segments[0]), (own, segments[1]), (plain, segments[2])):
             wanted = encoder.encode(views, [segment])[segment.output]
