@@ -268,9 +268,10 @@ class Calibration:
         like = f"from the same {count} sources as the {n:,}" if count > 1 else f"like the {n:,}"
         unseen, unknown = self.unseen_source(alpha), "how many of another source are flagged is unknown"
         if unseen is not None:
+            most = f"half of the sources at most {_percent(unseen.median)}" if unseen.median else "most often none"
             another = (
                 f"On photographs from a source like these {count}, but never seen, between {_percent(unseen.low)} and "
-                f"{_percent(unseen.high)} {at} (90 % range); half of the sources at most {_percent(unseen.median)}, on "
+                f"{_percent(unseen.high)} {at} (90 % range); {most}, on "
                 f"average {_percent(unseen.mean)}."
             )
         elif count > 1:
