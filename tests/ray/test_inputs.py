@@ -119,6 +119,7 @@ def test_an_imagefolder_passes_its_labels_through(
     assert {row["sha256"]: row["score"] for row in rows} == pytest.approx(reference, rel=1e-5)
 
 
+@pytest.mark.stress  # a cluster of its own takes a minute
 def test_one_line_in_the_registry_adds_a_format_to_audits(
     reference: dict[str, float], trained: str, tmp_path: Path
 ) -> None:

@@ -41,7 +41,11 @@ class Case:
         return [views(rgb, self.encoder.view) for rgb in self.images(count)]
 
 
-@pytest.fixture(scope="module", params=TOWERS)
+# The largest tower takes half of the time of all five, so it runs in `make stress`.
+LARGEST = pytest.param("ViT-B-16-SigLIP2-256", marks=pytest.mark.stress)
+
+
+@pytest.fixture(scope="module", params=[LARGEST if name in LARGEST.values else name for name in TOWERS])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     tower = TOWERS[request.param]
     folder = tmp_path_factory.mktemp("towers")
