@@ -41,9 +41,8 @@ log = logging.getLogger(__name__)
 
 MIN_PHOTOGRAPHS: Final = 20
 _MAX_FOLDS: Final = 100
-_SLACK: Final = 1.0 + 1e-6  # p-values are rounded to float32
 _CHANCE: Final = 0.05
-_DEFAULT_ALPHA: Final = 0.01
+_DEFAULT_ALPHA: Final = float(AuditConfig.model_fields["alpha"].default)
 _COLUMNS: Final = ("row_id", "sha256", "score", "stratum", "group", "status")
 
 F32 = NDArray[np.float32]
@@ -87,8 +86,10 @@ class CalibrationReport(Record):
     unreadable: int = Field(description="Objects of the input that have no score; the ledger of `scores` says why.")
     repeated: int = Field(description="Equal files, which are left out.")
     keep_shipped: float = Field(description="Weight of the old calibration in the new one.")
+    smallest_alpha: float = Field(description="The smallest alpha that the new checkpoint supports.")
     alphas: tuple[AlphaChange, ...] = Field(
-        description="What changes at each alpha that the photographs are enough for; empty below 20 for alpha 5 %."
+        description="What changes at alpha 1 % and 5 %. One is left out if there are too few photographs to judge each "
+        "of them at it without itself."
     )
 
 
@@ -142,6 +143,7 @@ def calibrate(config: CalibrateConfig) -> CalibrationReport:
         unreadable=own.unreadable,
         repeated=own.repeated,
         keep_shipped=config.keep_shipped,
+        smallest_alpha=new.floor,
         alphas=_changes(checkpoint.calibration, new, own, config.keep_shipped),
     )
     changed = replace(checkpoint, calibration=new, lineage=(*checkpoint.lineage, step))
@@ -174,8 +176,8 @@ def in_words(report: CalibrationReport) -> list[str]:
             names = ", ".join(f"{each.name} ({_share(each.after)})" for each in standing_out)
             lines.append(f"  sources that are still flagged more often than alpha: {names}")
     lines += report.alphas[-1].in_words if report.alphas else ()
-    if not any(change.alpha == _DEFAULT_ALPHA for change in report.alphas):
-        lines.append(f"alpha {_DEFAULT_ALPHA:g} needs 100 photographs: audit with --alpha 0.05 or more")
+    if report.smallest_alpha > _DEFAULT_ALPHA:
+        lines.append(f"audits with this checkpoint need an --alpha of at least {report.smallest_alpha:.2g}")
     return [*lines, f"checkpoint: {report.checkpoint}", report.disclaimer]
 
 
@@ -224,7 +226,7 @@ def _listed(config: CalibrateConfig, inputs: Sequence[Place], old: Calibration) 
     if len(groups) < MIN_PHOTOGRAPHS:
         raise CalibrationError(
             f"The input has {len(groups)} objects; a calibration needs at least {MIN_PHOTOGRAPHS} photographs, and at "
-            f"least 100 for alpha {_DEFAULT_ALPHA:g}."
+            f"least 99 for alpha {_DEFAULT_ALPHA:g}."
         )
     count = len(groups) + (len(old.scores) if config.keep_shipped else 0)
     log.info("%d objects, sources: %d; the smallest alpha will be %.2g", len(groups), len(set(groups)), 1 / (count + 1))
@@ -269,13 +271,16 @@ def _combined(old: Calibration, own: _Photographs, keep: float, chosen: NDArray[
 def _changes(old: Calibration, new: Calibration, own: _Photographs, keep: float) -> tuple[AlphaChange, ...]:
     sources = np.array(own.sources, np.str_)
     names = np.unique(sources)
-    before, after, floor = old.p_value(own.scores), *_cross_fitted(old, own, keep)
+    folds = _folds(old, own, keep)
     changes = []
     for alpha in EVALUATED_ALPHAS:
-        if floor > alpha * _SLACK:
+        if not all(without.supports(alpha) for _, without in folds):
             continue
         known = old.supports(alpha)
-        was, now = (_flagged(p_values, alpha) for p_values in (before, after))
+        was = own.scores > (old.threshold(alpha) if known else np.inf)
+        now = np.zeros(len(sources), bool)
+        for part, without in folds:
+            now[part] = own.scores[part] > without.threshold(alpha)
         by_source = []
         for name in names:
             own_rows = sources == name
@@ -303,25 +308,15 @@ def _changes(old: Calibration, new: Calibration, own: _Photographs, keep: float)
     return tuple(changes)
 
 
-def _cross_fitted(old: Calibration, own: _Photographs, keep: float) -> tuple[F32, float]:
-    """The p-value of each photograph by a calibration without it, float32 [N], and the largest of their floors.
+def _folds(old: Calibration, own: _Photographs, keep: float) -> list[tuple[NDArray[np.bool_], Calibration]]:
+    """Parts of the photographs, bool [N] each, with a calibration without the part, for cross-fitting.
 
     Up to 100 photographs are left out one at a time, more of them in 100 parts.
     """
     count = len(own.scores)
-    folds = min(count, _MAX_FOLDS)
-    fold = np.random.default_rng(0).permutation(count) % folds
-    result, floor = np.empty(count, np.float32), 0.0
-    for number in range(folds):
-        calibration = _combined(old, own, keep, fold != number)
-        result[fold == number] = calibration.p_value(own.scores[fold == number])
-        floor = max(floor, calibration.floor)
-    return result, floor
-
-
-def _flagged(p_values: F32, alpha: float) -> NDArray[np.bool_]:
-    flagged: NDArray[np.bool_] = p_values.astype(np.float64) <= alpha * _SLACK
-    return flagged
+    number = np.random.default_rng(0).permutation(count) % min(count, _MAX_FOLDS)
+    parts = [number == at for at in range(min(count, _MAX_FOLDS))]
+    return [(part, _combined(old, own, keep, ~part)) for part in parts]
 
 
 def _rate(flagged: NDArray[np.bool_], alpha: float) -> FlaggedRate:

@@ -42,7 +42,9 @@ def variants(config: EvaluateConfig, detector: Detector) -> Run:
         natural=config.natural,
         generated=config.generated,
         inventory=config.inventory,
-        listing=stable_hash(*(listing.listing_hash(inputs, config.inventory) for inputs in (natural, generated))),
+        listing=stable_hash(
+            *(listing.listing_hash(listing.rows(inputs, config.inventory)) for inputs in (natural, generated))
+        ),
         variants=VARIANTS,
     )
     run = Run(Place.at(config.output, config.s3) / "evaluation")

@@ -1,7 +1,7 @@
 """List inputs of any format: their sources, their manifest rows, and a hash of the listing."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from clipflow_ray.config import InventoryOptions
 from clipflow_ray.errors import InputError
@@ -32,10 +32,10 @@ def rows(inputs: Sequence[Place], options: InventoryOptions) -> Iterator[Row]:
     return (row for source in sources(inputs, options) for row in rows_of(source, options))
 
 
-def listing_hash(inputs: Sequence[Place], options: InventoryOptions | None = None) -> str:
-    """16 hex digits over the ids, sizes and ETags of what the inputs hold now."""
+def listing_hash(listed: Iterable[Row]) -> str:
+    """16 hex digits over the ids, sizes and ETags of manifest rows."""
     digest = hashlib.sha256()
-    for row in rows(inputs, options or InventoryOptions()):
+    for row in listed:
         digest.update(f"{row['row_id']} {row['bytes']} {row['etag']}\n".encode())
     return digest.hexdigest()[:16]
 

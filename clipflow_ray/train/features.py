@@ -34,10 +34,10 @@ _ENCODE_ROWS: Final = 8
 class Features:
     """Embeddings of N views, float32 [N, D], and what each view is, [N] each.
 
-    Each segment's share of the columns is from views of the segment's own training. `row_id`, `group`, `stratum` and
-    `part` (see `train.parts`) are those of the image. `family` is `natural` for a natural view, else the proxy
-    family. `view` numbers the natural views of an image from 0, and 0 is the view that inference uses. A proxy has the
-    number of the natural view with which it was made.
+    The columns of a segment are from views that were made for its training, plain or paired. `row_id`, `group`,
+    `stratum` and `part` (see `train.parts`) are those of the image. `family` is `natural` for a natural view, else the
+    proxy family. `view` numbers the natural views of an image from 0, and 0 is the view that inference uses. A proxy
+    has the number of the natural view with which it was made.
     """
 
     embedding: F32
@@ -70,15 +70,15 @@ def extract(config: TrainConfig) -> Run:
     stored = resolved(wanted, config.encoder, tower)
     widths_of(stored, config.encoder, tower)  # a feature that the tower lacks is refused here
     spec = view_of(stored, tower)
-    images = ((row["row_id"], row["group"]) for row in rows(inputs, config.inventory))
+    listed = list(rows(inputs, config.inventory))
     identity = FeaturesIdentity(
         input=config.input,
         inventory=config.inventory,
-        listing=listing_hash(inputs, config.inventory),
+        listing=listing_hash(listed),
         # Without the sizes, so that a run with more segments can be reused. The segments name their sizes.
         encoder_fingerprint=fingerprint(config.encoder, tower, tower.view.sizes),
         proxies=config.proxies,
-        parts=assigned(images, config.split, config.allow_small),
+        parts=assigned(((row["row_id"], row["group"]) for row in listed), config.split, config.allow_small),
         limits=config.limits,
         tool_version=__version__,
         segments=stored,

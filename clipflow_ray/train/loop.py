@@ -63,7 +63,7 @@ def validate(flow: Flow, data: Split, device: torch.device) -> dict[str, float]:
     - `tpr_5`: share of held-out proxies (of all proxies if no family is held out) beyond the threshold that flags 5 %
       of the calibration naturals. The two come from different sources, as in use.
     - `auroc_sources`: the result of `source_separation`; absent if that is None.
-    - `nll_natural`, `nll_natural_median`: score of validation naturals.
+    - `nll_natural`, `nll_natural_median`: negative log-likelihood of validation naturals, in nats per dimension.
     """
     flow.eval()
     flow.fit_scale(torch.from_numpy(data.calibration.embedding).to(device))
@@ -75,7 +75,9 @@ def validate(flow: Flow, data: Split, device: torch.device) -> dict[str, float]:
             )
             return result
 
-        natural, calibration = suspicion(data.validation_natural), suspicion(data.calibration)
+        found = flow(torch.from_numpy(data.validation_natural.embedding).to(device))
+        natural, nll = found.score.cpu().numpy(), -found.per_dim.cpu().numpy()
+        calibration = suspicion(data.calibration)
         scores: dict[str, np.ndarray[Any, Any]] = {}
         for part in (data.validation_proxy, data.held_out):
             family = proxies.merged(part.family)
@@ -90,8 +92,8 @@ def validate(flow: Flow, data: Split, device: torch.device) -> dict[str, float]:
         np.r_[natural[plain], calibration], np.r_[data.validation_natural.group[plain], data.calibration.group]
     )
     return {
-        "nll_natural": float(natural.mean()),
-        "nll_natural_median": float(np.median(natural)),
+        "nll_natural": float(nll.mean()),
+        "nll_natural_median": float(np.median(nll)),
         "tpr_5": float(np.mean(beyond)),
         "auroc_seen": float(np.mean(seen)),
         SELECTION: float(np.mean([ranked[name] for name in held_out] or seen)),

@@ -17,7 +17,7 @@ from clipflow_ray.config import ImageLimits, InventoryOptions, validated
 from clipflow_ray.errors import ConfigError, InputError, ItemError
 from clipflow_ray.inputs import manifest as manifests
 from clipflow_ray.inputs.format import InputFormat, Row, format_named, row_id
-from clipflow_ray.inputs.listing import check_apart, listing_hash, sources
+from clipflow_ray.inputs.listing import check_apart, listing_hash, rows, sources
 from clipflow_ray.inputs.manifest import write_source
 from clipflow_ray.inputs.reading import read_bytes
 from clipflow_ray.inputs.registry import FORMATS
@@ -157,11 +157,11 @@ def test_a_file_name_that_is_not_utf8_gives_a_row_or_an_input_error(tmp_path: Pa
 
 def test_the_listing_hash_is_equal_across_calls_and_changes_with_what_is_there(photos: Path) -> None:
     def now() -> str:
-        return listing_hash([Place.at(photos)])
+        return listing_hash(rows([Place.at(photos)], InventoryOptions()))
 
     seen = [now()]
     assert re.fullmatch("[0-9a-f]{16}", seen[0])
-    assert now() == seen[0] == listing_hash([Place.at(f"{photos}/")])
+    assert now() == seen[0] == listing_hash(rows([Place.at(f"{photos}/")], InventoryOptions()))
     (photos / "dogs" / "b.jpg").write_bytes(b"x")
     seen.append(now())
     (photos / "dogs" / "b.jpg").write_bytes(b"xy")
