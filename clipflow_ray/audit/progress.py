@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Final
 
-import pyarrow as pa
-
 from clipflow_ray.audit.ledger import SCORED
 from clipflow_ray.runs.folder import Run
 
@@ -53,7 +51,7 @@ class _Progress:
     def report(self) -> None:
         """Write `progress.json` and log one line.
 
-        If the store fails for a moment or a file is still being written, this report is skipped and the run goes on.
+        If the store fails for a moment, this report is skipped and the run goes on.
         """
         try:
             self._count()
@@ -69,7 +67,7 @@ class _Progress:
                 "at": datetime.now(UTC).isoformat(timespec="seconds"),
             }
             (self._run.place / PROGRESS).write(json.dumps(state) + "\n")
-        except (OSError, pa.ArrowInvalid) as error:
+        except OSError as error:
             log.warning("progress was not written: %s", error)
             return
         eta = "" if left is None else f", {left / 60.0:.0f} min left"

@@ -30,7 +30,10 @@ MANIFEST: Final = "manifest"
 _MAX_ROWS_PER_TASK: Final = 1024
 _FILES_AT_ONCE: Final = 64
 _MAX_BLOCK: Final = 16 * 2**20
-_PENDING: Final = ".pending.parquet"  # Ray Data's mark of an unfinished block; a resumed run repeats it
+_RESUME: Final = "resume"
+# Ray Data's mark of an unfinished block, in `resume/`. It exists before the block's data file is opened, and is renamed
+# when that file is whole. The name of the data file begins with that of the mark. A resumed run repeats the block.
+_PENDING: Final = ".pending.parquet"
 
 RecordT = TypeVar("RecordT", bound=RunRecord[Any])
 
@@ -102,10 +105,14 @@ class Run:
             )
 
     def files(self, name: str) -> list[str]:
-        """The sorted names of the finished parquet files of one part."""
-        return [
+        """The sorted names of the finished parquet files of one part. Another process may be writing others."""
+        found = [
             file for file in (self.place / name).names() if file.endswith(".parquet") and not file.endswith(_PENDING)
         ]
+        # The marks are listed after the files: a file whose mark is gone by now is whole.
+        marks = (self.place / _RESUME / name).names()
+        unfinished = tuple(mark.removesuffix(_PENDING) for mark in marks if mark.endswith(_PENDING))
+        return [file for file in found if not file.startswith(unfinished)]
 
     def table(self, name: str) -> pads.Dataset:
         """The finished parquet files of one part as a pyarrow dataset."""
@@ -126,7 +133,7 @@ class Run:
 
     def committed(self, name: str) -> int:
         """Number of rows of one part that a resumed run skips, because they are finished."""
-        return self.rows(f"resume/{name}")
+        return self.rows(f"{_RESUME}/{name}")
 
     def write(
         self, name: str, stages: Callable[[Dataset], Dataset], rows: int, rows_per_task: int | None = None
@@ -165,7 +172,7 @@ class Run:
 
     @contextmanager
     def _resuming(self, name: str) -> Iterator[None]:
-        resume = self.place / "resume" / name
+        resume = self.place / _RESUME / name
         resume.make_folder()
         context = DataContext.get_current()
         context.enable_progress_bars = sys.stderr.isatty()

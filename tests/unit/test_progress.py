@@ -13,17 +13,24 @@ from clipflow_ray.place import Place
 from clipflow_ray.runs.folder import Run
 
 
-def test_an_unfinished_file_skips_one_report_and_the_run_continues(tmp_path: Path) -> None:
+def test_a_file_that_is_being_written_is_counted_once_it_is_whole(tmp_path: Path) -> None:
     whole = tmp_path / "whole.parquet"
     pq.write_table(pa.table({"error_code": ["empty", None, None]}), whole)
-    part = tmp_path / "run" / SCORED / "part-0.parquet"
-    part.parent.mkdir(parents=True)
     run = Run(Place.at(tmp_path / "run"))
+    part = tmp_path / "run" / SCORED / "7_000000-0.parquet"
+    mark = tmp_path / "run" / "resume" / SCORED / "7_000000.pending.parquet"
+    for path in (part, mark):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(whole.read_bytes()[:-8])
+
+    def done() -> int:
+        return int(json.loads((tmp_path / "run" / PROGRESS).read_text())["done"])
+
     with reported(run, total=3, seconds=1e6):
-        part.write_bytes(whole.read_bytes()[:-8])
-    assert not Path((run.place / PROGRESS).uri).exists()
-    part.unlink()
+        assert run.files(SCORED) == []
+    assert done() == 0
     with reported(run, total=3, seconds=1e6):
         shutil.copy(whole, part)
-    state = json.loads(Path((run.place / PROGRESS).uri).read_text())
+        mark.rename(mark.with_name("7_000000.parquet"))
+    state = json.loads((tmp_path / "run" / PROGRESS).read_text())
     assert state["done"] == 3 and state["errors"] == {"empty": 1}
