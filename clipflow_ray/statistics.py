@@ -6,7 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 from scipy import stats
-from sklearn.metrics import roc_auc_score
 
 from clipflow_ray.config import Closed
 
@@ -15,8 +14,8 @@ Floats = NDArray[np.floating[Any]]
 
 def auroc(negative: Floats, positive: Floats) -> float:
     """Area under the ROC curve of scores [N] and [M]; higher scores are more suspicious."""
-    labels = np.repeat([0, 1], [len(negative), len(positive)])
-    return float(roc_auc_score(labels, np.r_[negative, positive]))
+    ranks = stats.rankdata(np.r_[negative, positive])[len(negative) :]
+    return float((ranks.mean() - (len(positive) + 1) / 2) / len(negative))
 
 
 def wilson(count: int, of: int) -> tuple[float, float]:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
@@ -51,6 +50,8 @@ def chart(draw: Callable[[Any], None], size: tuple[float, float] = (6.4, 3.0), r
 
     `draw` gets the axes, or an array of axes if there are several rows. Grey text is legible on light and on dark.
     """
+    import matplotlib  # imported here: it takes a second, which a command should not wait for at its start
+
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
 
