@@ -25,8 +25,17 @@ from scipy import stats
 from clipflow_ray import __version__
 from clipflow_ray.audit.ledger import SCORED
 from clipflow_ray.audit.record import AuditRecord
+from clipflow_ray.audit.rescore import rescore
 from clipflow_ray.audit.run import audit
-from clipflow_ray.config import DISCLAIMER, EVALUATED_ALPHAS, AuditConfig, CalibrateConfig, Closed, Record
+from clipflow_ray.config import (
+    DISCLAIMER,
+    EVALUATED_ALPHAS,
+    AuditConfig,
+    CalibrateConfig,
+    Closed,
+    Record,
+    RescoreConfig,
+)
 from clipflow_ray.errors import CalibrationError, ConfigError, InputError
 from clipflow_ray.inputs.listing import check_apart, rows
 from clipflow_ray.model.calibration import Calibration
@@ -107,7 +116,8 @@ class _Photographs:
 def calibrate(config: CalibrateConfig) -> CalibrationReport:
     """Write a checkpoint whose calibration is made of the photographs of `config.input`, and what that changes.
 
-    The input may be a finished audit by the same model; no image is read then. A repeated call continues an interrupted
+    The input may be a finished audit by the same model, or by another of the same encoder if the audit kept its
+    embeddings; no image is read then. A repeated call continues an interrupted
     one. Raises ClipflowError before scoring starts if the input has fewer than 20 objects or holds the output, and
     InputError if the input has changed since the output was begun.
     """
@@ -185,7 +195,8 @@ def _photographs(
     config: CalibrateConfig, inputs: Sequence[Place], checkpoint: Checkpoint, old: Calibration
 ) -> _Photographs:
     """The scores of the input, from a finished audit or from a new one."""
-    finished = _finished(inputs, checkpoint)
+    alpha = next((alpha for alpha in EVALUATED_ALPHAS if old.supports(alpha)), 0.5)
+    finished = _finished(inputs, config, checkpoint, alpha)
     if finished is not None:
         return _scored(finished)
     listed = _listed(config, inputs, old)
@@ -193,7 +204,7 @@ def _photographs(
         input=config.input,
         output=(Place.at(config.output, config.s3) / "scores").uri,
         checkpoint=config.checkpoint,
-        alpha=next((alpha for alpha in EVALUATED_ALPHAS if old.supports(alpha)), 0.5),
+        alpha=alpha,
         s3=config.s3,
         inventory=config.inventory,
         limits=checkpoint.limits,
@@ -204,20 +215,27 @@ def _photographs(
     return _scored(Run(Place.at(run.output, config.s3)))
 
 
-def _finished(inputs: Sequence[Place], checkpoint: Checkpoint) -> Run | None:
-    """The finished audit that the input is, or None if the input is no run. Raises InputError for any other run."""
+def _finished(inputs: Sequence[Place], config: CalibrateConfig, checkpoint: Checkpoint, alpha: float) -> Run | None:
+    """The finished audit that the input is, with scores by `checkpoint`, or None if the input is no run.
+
+    An audit by another model is rescored from its embeddings. Raises InputError for any other run.
+    """
     runs = [place for place in inputs if (place / RUN).exists()]
     if not runs:
         return None
     record = Run(runs[0]).completed(AuditRecord)
     if record is None or len(inputs) > 1:
         raise InputError(f"{runs[0].uri} is a run. Give one finished audit as the only input, or photographs.")
-    if record.identity.model_id != checkpoint.model_id:
+    if record.identity.model_id == checkpoint.model_id:
+        return Run(runs[0])
+    if not record.identity.keep_embeddings:
         raise InputError(
-            f"{runs[0].uri} is an audit by model {record.identity.model_id}, not by {checkpoint.model_id}. Name the "
-            "checkpoint of that audit, or give its photographs as the input."
+            f"{runs[0].uri} is an audit by model {record.identity.model_id}, not by {checkpoint.model_id}, and keeps "
+            "no embeddings. Name the checkpoint of that audit, or give its photographs as the input."
         )
-    return Run(runs[0])
+    output = (Place.at(config.output, config.s3) / "scores").uri
+    rescore(RescoreConfig(audit=runs[0].uri, output=output, checkpoint=config.checkpoint, alpha=alpha, s3=config.s3))
+    return Run(Place.at(output, config.s3))
 
 
 def _listed(config: CalibrateConfig, inputs: Sequence[Place], old: Calibration) -> int:

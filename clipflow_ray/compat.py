@@ -5,6 +5,7 @@ are inside the functions, so that a process imports only the package that it use
 """
 
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,34 @@ def ingress_addresses(application: str, timeout_seconds: float) -> list[tuple[st
 
     groups = ray.get(serve_client()._controller.get_target_groups.remote(application), timeout=timeout_seconds)
     return [(each.ip, each.port) for group in groups if group.protocol == "HTTP" for each in group.targets]
+
+
+def split_parquet_sink(main: dict[str, Any], aside: dict[str, Any], columns: Sequence[str], rows_per_file: int) -> Any:
+    """A Ray Data sink that writes each block as two parquet files of the same name, below two folders.
+
+    `main` and `aside` are the arguments `path` and `filesystem` of the folders. The file aside holds `row_id` and the
+    `columns`, which are numbers that compress badly. The main file holds all columns but these. Private because Ray
+    Data offers its parquet sink only as `write_parquet`, which writes one file, and because a checkpointed write is
+    atomic only with a sink derived from Ray's own.
+    """
+    from ray.data._internal.datasource.parquet_datasink import ParquetDatasink
+
+    class SplitParquet(ParquetDatasink):
+        def __init__(self) -> None:
+            super().__init__(**main, min_rows_per_file=rows_per_file)
+            plain = {"use_dictionary": False, "compression": "none"}
+            self._aside = ParquetDatasink(**aside, min_rows_per_file=rows_per_file, arrow_parquet_args=plain)
+
+        def on_write_start(self, schema: Any = None) -> None:
+            super().on_write_start(schema)
+            self._aside.on_write_start(schema)
+
+        def write(self, blocks: Any, ctx: Any) -> None:
+            tables = list(blocks)
+            self._aside.write([table.select(["row_id", *columns]) for table in tables], ctx)
+            super().write([table.drop_columns(list(columns)) for table in tables], ctx)
+
+    return SplitParquet()
 
 
 def serve_client() -> Any:

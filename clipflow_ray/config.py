@@ -343,6 +343,10 @@ class AuditConfig(Config):
     sample: float = Field(1.0, gt=0, le=1, description="share of the objects to score; every run takes the same ones")
     dedupe: Literal["sha256", "none"] = Field("none", description="sha256 counts equal files once")
     gallery: int = Field(24, ge=0, le=500, description="images in each gallery of the report; 0 leaves them out")
+    keep_embeddings: bool = Field(
+        False,
+        description="whether to store the embeddings, so that `rescore` can judge the images by another checkpoint",
+    )
     max_error_rate: float = Field(
         1.0, ge=0, le=1, description="if a larger share of the objects fails, the exit code is 3"
     )
@@ -352,6 +356,16 @@ class AuditConfig(Config):
         ge=1,
         description="objects in one task; a resumed run repeats whole tasks; by default 1/32 of the input, 8 to 1024",
     )
+
+
+class RescoreConfig(Config):
+    """A finished audit with kept embeddings in, the audit of the same images by another checkpoint out."""
+
+    audit: str
+    output: str | None = Field(None, description="by default a folder named by the checkpoint, in the audit's folder")
+    checkpoint: str = DEFAULT_CHECKPOINT
+    alpha: float | None = Field(None, gt=0, lt=1, description="by default that of the audit")
+    s3: S3Options = S3Options()
 
 
 class CalibrateConfig(Config):

@@ -29,7 +29,7 @@ from botocore.config import Config as BotoConfig
 from botocore.exceptions import BotoCoreError, ClientError, ConnectTimeoutError, ReadTimeoutError
 from urllib3.exceptions import HTTPError
 
-from clipflow_ray.config import AuditConfig, CalibrateConfig, EvaluateConfig, S3Options, TrainConfig
+from clipflow_ray.config import AuditConfig, CalibrateConfig, EvaluateConfig, RescoreConfig, S3Options, TrainConfig
 from clipflow_ray.errors import InputError, ItemCode, ReadError
 
 READ_SECONDS: Final = 30.0
@@ -45,7 +45,7 @@ _UNMET: Final = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409
 _CLIENTS: Final = threading.Lock()
 _DEFAULT: Final = S3Options()
 
-ConfigT = TypeVar("ConfigT", AuditConfig, CalibrateConfig, EvaluateConfig, TrainConfig)
+ConfigT = TypeVar("ConfigT", AuditConfig, CalibrateConfig, EvaluateConfig, RescoreConfig, TrainConfig)
 
 
 @dataclass(frozen=True)

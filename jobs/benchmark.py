@@ -1,4 +1,4 @@
-"""`python jobs/benchmark.py audit|pipeline|sandbox|serve|listing|proxies`: a ratio of two rates, and a JSON line."""
+"""`python jobs/benchmark.py NAME`: a ratio of two rates, and a JSON line. `--help` lists the names."""
 
 import sys
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from clipflow_ray.lab.benchmark.common import Benchmark
 from clipflow_ray.lab.benchmark.listing import listing as long_list
 from clipflow_ray.lab.benchmark.pipeline import pipeline_against_plain_loops
 from clipflow_ray.lab.benchmark.proxies import slowest_proxy_family
+from clipflow_ray.lab.benchmark.rescore import rescoring
 from clipflow_ray.lab.benchmark.sandbox import sandboxed_decoding
 from clipflow_ray.lab.benchmark.serve import serving
 
@@ -48,6 +49,12 @@ def serve(images: int = 128, rounds: Rounds = 5, as_json: AsJson = False) -> Non
 def listing(keys: int = 1_000_000, rounds: Rounds = 5, as_json: AsJson = False) -> None:
     """Rate of listing many keys, relative to an eighth of them; and the peak memory of the driver."""
     _print(lambda: long_list(keys, rounds), as_json)
+
+
+@app.command()
+def rescore(rows: int = 200_000, rounds: Rounds = 5, as_json: AsJson = False) -> None:
+    """Rate of scoring kept embeddings, relative to a bare loop of the flow."""
+    _print(lambda: rescoring(rows, rounds), as_json)
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """The ledger: parquet files with one row per listed object; their columns are listed in `columns.py`.
 
 Scores are stored once, under `scored/`. Verdicts, q-values and rates at any alpha are computed from them without an
-encoder.
+encoder. `embeddings/` holds the embeddings of the same rows, in files of the same names, if the audit keeps them.
 """
 
 import logging
@@ -23,6 +23,7 @@ from clipflow_ray.statistics import flagged_rate
 log = logging.getLogger(__name__)
 
 SCORED: Final = "scored"
+EMBEDDINGS: Final = "embeddings"
 LEDGER: Final = "ledger"
 
 

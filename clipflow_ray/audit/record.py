@@ -21,6 +21,10 @@ class AuditIdentity(Closed):
     model_id: str = Field(description="Id of the checkpoint.")
     calibration_id: str = Field(description="Id of the calibration.")
     tool_version: str = Field(description="Version of this package.")
+    keep_embeddings: bool = Field(False, description="Whether the embeddings are stored.")
+    rescored_from: str | None = Field(
+        None, description="URI of the audit whose embeddings were scored; null if images were read."
+    )
 
 
 class Timing(Closed):

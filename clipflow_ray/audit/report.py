@@ -44,6 +44,7 @@ _OK: Final = pc.field("status") == "ok"
 # Settings that only a config file can change. Every other setting of an audit has a flag: its name with dashes.
 CONFIG_FILE_ONLY: Final = frozenset({"limits", "generator_column", "cap_prone_strata", "batch_size", "rows_per_task"})
 _ALWAYS_SHOWN: Final = ("output", "checkpoint", "alpha")
+_RESCORE_FLAGS: Final = frozenset({*_ALWAYS_SHOWN, "endpoint_url", "region", "unsigned"})
 
 
 def write_report(
@@ -89,7 +90,10 @@ def report_of(run: Run, record: AuditRecord, calibration: Calibration) -> AuditR
             sample=record.config.sample,
             dedupe=record.dedupe,
         ),
-        command=command_line(record.config.model_copy(update={"alpha": record.alpha})),
+        command=command_line(
+            record.config.model_copy(update={"alpha": record.alpha, "dedupe": record.dedupe}),
+            record.identity.rescored_from,
+        ),
         counts=Counts(
             status=record.by_status, verdict=record.by_verdict, error_code=record.by_error_code, rows=record.rows
         ),
@@ -195,11 +199,16 @@ def settings_with_flags(config: Config) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def command_line(config: AuditConfig) -> str:
-    """The command line that repeats the audit: every setting that has a flag and is not the default."""
-    parts = ["clipflow-ray", "audit"]
+def command_line(config: AuditConfig, rescored_from: str | None = None) -> str:
+    """The command line that repeats the audit: every setting that has a flag and is not the default.
+
+    For an audit whose scores come from the embeddings of another, this is the `rescore` of that other audit.
+    """
+    parts = ["clipflow-ray", "audit"] if rescored_from is None else ["clipflow-ray", "rescore", rescored_from]
     defaults = dict(settings_with_flags(AuditConfig(output="")))
     for name, value in settings_with_flags(config):
+        if rescored_from is not None and name not in _RESCORE_FLAGS:
+            continue
         if name in _ALWAYS_SHOWN or value != defaults[name]:
             for each in value if isinstance(value, tuple) else (value,):
                 parts += [f"--{name.replace('_', '-')}", *([] if each is True else [str(each)])]

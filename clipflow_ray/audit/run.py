@@ -11,7 +11,7 @@ import torch
 from ray.data import Dataset
 
 from clipflow_ray import __version__
-from clipflow_ray.audit.ledger import LEDGER, SCORED, calibration_card, finalize, judged
+from clipflow_ray.audit.ledger import EMBEDDINGS, LEDGER, SCORED, calibration_card, finalize, judged
 from clipflow_ray.audit.progress import reported
 from clipflow_ray.audit.record import AuditIdentity, AuditPlan, AuditRecord, Timing
 from clipflow_ray.audit.report import PAGE, write_report
@@ -20,7 +20,7 @@ from clipflow_ray.config import AuditConfig, validated
 from clipflow_ray.data import resources
 from clipflow_ray.data.pipeline import read_then_encode
 from clipflow_ray.data.reading import read_and_decode
-from clipflow_ray.data.scoring import Score, scored
+from clipflow_ray.data.scoring import Score, embedding_columns, scored
 from clipflow_ray.errors import CalibrationError, ConfigError, InputError, ReadError
 from clipflow_ray.inputs.listing import rows
 from clipflow_ray.inputs.manifest import write_manifest
@@ -30,7 +30,7 @@ from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint
 from clipflow_ray.model.encoder import Encoder
 from clipflow_ray.model.weights import load_weights
 from clipflow_ray.place import Place, places, settled
-from clipflow_ray.runs.folder import MANIFEST, Run
+from clipflow_ray.runs.folder import MANIFEST, Aside, Run
 from clipflow_ray.runs.lease import exclusive
 from clipflow_ray.runs.record import RunRecord
 
@@ -50,29 +50,17 @@ def audit(config: AuditConfig) -> AuditRecord:
         raise ConfigError("Name at least one --input to audit.")
     config = settled(config, "input", "output")
     checkpoint = load_checkpoint(Place.at(config.checkpoint, config.s3))
-    if checkpoint.calibration is None:
-        raise CalibrationError("The checkpoint has no calibration; train it with a calibration split.")
-    checkpoint.calibration.threshold(config.alpha)  # refuses an unsupported alpha before any work
-    run = Run(Place.at(config.output, config.s3))
-    with exclusive(run.place):
-        return _audited(config, run, checkpoint, checkpoint.calibration)
-
-
-def _audited(config: AuditConfig, run: Run, checkpoint: Checkpoint, calibration: Calibration) -> AuditRecord:
-    rule = calibration.rule(config.alpha, config.cap_prone_strata)
-    constants = {
-        "model_id": checkpoint.model_id,
-        "calibration_id": calibration.calibration_id,
-        "tool_version": __version__,
-    }
+    calibration = usable_calibration(checkpoint, config.alpha)
     identity = AuditIdentity(
         input=config.input,
         encoder_fingerprint=checkpoint.encoder_fingerprint,
         inventory=config.inventory,
         limits=config.limits,
         sample=config.sample,
-        **constants,
+        keep_embeddings=config.keep_embeddings,
+        **made_by(checkpoint, calibration),
     )
+    run = Run(Place.at(config.output, config.s3))
 
     def list_inputs() -> int:
         resources.connect()
@@ -80,21 +68,53 @@ def _audited(config: AuditConfig, run: Run, checkpoint: Checkpoint, calibration:
         _check_readable(config, run)
         return count
 
-    record = run.completed(AuditRecord, identity)
-    if record is None:
+    with exclusive(run.place):
+        record = run.completed(AuditRecord, identity)
+        if record is not None:
+            return _judged_again(run, record, config, calibration)
         load_weights(checkpoint.encoder)  # so that missing weights raise here and not in every actor
-        listed = run.begin(RunRecord[AuditIdentity], identity, list_inputs).manifest_rows
-        scored_by, timing = config, _score(config, run, checkpoint, calibration, constants, listed)
-    elif (record.alpha, record.cap_prone_strata, record.dedupe) == (rule.alpha, rule.cap, config.dedupe):
-        log.info("this audit is already finished")
-        return record
-    else:
-        listed, scored_by, timing = record.manifest_rows, record.config, record.timing
+        begun = run.begin(RunRecord[AuditIdentity], identity, list_inputs)
+        timing = _score(config, run, checkpoint, calibration, begun.manifest_rows)
+        return judged_run(run, begun, config, timing, calibration)
+
+
+def usable_calibration(checkpoint: Checkpoint, alpha: float) -> Calibration:
+    """The checkpoint's calibration. Raises CalibrationError if there is none, or if it does not support `alpha`."""
+    if checkpoint.calibration is None:
+        raise CalibrationError("The checkpoint has no calibration; train it with a calibration split.")
+    checkpoint.calibration.threshold(alpha)
+    return checkpoint.calibration
+
+
+def made_by(checkpoint: Checkpoint, calibration: Calibration) -> dict[str, str]:
+    """The constants of each row of a ledger: ids of the model and of its calibration, and this version."""
+    return {
+        "model_id": checkpoint.model_id,
+        "calibration_id": calibration.calibration_id,
+        "tool_version": __version__,
+    }
+
+
+def judged_run(
+    run: Run,
+    begun: RunRecord[AuditIdentity],
+    config: AuditConfig,
+    timing: Timing,
+    calibration: Calibration,
+    scored_by: AuditConfig | None = None,
+) -> AuditRecord:
+    """Finish a run whose `scored/` is whole: write ledger, report and record, and return the record.
+
+    `config` holds the settings of the verdicts and of the report. `scored_by` holds those of the scoring, if they
+    differ.
+    """
+    rule = calibration.rule(config.alpha, config.cap_prone_strata)
+    constants = begun.identity.model_dump(include={"model_id", "calibration_id", "tool_version"})
     found = finalize(run, rule, constants, config.dedupe == "sha256")
     record = AuditRecord(
-        identity=identity,
-        manifest_rows=listed,
-        config=scored_by,
+        identity=begun.identity,
+        manifest_rows=begun.manifest_rows,
+        config=scored_by or config,
         timing=timing,
         alpha=rule.alpha,
         cap_prone_strata=rule.cap,
@@ -107,6 +127,18 @@ def _audited(config: AuditConfig, run: Run, checkpoint: Checkpoint, calibration:
     write_report(run, record, calibration, config.gallery, config.inventory)
     run.succeed(record)
     return record
+
+
+def _judged_again(run: Run, record: AuditRecord, config: AuditConfig, calibration: Calibration) -> AuditRecord:
+    """The record of a finished run with the verdicts that `config` asks for."""
+    if (record.alpha, record.cap_prone_strata, record.dedupe) == (
+        config.alpha,
+        config.cap_prone_strata,
+        config.dedupe,
+    ):
+        log.info("this audit is already finished")
+        return record
+    return judged_run(run, record, config, record.timing, calibration, record.config)
 
 
 def plan(config: AuditConfig) -> AuditPlan:
@@ -157,7 +189,13 @@ def judge_again(changes: AuditConfig) -> AuditRecord:
         raise InputError(f"{changes.output} holds no finished audit; run or repeat `clipflow-ray audit` first.")
     named = changes.model_dump(exclude_unset=True)
     s3 = record.config.s3.model_dump() | named.get("s3", {})  # the gallery reads the input again
-    return audit(validated(AuditConfig, record.config.model_dump() | named | {"s3": s3}))
+    config = settled(validated(AuditConfig, record.config.model_dump() | named | {"s3": s3}), "output")
+    checkpoint = load_checkpoint(Place.at(config.checkpoint, config.s3))
+    calibration = usable_calibration(checkpoint, config.alpha)
+    run = Run(Place.at(config.output, config.s3))
+    with exclusive(run.place):
+        run.completed(AuditRecord, record.identity.model_copy(update=made_by(checkpoint, calibration)))
+        return _judged_again(run, record, config, calibration)
 
 
 def _check_readable(config: AuditConfig, run: Run) -> None:
@@ -175,7 +213,7 @@ def check_columns(reading: dict[str, Any], calibration: Calibration, constants: 
     """Send an empty manifest through every stage: raises ClipflowError if their columns are not those of columns.py."""
     table = read_and_decode(MANIFEST_SCHEMA.empty_table(), **reading)
     judged(
-        scored(table, None, calibration),
+        scored(table, np.zeros(0, bool), None, calibration),
         lambda p_values: p_values,
         [],
         False,
@@ -184,14 +222,7 @@ def check_columns(reading: dict[str, Any], calibration: Calibration, constants: 
     )
 
 
-def _score(
-    config: AuditConfig,
-    run: Run,
-    checkpoint: Checkpoint,
-    calibration: Calibration,
-    constants: dict[str, str],
-    listed: int,
-) -> Timing:
+def _score(config: AuditConfig, run: Run, checkpoint: Checkpoint, calibration: Calibration, listed: int) -> Timing:
     """Write `scored/`, one row for each of the `listed` objects; rows of an interrupted run are kept."""
     resources.connect()
     left = listed - run.committed(SCORED)
@@ -204,14 +235,15 @@ def _score(
         "options": config.inventory,
         "sample": config.sample,
     }
-    check_columns(reading, calibration, constants)
+    check_columns(reading, calibration, made_by(checkpoint, calibration))
 
     def stages(manifest: Dataset) -> Dataset:
-        scoring = {"checkpoint": checkpoint}
+        scoring = {"checkpoint": checkpoint, "keep_embeddings": config.keep_embeddings}
         return read_then_encode(manifest, share, config.batch_size, read_and_decode, reading, Score, scoring)
 
+    aside = Aside(EMBEDDINGS, tuple(embedding_columns(checkpoint))) if config.keep_embeddings else None
     start = time.monotonic()
     with reported(run, listed):
-        run.write(SCORED, stages, listed, config.rows_per_task)
+        run.write(SCORED, stages, listed, config.rows_per_task, aside)
     seconds = time.monotonic() - start
     return Timing(seconds=seconds, objects=left, objects_per_second=left / seconds)

@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 for command in (
     audit.audit,
+    audit.rescore,
     audit.finalize,
     score.score,
     train.train,

@@ -1,4 +1,4 @@
-"""`audit` and `finalize`."""
+"""`audit`, `rescore` and `finalize`."""
 
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -26,7 +26,7 @@ from clipflow_ray.cli.options import (
     inventory_options,
     s3_options,
 )
-from clipflow_ray.config import DISCLAIMER, AuditConfig, load_yaml
+from clipflow_ray.config import DISCLAIMER, AuditConfig, RescoreConfig, load_yaml
 
 if TYPE_CHECKING:
     from clipflow_ray.audit.record import AuditRecord
@@ -54,6 +54,9 @@ def audit(
         float | None, typer.Option("--sample", help="Share of the objects to score, such as 0.01; default 1.")
     ] = None,
     dedupe: Dedupe = None,
+    keep_embeddings: Annotated[
+        bool, typer.Option("--keep-embeddings", help="Store the embeddings too, for `rescore` and `calibrate`.")
+    ] = False,
     max_error_rate: Annotated[
         float | None, typer.Option("--max-error-rate", help="Exit with code 3 if a larger share fails; default 1.")
     ] = None,
@@ -81,6 +84,7 @@ def audit(
             "gallery": gallery,
             "sample": sample,
             "dedupe": dedupe,
+            "keep_embeddings": keep_embeddings or None,
             "max_error_rate": max_error_rate,
         },
     )
@@ -102,6 +106,38 @@ def audit(
     if fail_above is not None and share is not None and share > fail_above:
         print(f"{share:.1%} of the scored images are flagged; the limit is {fail_above:.1%}.", file=sys.stderr)
         sys.exit(TOO_MANY_FLAGGED)
+
+
+def rescore(
+    run: Annotated[str, typer.Argument(help="Folder or s3:// prefix of a finished audit with --keep-embeddings.")],
+    checkpoint: Checkpoint = None,
+    output: Annotated[
+        str | None, typer.Option("--output", help="Folder or s3:// prefix to write to; default: a folder below RUN.")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option("--alpha", help="False-positive rate to flag at; default: the audit's.")
+    ] = None,
+    endpoint_url: Endpoint = None,
+    region: Region = None,
+    unsigned: Unsigned = False,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a finished audit by another checkpoint of the same encoder, without reading an image."""
+    settings = load_yaml(
+        RescoreConfig,
+        None,
+        {
+            "audit": run,
+            "output": output,
+            "checkpoint": checkpoint,
+            "alpha": alpha,
+            "s3": s3_options(endpoint_url, region, unsigned),
+        },
+    )
+    from clipflow_ray.audit.rescore import rescore as judge
+
+    record = judge(settings)
+    print(record.model_dump_json(indent=1) if as_json else summary(record))
 
 
 def finalize(

@@ -20,9 +20,13 @@ from clipflow_ray.errors import EncoderMismatchError
 from clipflow_ray.images import Pixels, by_size
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import Checkpoint
-from clipflow_ray.model.detector import Detector, Scores
+from clipflow_ray.model.detector import Detector
 from clipflow_ray.model.encoder import Encoder
+from clipflow_ray.model.extractor import F32, joined
 from clipflow_ray.model.finding import non_finite
+from clipflow_ray.model.scorer import Scores
+
+Mask = NDArray[np.bool_]
 
 _SECONDS: Final = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
 
@@ -33,36 +37,45 @@ def stacked_views(values: Sequence[bytes], size: int) -> Pixels:
 
 
 class Score:
-    """Actor: views -> log-likelihood, score and p-values, by the detector of one checkpoint."""
+    """Actor: views -> log-likelihood, score and p-values, by the detector of one checkpoint.
 
-    def __init__(self, checkpoint: Checkpoint, cpus: int) -> None:
+    With `keep_embeddings`, it adds the columns of `embedding_columns` too.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, keep_embeddings: bool, cpus: int) -> None:
         torch.set_num_threads(1)
         self._detector = Detector(checkpoint, threads=cpus)
+        self._keep = keep_embeddings
         self._images = Counter("clipflow_images", "Images by outcome.", ("status", "error_code"))
         self._encoding = Histogram("clipflow_encode_seconds", "Seconds of one encoder batch.", _SECONDS)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Described rows -> the same rows with the columns of the scoring stage, which replace `view`."""
-        views = [view.as_buffer() for view in table[VIEW].drop_null()]
+        present = table[VIEW].is_valid().to_numpy().astype(bool)
+        segments = self._detector.checkpoint.segments
+        embeddings: dict[str, F32] = {}
         scores = None
-        if views:
+        if present.any():
             start = time.monotonic()
-            scores = self._detector.score_views(stacked_views(views, self._detector.checkpoint.view.bytes))
+            views = [view.as_buffer() for view in table[VIEW].drop_null()]
+            embeddings = self._detector.encoder(stacked_views(views, self._detector.checkpoint.view.bytes))
+            scores = self._detector.score_embeddings(joined(embeddings, segments))
             self._encoding.observe(time.monotonic() - start)
-        table = scored(table, scores, self._detector.calibration)
+        table = scored(table, present, scores, self._detector.calibration)
+        if self._keep:
+            table = with_embeddings(table, present, embeddings, self._detector.checkpoint)
         outcomes = Outcomes(zip(table["status"].to_pylist(), table["error_code"].to_pylist(), strict=True))
         for (status, code), count in outcomes.items():
             self._images.inc(count, {"status": status, "error_code": code or ""})
         return table
 
 
-def scored(table: pa.Table, scores: Scores | None, calibration: Calibration) -> pa.Table:
+def scored(table: pa.Table, present: Mask, scores: Scores | None, calibration: Calibration) -> pa.Table:
     """Described rows -> the same rows with the columns of the scoring stage, which replace `view`.
 
-    `scores` are those of the rows with a view, in their order. A row without a view has no
-    scores. If the score of a view is not finite, its row becomes an error. `scores` may be None if no row has a view.
+    `present`, bool [N], tells which rows have an embedding, and `scores` are those of these rows, in their order. They
+    may be None if there is no such row. The other rows get no scores. A row whose score is not finite becomes an error.
     """
-    present = table[VIEW].is_valid().to_numpy().astype(bool)
     numbers = {field.name: np.full(len(table), np.nan, np.float32) for field in fields(Scores)}
     if scores is not None:
         for name, values in numbers.items():
@@ -81,6 +94,29 @@ def scored(table: pa.Table, scores: Scores | None, calibration: Calibration) -> 
         },
     }
     return add_columns(table, "scoring", columns)
+
+
+def embedding_columns(checkpoint: Checkpoint) -> dict[str, pa.DataType]:
+    """The columns of a file of kept embeddings besides `row_id`: one for each output of the encoder, by its name."""
+    pairs = zip(checkpoint.segments, checkpoint.widths, strict=True)
+    return {segment.output: pa.list_(pa.float16(), width) for segment, width in pairs}
+
+
+def with_embeddings(table: pa.Table, present: Mask, embeddings: dict[str, F32], checkpoint: Checkpoint) -> pa.Table:
+    """`table` with the columns of `embedding_columns`; null in a row that has no finite score.
+
+    `present` is as in `scored`, and `embeddings` are float32 [number of present rows, width] by output. Values beyond
+    the range of float16 are stored as its largest.
+    """
+    kept = table["score"].is_valid().to_numpy().astype(bool)
+    largest = np.finfo(np.float16).max
+    for name, kind in embedding_columns(checkpoint).items():
+        values = np.zeros((len(table), kind.list_size), np.float16)
+        if present.any():
+            values[kept] = np.clip(embeddings[name], -largest, largest)[kept[present]]
+        column = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), kind.list_size, mask=pa.array(~kept))
+        table = table.append_column(name, column)
+    return table
 
 
 class Embed:

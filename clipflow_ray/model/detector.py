@@ -7,40 +7,31 @@ from pathlib import Path
 from typing import Final, overload
 
 import numpy as np
-import torch
 
 from clipflow_ray import sandbox
 from clipflow_ray.config import CAP_PRONE_STRATA
-from clipflow_ray.errors import CalibrationError, EncoderMismatchError, ItemError
+from clipflow_ray.errors import EncoderMismatchError, ItemError
 from clipflow_ray.images import DecodedImage
 from clipflow_ray.model.calibration import Calibration, Rule
 from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint
 from clipflow_ray.model.encoder import Encoder, device_for
 from clipflow_ray.model.extractor import F32, Extractor, Images, joined
-from clipflow_ray.model.finding import FileFacts, Finding, Numbers, judged, refused
+from clipflow_ray.model.finding import FileFacts, Finding, judged, refused
+from clipflow_ray.model.scorer import Scorer, Scores
 
-SCORE_LIMIT: Final = 1e6
 _BATCH: Final = 32
 
 
 @dataclass(frozen=True)
-class Scores:
-    """float32 [N] each. `score` is the sum of the segments' standardised negative log-likelihoods.
+class Embeddings:
+    """Raw embeddings of N images.
 
-    A higher score is more suspicious. It saturates at 1e6. `log_likelihood` is the sum of `log_base` and `log_det`, all
-    in nats. An embedding that is not finite or is all zeros gives NaN in every field.
+    `values` is float32 [N, D]. A row holds the outputs of the checkpoint's segments, one after the other; D is the sum
+    of `checkpoint.widths`. If an image has no embedding, its row is NaN and `errors` holds its error by its index.
     """
 
-    log_likelihood: F32
-    log_base: F32
-    log_det: F32
-    score: F32
-    p_value: F32
-
-    def rows(self) -> list[Numbers]:
-        """The numbers of each image, in order."""
-        columns = (self.log_likelihood, self.score, self.p_value)
-        return [Numbers(float(a), float(b), float(c)) for a, b, c in zip(*columns, strict=True)]
+    values: F32
+    errors: dict[int, ItemError]
 
 
 class Detector:
@@ -58,10 +49,9 @@ class Detector:
         threads: int | None = None,
         encoder: Extractor | None = None,
     ) -> None:
-        if checkpoint.calibration is None:
-            raise CalibrationError("The checkpoint has no calibration; train it with a calibration split.")
+        self._scorer = Scorer(checkpoint, device_for(device))
         self.checkpoint = checkpoint
-        self.calibration: Calibration = checkpoint.calibration
+        self.calibration: Calibration = self._scorer.calibration
         self.encoder: Extractor = encoder or Encoder(checkpoint.encoder, checkpoint.segments, device, threads)
         if self.encoder.fingerprint != checkpoint.encoder_fingerprint:
             raise EncoderMismatchError(
@@ -72,9 +62,6 @@ class Detector:
         wanted = {each.output: width for each, width in zip(checkpoint.segments, checkpoint.widths, strict=True)}
         if any(given.get(name) != width for name, width in wanted.items()):
             raise EncoderMismatchError(f"The checkpoint needs the outputs {wanted}, this encoder gives {given}.")
-        self._device = device_for(device)
-        # Rounding depends on the number of rows. In double precision, it is far below the float32 rounding of a score.
-        self._flow = checkpoint.flow().to(self._device).double()
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str | None = None) -> "Detector":
@@ -102,24 +89,28 @@ class Detector:
         chunks = (data[at : at + _BATCH] for at in range(0, len(data), _BATCH))
         return [f for at, chunk in enumerate(chunks) for f in self._findings(chunk, rule, at * _BATCH)]
 
+    def embed(self, data: Sequence[bytes]) -> Embeddings:
+        """Embeddings of encoded images. A bad image gives an error in the result, never an exception."""
+        rows = [np.full((0, sum(self.checkpoint.widths)), np.nan, np.float32)]
+        errors: dict[int, ItemError] = {}
+        for at in range(0, len(data), _BATCH):
+            decoded = sandbox.decode_all(data[at : at + _BATCH], self.checkpoint.limits, self.checkpoint.view)
+            good = [index for index, image in enumerate(decoded) if isinstance(image, DecodedImage)]
+            values = np.full((len(decoded), sum(self.checkpoint.widths)), np.nan, np.float32)
+            if good:
+                views = [image.rgb for image in decoded if isinstance(image, DecodedImage)]
+                values[good] = joined(self.encoder(views), self.checkpoint.segments)
+            rows.append(values)
+            errors |= {at + index: image for index, image in enumerate(decoded) if isinstance(image, ItemError)}
+        return Embeddings(np.concatenate(rows), errors)
+
     def score_views(self, views: Images) -> Scores:
         """uint8 [N, view.bytes], packed by `images.views` -> Scores. A score depends on its own image alone."""
         return self.score_embeddings(joined(self.encoder(views), self.checkpoint.segments))
 
     def score_embeddings(self, embeddings: F32) -> Scores:
-        """float32 [N, D] raw embeddings -> Scores."""
-        with torch.inference_mode():
-            result = self._flow(torch.from_numpy(np.array(embeddings, np.float64)).to(self._device))
-            log_base, log_det, raw = (part.cpu().numpy() for part in (result.log_base, result.log_det, result.score))
-        usable = np.isfinite(embeddings).all(axis=1) & (np.abs(embeddings).max(axis=1) > 0)
-        with np.errstate(invalid="ignore", over="ignore"):
-            total = np.where(usable, log_base + log_det, np.nan)
-            score = np.clip(np.where(usable, raw, np.nan), -SCORE_LIMIT, SCORE_LIMIT).astype(np.float32)
-            total = np.clip(total, -SCORE_LIMIT * result.dim, SCORE_LIMIT * result.dim).astype(np.float32)
-            log_base, log_det = (
-                np.where(np.isnan(score), np.nan, part).astype(np.float32) for part in (log_base, log_det)
-            )
-        return Scores(total, log_base, log_det, score, self.calibration.p_value(score))
+        """float32 [N, D] raw embeddings -> Scores. A row of NaN gives NaN."""
+        return self._scorer(embeddings)
 
     def _findings(self, chunk: Sequence[bytes], rule: Rule, start: int) -> Iterator[Finding]:
         decoded = sandbox.decode_all(chunk, self.checkpoint.limits, self.checkpoint.view)

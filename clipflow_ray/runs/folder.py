@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from ray.data import DataContext, Dataset
 from ray.data.checkpoint import CheckpointConfig
 
+from clipflow_ray.compat import split_parquet_sink
 from clipflow_ray.config import Closed
 from clipflow_ray.errors import ClipflowError, RunConflictError
 from clipflow_ray.place import Place
@@ -36,6 +37,17 @@ _RESUME: Final = "resume"
 _PENDING: Final = ".pending.parquet"
 
 RecordT = TypeVar("RecordT", bound=RunRecord[Any])
+
+
+@dataclass(frozen=True)
+class Aside:
+    """Columns that are written below a folder of their own. Each file there is named as that with the other columns.
+
+    It also has `row_id`. Its rows may be in another order.
+    """
+
+    name: str
+    columns: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -136,7 +148,12 @@ class Run:
         return self.rows(f"{_RESUME}/{name}")
 
     def write(
-        self, name: str, stages: Callable[[Dataset], Dataset], rows: int, rows_per_task: int | None = None
+        self,
+        name: str,
+        stages: Callable[[Dataset], Dataset],
+        rows: int,
+        rows_per_task: int | None = None,
+        aside: Aside | None = None,
     ) -> None:
         """Write `stages(manifest)` as parquet under `name`; a repeated call writes only the rows that are missing.
 
@@ -146,20 +163,34 @@ class Run:
         part = self.place / name
         part.make_folder()
         size = rows_per_task or max(8, min(_MAX_ROWS_PER_TASK, rows // 32))
+        options: dict[str, Any] = {
+            # A write takes no CPU slot. If it needed one, it would wait until all readers and encoders are done, and a
+            # run that is interrupted before that would lose all its scores.
+            "ray_remote_args": {"num_cpus": 0},
+            "concurrency": max(2, int(ray.cluster_resources().get("CPU", 0)) // 4),
+        }
+        place = part.arguments("path", "filesystem")
         with self._resuming(name):  # a dataset keeps the DataContext in which it was made
-            stages(self._manifest(size)).write_parquet(
-                **part.arguments("path", "filesystem"),
-                min_rows_per_file=size,
-                # A write takes no CPU slot. If it needed one, it would wait until all readers and encoders are done,
-                # and a run that is interrupted before that would lose all its scores.
-                ray_remote_args={"num_cpus": 0},
-                concurrency=max(2, int(ray.cluster_resources().get("CPU", 0)) // 4),
-            )
+            dataset = stages(self._manifest(size))
+            if aside is None:
+                dataset.write_parquet(**place, min_rows_per_file=size, **options)
+            else:
+                beside = (self.place / aside.name).arguments("path", "filesystem")
+                dataset.write_datasink(split_parquet_sink(place, beside, aside.columns, size), **options)
+                self._delete_torn(name, aside.name)
         written = self.rows(name)
         if written != rows:
             raise ClipflowError(
                 f"{part.uri} has {written} rows for {rows} objects. Keep the folder and report this error."
             )
+
+    def _delete_torn(self, name: str, aside: str) -> None:
+        """Delete the files aside that an interrupted write has left: those without a file of the same name in the part.
+
+        Ray Data deletes such files of the part itself when it resumes.
+        """
+        for orphan in set(self.files(aside)) - set(self.files(name)):
+            (self.place / aside / orphan).delete()
 
     def _manifest(self, rows_per_task: int) -> Dataset:
         """The manifest as a Ray dataset.

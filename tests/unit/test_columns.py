@@ -23,7 +23,7 @@ from clipflow_ray.data.scoring import scored
 from clipflow_ray.errors import ClipflowError, ReadError
 from clipflow_ray.images import DecodedImage
 from clipflow_ray.model.calibration import Calibration, Rule
-from clipflow_ray.model.detector import Scores
+from clipflow_ray.model.scorer import Scores
 from clipflow_ray.place import Place
 
 CALIBRATION = Calibration.fit(np.arange(50, dtype=np.float32), ["jpeg|0-256"] * 50)
@@ -59,7 +59,7 @@ def through_all_stages(rule: Rule = RULE) -> pa.Table:
     ]
     table = described(manifest_table([row(name) for name in "abcd"]), outcomes, [b"view", b"view", None, None])
     numbers = (np.array([value, np.nan], np.float32) for value in (-1.0, -2.0, 1.0, 45.0, 0.1))
-    table = scored(table, Scores(*numbers), CALIBRATION)
+    table = scored(table, np.array([True, True, False, False]), Scores(*numbers), CALIBRATION)
     return judged(table, lambda p: np.divide(p, 2, dtype=np.float32), [None] * 4, False, rule, CONSTANTS)
 
 

@@ -171,6 +171,7 @@ def test_the_command_line_of_a_report_gives_the_settings_of_its_audit(monkeypatc
         "sample": 0.25,
         "dedupe": "sha256",
         "gallery": 0,
+        "keep_embeddings": True,
         "max_error_rate": 0.5,
     }
     config = validated(AuditConfig, changed)

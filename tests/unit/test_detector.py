@@ -223,6 +223,20 @@ def test_an_encoder_that_differs_from_the_checkpoints_is_refused(
         Detector(dataclasses.replace(checkpoint, encoder=encoder), device="cpu")
 
 
+def test_embedded_images_have_the_scores_that_detect_gives_and_a_bad_image_has_an_error(detector: Detector) -> None:
+    data = [encoded(picture(at)) for at in range(34)]
+    data[1], data[33] = b"no image", b""
+    embeddings = detector.embed(data)
+    assert embeddings.values.shape == (34, 32) and embeddings.values.dtype == np.float32
+    found = detector.detect(data)
+    assert {at: error.item_code for at, error in embeddings.errors.items()} == {
+        finding.index: finding.error["code"] for finding in found if finding.error is not None
+    }
+    scores = detector.score_embeddings(embeddings.values).score
+    np.testing.assert_array_equal(scores, [np.nan if f.score is None else f.score for f in found])
+    assert detector.embed([]).values.shape == (0, 32)
+
+
 def test_embeddings_that_are_not_finite_or_all_zero_have_no_score(detector: Detector) -> None:
     rows = np.random.default_rng(3).normal(size=(5, 32)).astype(np.float32)
     alone = detector.score_embeddings(rows[2:3])
