@@ -251,11 +251,14 @@ class ObjectiveConfig(Config):
 
 
 class FitConfig(Config):
-    """Optimisation. `batch_size` is the number of naturals in a global batch, which holds as many proxies."""
+    """Optimisation. `batch_size` is the number of naturals in a global batch, which holds as many proxies.
 
-    epochs: int = Field(10, ge=1)
+    Epochs and learning rate are those that `paired` flows need, because a config without segments trains two of them.
+    """
+
+    epochs: int = Field(40, ge=1)
     batch_size: int = Field(128, ge=2)
-    learning_rate: float = Field(2e-4, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-5, ge=0)
     warmup_fraction: float = Field(0.05, ge=0, lt=1)
     gradient_clip: float = Field(1.0, gt=0)
