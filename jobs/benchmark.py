@@ -15,6 +15,7 @@ from clipflow_ray.lab.benchmark.proxies import slowest_proxy_family
 from clipflow_ray.lab.benchmark.rescore import rescoring
 from clipflow_ray.lab.benchmark.sandbox import sandboxed_decoding
 from clipflow_ray.lab.benchmark.serve import serving
+from clipflow_ray.lab.benchmark.towers import encoders_of_recipes
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 Rounds = Annotated[int, typer.Option(min=5, help="Interleaved rounds; the ratio is the median over them.")]
@@ -61,6 +62,12 @@ def rescore(rows: int = 200_000, rounds: Rounds = 5, as_json: AsJson = False) ->
 def proxies(rounds: Rounds = 5, as_json: AsJson = False) -> None:
     """Rate of the slowest proxy family on one core, relative to the rate that training needs."""
     _print(lambda: slowest_proxy_family(rounds), as_json)
+
+
+@app.command()
+def towers(images: int = 2, rounds: Rounds = 5, as_json: AsJson = False) -> None:
+    """Rate of each recipe's encoder, relative to that of the recipe `default`."""
+    _print(lambda: encoders_of_recipes(images, rounds), as_json)
 
 
 def _print(benchmarked: Callable[[], Benchmark], as_json: bool) -> None:

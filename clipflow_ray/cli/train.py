@@ -9,7 +9,6 @@ import typer
 from clipflow_ray.cli.options import (
     AsJson,
     BytesColumn,
-    ConfigFile,
     Endpoint,
     Format,
     GroupBy,
@@ -22,13 +21,20 @@ from clipflow_ray.cli.options import (
     inventory_options,
     s3_options,
 )
-from clipflow_ray.config import ProxyConfig, TrainConfig, load_yaml
+from clipflow_ray.config import DEFAULT_RECIPE, RECIPES, ProxyConfig, TrainConfig, load_yaml, train_config_file
 
 
 def train(
     inputs: Inputs = None,
     output: Output = None,
-    config: ConfigFile = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            "--config",
+            help=f"YAML file with settings, or a recipe ({', '.join(RECIPES)}); flags override it; "
+            f"default: the recipe {DEFAULT_RECIPE}.",
+        ),
+    ] = None,
     input_format: Format = None,
     group_by: GroupBy = None,
     uri_column: UriColumn = None,
@@ -45,11 +51,9 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train on natural images: encode views and proxies, fit the flow, calibrate, write a checkpoint."""
-    from clipflow_ray.train.run import train as run
-
     settings = load_yaml(
         TrainConfig,
-        config,
+        train_config_file(config),
         {
             "input": tuple(inputs or ()),
             "output": output,
@@ -58,6 +62,8 @@ def train(
             "allow_small": allow_small or None,
         },
     )
+    from clipflow_ray.train.run import train as run
+
     changes = {key: value for key, value in (("seed", seed), ("workers", workers)) if value is not None}
     result = run(settings.model_copy(update={"fit": settings.fit.model_copy(update=changes)}))
     if as_json:

@@ -20,7 +20,8 @@ Scorer = Callable[[F32], NDArray[Any]]
 
 BASELINES: Final = ("mahalanobis", "knn", "natural_only_flow", "logistic_probe", "mlp_probe")
 _NEIGHBOURS: Final = 5
-_NATURAL_FIT: Final = FitConfig()
+# A baseline does not change if the defaults of training do, so that figures stay comparable.
+_NATURAL_FIT: Final = FitConfig(epochs=10, learning_rate=2e-4)
 
 
 def fit_baselines(checkpoint: Checkpoint) -> dict[str, Scorer]:

@@ -27,7 +27,7 @@ TOP = (".ci", "cluster", "clipflow_ray", "docs", "jobs", "serve_configs", "tests
 # Endings that name a file of the repository even without a folder. Other endings are those of data and results.
 SOURCES = r"(?:py|md|sh|toml|lock|yaml|yml|conf)"
 # Names with these endings that a user or a run makes.
-MADE_BY_USERS = {"audit.yaml", "ideas.yaml", "report.md"}
+MADE_BY_USERS = {"audit.yaml", "ideas.yaml", "report.md", "tower.yaml"}
 
 Command = Any  # typer carries a click of its own, which has no public name
 

@@ -17,6 +17,7 @@ import clipflow_ray.lab.benchmark.pipeline
 import clipflow_ray.lab.benchmark.proxies
 import clipflow_ray.lab.benchmark.sandbox
 import clipflow_ray.lab.benchmark.serve
+import clipflow_ray.lab.benchmark.towers
 import clipflow_ray.lab.record
 import clipflow_ray.model.calibration
 import clipflow_ray.model.record
@@ -87,6 +88,7 @@ MODULES = (
     clipflow_ray.lab.benchmark.proxies,
     clipflow_ray.lab.benchmark.sandbox,
     clipflow_ray.lab.benchmark.serve,
+    clipflow_ray.lab.benchmark.towers,
     clipflow_ray.lab.record,
     clipflow_ray.model.calibration,
     clipflow_ray.model.record,

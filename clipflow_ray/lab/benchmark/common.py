@@ -20,7 +20,6 @@ from clipflow_ray.model.extractor import joined
 from clipflow_ray.model.flow import Flow
 
 BATCH: Final = 32
-_BARE_BATCHES: Final = 2
 
 
 class Benchmark(Closed):
@@ -50,15 +49,15 @@ def interleaved(name: str, ours: Callable[[int], float], theirs: Callable[[int],
     )
 
 
-def bare_loop(encoder: Encoder) -> Callable[[int], float]:
+def bare_loop(encoder: Encoder, batch: int = BATCH, batches: int = 2) -> Callable[[int], float]:
     """Return a measurement of the reference rate: images per second of a loop `encoder(batch)` on ready views."""
-    views = np.random.default_rng(0).integers(0, 256, (BATCH, encoder.view.bytes), np.uint8)
+    views = np.random.default_rng(0).integers(0, 256, (batch, encoder.view.bytes), np.uint8)
 
     def bare(_: int) -> float:
         start = time.perf_counter()
-        for _ in range(_BARE_BATCHES):
+        for _ in range(batches):
             encoder(views)
-        return BATCH * _BARE_BATCHES / (time.perf_counter() - start)
+        return batch * batches / (time.perf_counter() - start)
 
     return bare
 
