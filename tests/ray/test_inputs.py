@@ -76,35 +76,32 @@ def written_as(kind: str, folder: Path, root: Path) -> Path:
     return root / "shard.tar"
 
 
-@pytest.mark.parametrize(
-    ("kind", "where"),
-    [
-        ("txt", "s3"),
-        ("csv", "disk"),
-        ("jsonl", "disk"),
-        ("parquet", "s3"),
-        ("tar", "s3"),
-        pytest.param("parquet", "disk", marks=pytest.mark.stress),
-        pytest.param("tar", "disk", marks=pytest.mark.stress),
-    ],
-)
 def test_every_kind_of_input_gives_the_scores_of_the_files(
-    reference: dict[str, float], trained: str, folder: Path, s3: Place, tmp_path: Path, kind: str, where: str
+    reference: dict[str, float], trained: str, folder: Path, s3: Place, tmp_path: Path
 ) -> None:
-    source = str(written_as(kind, folder, tmp_path))
-    if where == "s3":
-        bucket = f"inputs-{kind}"
-        client = s3_client(s3)
-        client.create_bucket(Bucket=bucket)
-        name = Path(source).name
-        client.put_object(Bucket=bucket, Key=f"in/{name}", Body=Path(source).read_bytes())
-        source = f"s3://{bucket}/in/{name}"
-    config = AuditConfig(input=(source,), output=str(tmp_path / "run"), checkpoint=trained, alpha=0.1, s3=s3.options)
+    """One audit of several inputs, which are on disk and on s3."""
+    client = s3_client(s3)
+    client.create_bucket(Bucket="inputs")
+    kinds = ("txt", "csv", "jsonl", "parquet", "tar")
+    files = {kind: written_as(kind, folder, tmp_path) for kind in kinds}
+    for kind in ("txt", "parquet", "tar"):
+        client.put_object(Bucket="inputs", Key=f"{kind}/{files[kind].name}", Body=files[kind].read_bytes())
+    stored = {kind: f"s3://inputs/{kind}/{files[kind].name}" for kind in ("txt", "parquet", "tar")}
+    on_disk = {kind: str(path) for kind, path in files.items() if kind != "txt"}
+    sources = (*on_disk.values(), *stored.values())
+    config = AuditConfig(input=sources, output=str(tmp_path / "run"), checkpoint=trained, alpha=0.1, s3=s3.options)
     rows = ledger(audit(config))
-    assert {row["sha256"]: row["score"] for row in rows} == pytest.approx(reference, rel=1e-5)
-    assert len({row["row_id"] for row in rows}) == len(rows) == len(IMAGES)
-    labels = Counter(row["label"] for row in rows)
-    assert labels == ({"cat": 4, "dog": 4} if kind in ("csv", "jsonl", "parquet") else {None: 8})
+    assert len({row["row_id"] for row in rows}) == len(rows) == len(IMAGES) * len(sources)
+    assert all(row["score"] == pytest.approx(reference[row["sha256"]], rel=1e-5) for row in rows)
+    containers = {"tar": on_disk["tar"], "parquet": on_disk["parquet"]} | {
+        f"stored {kind}": stored[kind] for kind in ("tar", "parquet")
+    }
+    for kind, uri in containers.items():
+        own = [row for row in rows if row["uri"] == uri]
+        labels = {"cat": 4, "dog": 4} if "parquet" in kind else {None: 8}
+        assert Counter(row["label"] for row in own) == labels
+    listed = [row for row in rows if row["uri"].startswith(str(folder))]
+    assert Counter(row["label"] for row in listed) == {"cat": 8, "dog": 8, None: 8}  # the text list has no labels
 
 
 def test_an_imagefolder_passes_its_labels_through(

@@ -38,9 +38,6 @@ from tests.towers import TOWERS, Tower
 FAMILIES = ("low_pass", "tone")
 SOURCES = ("alpine", "harbour", "kitchen", "market")
 ALPHA = 0.5
-# Each takes a minute, so the others run in `make stress`. This one differs from the packaged tower in size,
-# normalisation, resize mode and trunk.
-IN_CI = ("PE-Core-T-16-384",)
 # Two narrow blocks of open_clip's own towers. timm has no such setting, but a smaller tower of the same kind.
 NARROW = {"layers": 2, "width": 128, "head_width": 64}
 SMALL: dict[str, dict[str, Any]] = {
@@ -82,9 +79,8 @@ def endpoint(cluster: None) -> Iterator[str]:
     serve.shutdown()
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in IN_CI else pytest.param(name, marks=pytest.mark.stress) for name in TOWERS]
-)
+@pytest.mark.stress  # each takes a minute; the unit tests check their features and views
+@pytest.mark.parametrize("name", TOWERS)
 def test_a_tower_trains_audits_calibrates_detects_and_serves(
     name: str, endpoint: str, pictures: Path, album: Path, tmp_path: Path
 ) -> None:
