@@ -40,7 +40,7 @@ def rescoring(rows: int, rounds: int) -> RescoreBenchmark:
     """
     checkpoint = load_checkpoint(DEFAULT_CHECKPOINT)
     torch.set_num_threads(resources.cores())
-    scorer = Scorer(checkpoint, torch.device("cpu"))
+    scorer = Scorer(checkpoint, torch.device("cpu"), torch.float32)
     embeddings = np.random.default_rng(0).normal(size=(_ROWS_PER_FILE, sum(checkpoint.widths))).astype(np.float32)
     whole: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
