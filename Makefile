@@ -31,9 +31,9 @@ serve: setup
 test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit --numprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest tests/ray tests/e2e
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e tests/unit --numprocesses 2 --dist loadfile
+	# These tests wait much of the time for processes to start, so mypy runs beside them.
+	nice $(BIN)/mypy & mypy=$$!; $(BIN)/python -m pytest tests/ray; tests=$$?; wait $$mypy && exit $$tests
 
 # The long tests: chaos, listing, jobs on three nodes, two training workers, hostile input through the edge.
 stress: setup

@@ -117,9 +117,9 @@ def calibrate(config: CalibrateConfig) -> CalibrationReport:
     """Write a checkpoint whose calibration is made of the photographs of `config.input`, and what that changes.
 
     The input may be a finished audit by the same model, or by another of the same encoder if the audit kept its
-    embeddings; no image is read then. A repeated call continues an interrupted
-    one. Raises ClipflowError before scoring starts if the input has fewer than 20 objects or holds the output, and
-    InputError if the input has changed since the output was begun.
+    embeddings; no image is read then. A repeated call continues an interrupted one. Raises ClipflowError before scoring
+    starts if the input has fewer than 20 objects or holds the output, and InputError if the input has changed since the
+    output was begun.
     """
     if not config.input:
         raise ConfigError("Name at least one --input with photographs.")

@@ -60,6 +60,8 @@ def rescore(config: RescoreConfig) -> AuditRecord:
                 "output": run.place.uri,
                 "checkpoint": config.checkpoint,
                 "alpha": alpha,
+                "dedupe": record.dedupe,
+                "cap_prone_strata": record.cap_prone_strata,
                 "s3": config.s3,
                 "keep_embeddings": False,
                 "gallery": 0,

@@ -194,6 +194,7 @@ def judge_again(changes: AuditConfig) -> AuditRecord:
     calibration = usable_calibration(checkpoint, config.alpha)
     run = Run(Place.at(config.output, config.s3))
     with exclusive(run.place):
+        # Refuse a checkpoint that has changed since the audit.
         run.completed(AuditRecord, record.identity.model_copy(update=made_by(checkpoint, calibration)))
         return _judged_again(run, record, config, calibration)
 
