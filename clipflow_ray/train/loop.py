@@ -106,9 +106,8 @@ def source_separation(score: np.ndarray[Any, Any], group: np.ndarray[Any, Any]) 
     """Return how well scores [N] separate the natural sources that `group` [N] names, from 0.5 to 1.
 
     The figure is the mean over pairs of sources of the AUROC or its complement, whichever is larger. A likelihood that
-    reflects how a picture was made also differs between cameras and pipelines. On the development set, the figure
-    predicts which features separate AI-generated images from photographs (see the model card). It uses the 32 largest
-    sources of at least ten images. Returns None if there are fewer than two such sources.
+    reflects how a picture was made also differs between cameras and pipelines. It uses the 32 largest sources of at
+    least ten images. Returns None if there are fewer than two such sources.
     """
     names, counts = np.unique(group, return_counts=True)
     largest = np.argsort(-counts, kind="stable")[:_MAX_SOURCES]
