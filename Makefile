@@ -8,6 +8,9 @@ NATURAL ?= ../shared/data/natural
 WORK ?= runs/default
 SEEDS := 0 1 2
 
+# Many processes start in each run. Without cached bytecode, each would compile its imports again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo serve test stress docs train-default autoencoders cluster lock
 
 setup: $(VENV)/.installed
@@ -16,9 +19,8 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
-	# pip compiles on one core, and never compiles an editable package. Without this, each worker process would compile
-	# its imports again if Python may write no bytecode. Packages may hold templates that are no Python: hence the dash.
-	-$(BIN)/python -m compileall -q -j 0 $(VENV)/lib clipflow_ray > /dev/null
+	# pip would compile all of it on one core. This compiles what an audit imports, and later runs add what they import.
+	$(BIN)/python -c "import clipflow_ray.audit.run"
 	touch $@
 
 demo: setup

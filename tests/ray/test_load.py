@@ -139,6 +139,7 @@ def asked_first(site: Site) -> str:
     return found[1]
 
 
+@pytest.mark.stress  # test_serve.py has a shorter one without the edge
 def test_an_update_of_both_deployments_fails_no_request_and_the_edge_asks_the_new_replica(
     site: Site, trained: str
 ) -> None:
@@ -181,7 +182,7 @@ def test_scan_bombs_do_not_fail_other_requests(site: Site, count: int, seconds: 
     assert set(codes) <= {"decode_failed", "timeout"} and codes.total() >= count
 
 
-@pytest.mark.parametrize("count", [64, pytest.param(1000, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.stress)])
 def test_http_an_audit_and_the_detector_give_the_same_scores(
     site: Site, trained: str, tmp_path: Path, count: int
 ) -> None:

@@ -76,6 +76,7 @@ def test_embeddings_are_reused_if_nothing_changed_and_made_again_if_the_input_di
     assert features.extract(wider).place.uri != run.place.uri
 
 
+@pytest.mark.stress  # test_evaluate.py has lists and tables as inputs, which are read by the same code
 def test_a_table_of_images_gives_the_sources_and_the_natural_views_of_the_files_in_it(
     trained: str, tiny: TrainConfig, naturals: Path, tmp_path: Path
 ) -> None:
