@@ -73,6 +73,7 @@ def rescore(config: RescoreConfig) -> AuditRecord:
 
 
 def _check_embeddings(source: Run, record: AuditRecord, checkpoint: Checkpoint) -> None:
+    """Raise InputError or EncoderMismatchError if the audit does not hold the embeddings that the checkpoint needs."""
     if not record.identity.keep_embeddings:
         raise InputError(
             f"{source.place.uri} keeps no embeddings. Audit the images with --keep-embeddings into another output."

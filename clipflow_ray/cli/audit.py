@@ -31,6 +31,10 @@ from clipflow_ray.config import DISCLAIMER, AuditConfig, RescoreConfig, load_yam
 if TYPE_CHECKING:
     from clipflow_ray.audit.record import AuditRecord
 
+AuditsAlpha = Annotated[
+    float | None, typer.Option("--alpha", help="False-positive rate to flag at; default: the audit's.")
+]
+
 
 def audit(
     inputs: Inputs = None,
@@ -114,9 +118,7 @@ def rescore(
     output: Annotated[
         str | None, typer.Option("--output", help="Folder or s3:// prefix to write to; default: a folder below RUN.")
     ] = None,
-    alpha: Annotated[
-        float | None, typer.Option("--alpha", help="False-positive rate to flag at; default: the audit's.")
-    ] = None,
+    alpha: AuditsAlpha = None,
     endpoint_url: Endpoint = None,
     region: Region = None,
     unsigned: Unsigned = False,
@@ -142,9 +144,7 @@ def rescore(
 
 def finalize(
     output: Annotated[str, typer.Option("--output", help="Folder or s3:// prefix of a finished audit.")],
-    alpha: Annotated[
-        float | None, typer.Option("--alpha", help="False-positive rate to flag at; default: the audit's.")
-    ] = None,
+    alpha: AuditsAlpha = None,
     dedupe: Annotated[
         str | None, typer.Option("--dedupe", help="sha256: count equal files once; none; default: the audit's.")
     ] = None,

@@ -90,19 +90,17 @@ class Detector:
         return [f for at, chunk in enumerate(chunks) for f in self._findings(chunk, rule, at * _BATCH)]
 
     def embed(self, data: Sequence[bytes]) -> Embeddings:
-        """Embeddings of encoded images. A bad image gives an error in the result, never an exception."""
-        rows = [np.full((0, sum(self.checkpoint.widths)), np.nan, np.float32)]
+        """N encoded images -> their embeddings. A bad image gives an error in the result, never an exception."""
+        values = np.full((len(data), sum(self.checkpoint.widths)), np.nan, np.float32)
         errors: dict[int, ItemError] = {}
-        for at in range(0, len(data), _BATCH):
-            decoded = sandbox.decode_all(data[at : at + _BATCH], self.checkpoint.limits, self.checkpoint.view)
-            good = [index for index, image in enumerate(decoded) if isinstance(image, DecodedImage)]
-            values = np.full((len(decoded), sum(self.checkpoint.widths)), np.nan, np.float32)
-            if good:
-                views = [image.rgb for image in decoded if isinstance(image, DecodedImage)]
-                values[good] = joined(self.encoder(views), self.checkpoint.segments)
-            rows.append(values)
-            errors |= {at + index: image for index, image in enumerate(decoded) if isinstance(image, ItemError)}
-        return Embeddings(np.concatenate(rows), errors)
+        for start in range(0, len(data), _BATCH):
+            decoded = sandbox.decode_all(data[start : start + _BATCH], self.checkpoint.limits, self.checkpoint.view)
+            numbered = list(enumerate(decoded, start))
+            errors |= {at: image for at, image in numbered if isinstance(image, ItemError)}
+            views = {at: image.rgb for at, image in numbered if isinstance(image, DecodedImage)}
+            if views:
+                values[[*views]] = joined(self.encoder([*views.values()]), self.checkpoint.segments)
+        return Embeddings(values, errors)
 
     def score_views(self, views: Images) -> Scores:
         """uint8 [N, view.bytes], packed by `images.views` -> Scores. A score depends on its own image alone."""

@@ -53,7 +53,7 @@ class Scorer:
     def __call__(self, embeddings: F32) -> Scores:
         """float32 [N, D] raw embeddings, the segments' one after the other -> Scores."""
         with torch.inference_mode():
-            result = self._flow(torch.from_numpy(np.array(embeddings)).to(self._device, self._precision))
+            result = self._flow(torch.tensor(embeddings, dtype=self._precision, device=self._device))
             log_base, log_det, raw = (part.cpu().numpy() for part in (result.log_base, result.log_det, result.score))
         usable = np.isfinite(embeddings).all(axis=1) & (np.abs(embeddings).max(axis=1) > 0)
         with np.errstate(invalid="ignore", over="ignore"):

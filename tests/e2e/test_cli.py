@@ -25,6 +25,8 @@ def test_help_names_every_command() -> None:
     assert done.returncode == 0
     for command in (
         "audit",
+        "rescore",
+        "finalize",
         "score",
         "serve",
         "train",

@@ -53,16 +53,16 @@ def ledger(output: str) -> dict[str, Row]:
     return {row["row_id"]: row for row in pq.read_table(f"{output}/ledger").to_pylist()}
 
 
-def test_a_larger_sample_holds_a_smaller_one_of_another_run(
+def test_a_sample_is_the_same_in_every_run_and_a_larger_one_holds_a_smaller_one(
     record: AuditRecord, config: AuditConfig, tmp_path: Path
 ) -> None:
     def sampled(share: float, name: str) -> dict[str, Row]:
         audit(config.model_copy(update={"sample": share, "output": str(tmp_path / name)}))
         return ledger(str(tmp_path / name))
 
-    whole, small, large = ledger(config.output), sampled(0.3, "a"), sampled(0.6, "b")
-    chosen = [{k for k, row in rows.items() if row["status"] != "skipped_sample"} for rows in (small, large)]
-    assert chosen[0] < chosen[1] < set(whole)
+    whole, small, again, large = ledger(config.output), sampled(0.3, "a"), sampled(0.3, "b"), sampled(0.6, "c")
+    chosen = [{k for k, row in rows.items() if row["status"] != "skipped_sample"} for rows in (small, again, large)]
+    assert chosen[0] == chosen[1] < chosen[2] < set(whole)
     assert set(small) == set(whole)
     skipped = [row for key, row in small.items() if key not in chosen[0]]
     assert all(row["score"] is None and row["verdict"] is None and row["sha256"] is None for row in skipped)

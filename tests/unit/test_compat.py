@@ -4,9 +4,13 @@ import importlib
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import open_clip
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 import pytest
 import ray
 import ray.serve.context
@@ -92,3 +96,19 @@ def test_the_autoscaler_reads_a_cluster() -> None:
     config = compat.autoscaler_config({"metadata": {"name": "c", "namespace": "default"}, "spec": spec})
     node = config["available_node_types"]["cpu"]
     assert (node["min_workers"], node["max_workers"], node["resources"]["CPU"]) == (0, 3, 2)
+
+
+def test_a_block_is_written_as_two_files_of_one_name_by_a_sink_that_a_checkpointed_write_takes(tmp_path: Path) -> None:
+    folders = {name: {"path": str(tmp_path / name), "filesystem": pafs.LocalFileSystem()} for name in ("main", "aside")}
+    sink = compat.split_parquet_sink(folders["main"], folders["aside"], ("embedding",), rows_per_file=2)
+    own = importlib.import_module(type(sink).__mro__[1].__module__)
+    planned = importlib.import_module("ray.data._internal.planner.checkpoint.plan_write_op")
+    assert isinstance(sink, vars(planned)["_FileDatasink"])  # only for these is a mark written before the file
+    blocks = [pa.table({"row_id": [name], "score": [1.0], "embedding": [[0.5]]}) for name in "ab"]
+    sink.on_write_start()
+    sink.write(blocks, own.TaskContext(task_idx=3, op_name="Write", kwargs={own.WRITE_UUID_KWARG_NAME: "write"}))
+    (main,), (aside,) = (list((tmp_path / name).iterdir()) for name in folders)
+    assert main.name == aside.name and main.name.startswith("write_000003")
+    assert pq.read_table(main).column_names == ["row_id", "score"]
+    assert sorted(pq.read_table(aside, columns=["row_id"])["row_id"].to_pylist()) == ["a", "b"]
+    assert pq.read_table(aside).column_names == ["row_id", "embedding"]

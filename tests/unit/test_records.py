@@ -15,6 +15,7 @@ import clipflow_ray.lab.benchmark.common
 import clipflow_ray.lab.benchmark.listing
 import clipflow_ray.lab.benchmark.pipeline
 import clipflow_ray.lab.benchmark.proxies
+import clipflow_ray.lab.benchmark.rescore
 import clipflow_ray.lab.benchmark.sandbox
 import clipflow_ray.lab.benchmark.serve
 import clipflow_ray.lab.benchmark.towers
@@ -86,6 +87,7 @@ MODULES = (
     clipflow_ray.lab.benchmark.listing,
     clipflow_ray.lab.benchmark.pipeline,
     clipflow_ray.lab.benchmark.proxies,
+    clipflow_ray.lab.benchmark.rescore,
     clipflow_ray.lab.benchmark.sandbox,
     clipflow_ray.lab.benchmark.serve,
     clipflow_ray.lab.benchmark.towers,
