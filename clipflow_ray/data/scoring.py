@@ -37,14 +37,14 @@ def stacked_views(values: Sequence[bytes], size: int) -> Pixels:
 
 
 class Score:
-    """Actor: views -> log-likelihood, score and p-values, by the detector of one checkpoint.
+    """Actor: views -> log-likelihood, score and p-values, by the detector of one checkpoint at its precision.
 
     With `keep_embeddings`, it adds the columns of `embedding_columns` too.
     """
 
     def __init__(self, checkpoint: Checkpoint, keep_embeddings: bool, cpus: int) -> None:
         torch.set_num_threads(1)
-        self._detector = Detector(checkpoint, threads=cpus)
+        self._detector = Detector(checkpoint, threads=cpus, precision=checkpoint.encoder.precision)
         self._keep = keep_embeddings
         self._images = Counter("clipflow_images", "Images by outcome.", ("status", "error_code"))
         self._encoding = Histogram("clipflow_encode_seconds", "Seconds of one encoder batch.", _SECONDS)
