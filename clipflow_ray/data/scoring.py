@@ -122,7 +122,7 @@ def with_embeddings(table: pa.Table, present: Mask, embeddings: dict[str, F32], 
 class Embed:
     """Actor: rows with one or more images -> one flat float32 list per row and segment, [images x width].
 
-    For each of its images a row holds the views of `slots(segments)`, one after the other.
+    For each of its images a row holds the views of `slots(segments)`, one after the other. Null stands for no image.
     """
 
     def __init__(self, encoder: EncoderConfig, segments: tuple[Segment, ...], fingerprint: str, cpus: int) -> None:
@@ -140,7 +140,7 @@ class Embed:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Rows with `view` as the bytes of their views -> the same rows with a column per segment."""
-        values = [view.as_buffer() for view in table[VIEW]]
+        values = [view.as_buffer() if view.is_valid else b"" for view in table[VIEW]]
         counts = [len(value) // self._bytes for value in values]
         table = table.drop_columns([VIEW])
         embedded = self._embedded(stacked_views(values, self._bytes)) if sum(counts) else {}
