@@ -1,9 +1,7 @@
 """Which precision is chosen, and that scores, p-values and batches of bfloat16 are those of bfloat16 alone."""
 
-import asyncio
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from clipflow_ray.cli import app
-from clipflow_ray.config import TEST_TOWER, EncoderConfig, FlowConfig, PrecisionChoice, Segment, ServeConfig
+from clipflow_ray.config import TEST_TOWER, EncoderConfig, FlowConfig, PrecisionChoice, Segment
 from clipflow_ray.doctor import checks
 from clipflow_ray.errors import CalibrationError
 from clipflow_ray.images import views
@@ -23,8 +21,6 @@ from clipflow_ray.model.encoder import Encoder
 from clipflow_ray.model.extractor import joined
 from clipflow_ray.model.flow import Flow
 from clipflow_ray.model.precision import Bfloat16, at_precision, bfloat16_on
-from clipflow_ray.serve.detector import DetectorReplica
-from clipflow_ray.serve.messages import Scored
 from tests.conftest import encoded, photo
 
 TOWER = EncoderConfig(model=TEST_TOWER, pretrained="seed:0")
@@ -158,23 +154,6 @@ def test_a_shared_encoder_decides_the_precision(detectors: dict[str, Detector], 
         shared = Detector(both, "cpu", encoder=detector.encoder)
         assert shared.checkpoint.encoder.precision == precision
         assert shared.calibration is detector.calibration
-
-
-def test_the_endpoint_gives_the_numbers_of_its_precision_and_names_it(
-    detectors: dict[str, Detector], both: Checkpoint, photographs: list[np.ndarray], tmp_path: Path
-) -> None:
-    save_checkpoint(both, tmp_path / "model")
-    packed = [views(image, both.view) for image in photographs[:5]]
-    for precision, detector in detectors.items():
-        config = ServeConfig(checkpoint=str(tmp_path / "model"), precision=precision)  # type: ignore[arg-type]
-        replica = DetectorReplica(config)
-        answer = asyncio.run(replica.score(packed, 0.1))  # type: ignore[arg-type]
-        assert isinstance(answer, Scored) and answer.model.precision == precision
-        assert answer.model.calibration_id == detector.calibration.calibration_id
-        assert answer.model.model_id == both.model_id
-        wanted = detector.score_views(np.stack(packed)).rows()
-        for found, expected in zip(answer.numbers, wanted, strict=True):
-            assert astuple(found) == pytest.approx(astuple(expected), rel=1e-4, abs=1e-4)
 
 
 def test_score_and_doctor_say_which_precision_is_used(
