@@ -3,22 +3,26 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from clipflow_ray.config import PrecisionChoice
     from clipflow_ray.model.detector import Detector
 
 __version__ = "0.1.0"
 __all__ = ["Detector", "__version__", "load_detector"]
 
 
-def load_detector(path: str | None = None, device: str | None = None) -> "Detector":
+def load_detector(
+    path: str | None = None, device: str | None = None, precision: "PrecisionChoice" = "auto"
+) -> "Detector":
     """The detector of the checkpoint directory `path`, or of the packaged checkpoint, on a torch `device`.
 
-    Fetches the encoder weights if this machine does not have them. Raises CheckpointError, CalibrationError,
-    WeightsError or EncoderMismatchError if a part is unusable.
+    `precision` is that of the encoder: `float32`, `bfloat16`, or `auto`, which is bfloat16 if the device is fast at it
+    and the checkpoint is calibrated for it. Fetches the encoder weights if this machine does not have them. Raises
+    CheckpointError, CalibrationError, WeightsError or EncoderMismatchError if a part is unusable.
     """
     from clipflow_ray.config import DEFAULT_CHECKPOINT
     from clipflow_ray.model.detector import Detector
 
-    return Detector.from_checkpoint(path or DEFAULT_CHECKPOINT, device)
+    return Detector.from_checkpoint(path or DEFAULT_CHECKPOINT, device, precision)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,10 +1,12 @@
 """Calibrate a checkpoint on photographs of one's own: an audit of them, and a new calibration from its scores.
 
 Nothing is trained and no AI-generated image is used, so the scores of all images stay the same. Only p-values and
-thresholds change.
+thresholds change. Photographs are encoded at each precision, so that the checkpoint serves on every machine. A finished
+audit has scores of one precision only.
 
 checkpoint/        the new checkpoint, for `--checkpoint`
 scores/            the audit of the photographs, unless the input is a finished audit
+PRECISION/         the embeddings of the photographs at another precision than that of the audit
 calibration.json   what changes
 report.html        the same as a page
 """
@@ -13,11 +15,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from scipy import stats
@@ -33,17 +37,26 @@ from clipflow_ray.config import (
     AuditConfig,
     CalibrateConfig,
     Closed,
+    Precision,
     Record,
     RescoreConfig,
+    Segment,
+    stable_hash,
 )
+from clipflow_ray.data.reading import read_and_decode
 from clipflow_ray.errors import CalibrationError, ConfigError, InputError
+from clipflow_ray.evaluate.embeddings import embeddings_of, encode, readable
 from clipflow_ray.inputs.listing import check_apart, rows
 from clipflow_ray.model.calibration import Calibration
-from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from clipflow_ray.model.checkpoint import Calibrated, Checkpoint, load_checkpoint, save_checkpoint
+from clipflow_ray.model.encoder import fingerprint
 from clipflow_ray.model.record import CalibrationStep
+from clipflow_ray.model.scorer import Scorer
+from clipflow_ray.model.weights import load_record
 from clipflow_ray.place import Place, places, settled
 from clipflow_ray.reports import pages
-from clipflow_ray.runs.folder import RUN, Run
+from clipflow_ray.runs.folder import MANIFEST, RUN, Run
+from clipflow_ray.runs.record import FinishedRecord
 from clipflow_ray.statistics import FlaggedRate, flagged_rate
 
 log = logging.getLogger(__name__)
@@ -53,6 +66,7 @@ _MAX_FOLDS: Final = 100
 _CHANCE: Final = 0.05
 _DEFAULT_ALPHA: Final = float(AuditConfig.model_fields["alpha"].default)
 _COLUMNS: Final = ("row_id", "sha256", "score", "stratum", "group", "status")
+_ENCODE_ROWS: Final = 32
 
 F32 = NDArray[np.float32]
 
@@ -88,6 +102,9 @@ class CalibrationReport(Record):
     disclaimer: str = Field(description="What a score is and is not.")
     checkpoint: str = Field(description="URI of the new checkpoint.")
     model_id: str = Field(description="Id of the model, which stays the same.")
+    precisions: tuple[Precision, ...] = Field(
+        description="Precisions that the new checkpoint is calibrated for; all figures are those of the first."
+    )
     calibration_before: str = Field(description="Id of the old calibration.")
     calibration_after: str = Field(description="Id of the new calibration.")
     photographs: int = Field(description="Photographs in the new calibration that `calibrate` added.")
@@ -106,6 +123,7 @@ class CalibrationReport(Record):
 class _Photographs:
     """Scores float32 [N] of distinct photographs, sorted by row id, with the stratum and the source of each."""
 
+    row_ids: list[str]
     scores: F32
     strata: list[str]
     sources: list[str]
@@ -113,28 +131,49 @@ class _Photographs:
     repeated: int
 
 
-def calibrate(config: CalibrateConfig) -> CalibrationReport:
-    """Write a checkpoint whose calibration is made of the photographs of `config.input`, and what that changes.
+class EncodedIdentity(Closed):
+    """Everything that determines the embeddings of the photographs at a further precision."""
 
-    The input may be a finished audit by the same model, or by another of the same encoder if the audit kept its
-    embeddings; no image is read then. A repeated call continues an interrupted one. Raises ClipflowError before scoring
-    starts if the input has fewer than 20 objects or holds the output, and InputError if the input has changed since the
-    output was begun.
+    encoder_fingerprint: str = Field(description="Fingerprint of the encoder.")
+    segments: tuple[Segment, ...] = Field(description="Outputs of the encoder that are stored.")
+    photographs: str = Field(description="Hash of the row ids of the photographs.")
+
+
+class EncodedRecord(FinishedRecord[EncodedIdentity]):
+    """`run.json` of the finished embeddings of the photographs at a further precision."""
+
+
+def calibrate(config: CalibrateConfig) -> CalibrationReport:
+    """Write a checkpoint whose calibrations are made of the photographs of `config.input`, and what that changes.
+
+    There is one for each precision. From a finished audit there is only that of its precision, and if
+    `config.keep_shipped` is not 0, only those for which the checkpoint has one. The input may be a finished audit by
+    the same model, or by another of the same encoder if the audit kept its embeddings; no image is read then. A
+    repeated call continues an interrupted one. Raises ClipflowError before scoring starts if the input has fewer than
+    20 objects or holds the output, and InputError if the input has changed since the output was begun.
     """
     if not config.input:
         raise ConfigError("Name at least one --input with photographs.")
     config = settled(config, "input", "output")
-    checkpoint = load_checkpoint(Place.at(config.checkpoint, config.s3))
-    if checkpoint.calibration is None:
+    loaded = load_checkpoint(Place.at(config.checkpoint, config.s3))
+    if not loaded.precisions:
         raise CalibrationError("The checkpoint has no calibration to compare with; train it with a calibration split.")
     inputs, place = places(config.input, config.s3), Place.at(config.output, config.s3)
     check_apart(inputs, place)
-    own = _photographs(config, inputs, checkpoint, checkpoint.calibration)
+    finished = _finished(inputs, config, loaded)
+    run = finished or _audited(config, inputs, loaded)
+    record = run.completed(AuditRecord)
+    assert record is not None  # both are finished audits
+    checkpoint = loaded.at(record.identity.precision)
+    assert checkpoint.calibration is not None  # `at` refuses a precision without one
+    own = _scored(run)
     if len(own.scores) < MIN_PHOTOGRAPHS:
         raise CalibrationError(f"Only {len(own.scores)} photographs have a score; give at least {MIN_PHOTOGRAPHS}.")
     new = _combined(checkpoint.calibration, own, config.keep_shipped, np.ones(len(own.scores), bool))
+    further = {} if finished else _further(config, checkpoint, own, run)
     step = CalibrationStep(
         calibration_before=checkpoint.calibration.calibration_id,
+        precisions=(checkpoint.encoder.precision, *further),
         input=tuple(each.name for each in inputs),
         photographs=len(own.scores),
         sources=len(set(own.sources)),
@@ -146,6 +185,7 @@ def calibrate(config: CalibrateConfig) -> CalibrationReport:
         disclaimer=DISCLAIMER,
         checkpoint=(place / "checkpoint").uri,
         model_id=checkpoint.model_id,
+        precisions=step.precisions,
         calibration_before=step.calibration_before,
         calibration_after=new.calibration_id,
         photographs=step.photographs,
@@ -156,7 +196,8 @@ def calibrate(config: CalibrateConfig) -> CalibrationReport:
         smallest_alpha=new.floor,
         alphas=_changes(checkpoint.calibration, new, own, config.keep_shipped),
     )
-    changed = replace(checkpoint, calibration=new, lineage=(*checkpoint.lineage, step))
+    outdated = {name: replace(each, calibration=None) for name, each in checkpoint.further.items()}
+    changed = replace(checkpoint, calibration=new, further=outdated | further, lineage=(*checkpoint.lineage, step))
     save_checkpoint(changed, place / "checkpoint")
     (place / "calibration.json").write(report.model_dump_json(indent=1) + "\n")
     template = pages.environment("clipflow_ray.reports").get_template("calibration.html.j2")
@@ -174,6 +215,7 @@ def in_words(report: CalibrationReport) -> list[str]:
     lines = [
         f"calibrated on {report.photographs} photographs; sources: {report.sources}"
         + (f"; left out: {', '.join(left_out)}" if left_out else "")
+        + f"; precisions: {', '.join(report.precisions)}"
     ]
     for change in report.alphas:
         before = "not supported"
@@ -191,20 +233,17 @@ def in_words(report: CalibrationReport) -> list[str]:
     return [*lines, f"checkpoint: {report.checkpoint}", report.disclaimer]
 
 
-def _photographs(
-    config: CalibrateConfig, inputs: Sequence[Place], checkpoint: Checkpoint, old: Calibration
-) -> _Photographs:
-    """The scores of the input, from a finished audit or from a new one."""
-    alpha = next((alpha for alpha in EVALUATED_ALPHAS if old.supports(alpha)), 0.5)
-    finished = _finished(inputs, config, checkpoint, alpha)
-    if finished is not None:
-        return _scored(finished)
-    listed = _listed(config, inputs, old)
+def _audited(config: CalibrateConfig, inputs: Sequence[Place], loaded: Checkpoint) -> Run:
+    """The finished audit of the photographs, at the first precision of the checkpoint."""
+    checkpoint = loaded.at(loaded.precisions[0])
+    assert checkpoint.calibration is not None  # `at` refuses a precision without one
+    listed = _listed(config, inputs, checkpoint.calibration)
     run = AuditConfig(
         input=config.input,
         output=(Place.at(config.output, config.s3) / "scores").uri,
         checkpoint=config.checkpoint,
-        alpha=alpha,
+        precision=checkpoint.encoder.precision,
+        alpha=_alpha(checkpoint.calibration),
         s3=config.s3,
         inventory=config.inventory,
         limits=checkpoint.limits,
@@ -212,10 +251,15 @@ def _photographs(
     )
     if audit(run).manifest_rows != listed:
         raise InputError(f"The input has changed since {run.output} was written: name another output.")
-    return _scored(Run(Place.at(run.output, config.s3)))
+    return Run(Place.at(run.output, config.s3))
 
 
-def _finished(inputs: Sequence[Place], config: CalibrateConfig, checkpoint: Checkpoint, alpha: float) -> Run | None:
+def _alpha(calibration: Calibration) -> float:
+    """An alpha that the calibration supports: scores do not depend on it."""
+    return next((alpha for alpha in EVALUATED_ALPHAS if calibration.supports(alpha)), 0.5)
+
+
+def _finished(inputs: Sequence[Place], config: CalibrateConfig, checkpoint: Checkpoint) -> Run | None:
     """The finished audit that the input is, with scores by `checkpoint`, or None if the input is no run.
 
     An audit by another model is rescored from its embeddings. Raises InputError for any other run.
@@ -234,8 +278,60 @@ def _finished(inputs: Sequence[Place], config: CalibrateConfig, checkpoint: Chec
             "no embeddings. Name the checkpoint of that audit, or give its photographs as the input."
         )
     output = (Place.at(config.output, config.s3) / "scores").uri
+    calibration = checkpoint.of_encoder(record.identity.encoder_fingerprint).calibration
+    alpha = 0.5 if calibration is None else _alpha(calibration)
     rescore(RescoreConfig(audit=runs[0].uri, output=output, checkpoint=config.checkpoint, alpha=alpha, s3=config.s3))
     return Run(Place.at(output, config.s3))
+
+
+def _further(
+    config: CalibrateConfig, checkpoint: Checkpoint, own: _Photographs, audited: Run
+) -> dict[Precision, Calibrated]:
+    """The encoder at each other precision than that of `checkpoint`, with a calibration of the same photographs."""
+    further: dict[Precision, Calibrated] = {}
+    for precision in get_args(Precision):
+        old = checkpoint.further.get(precision, Calibrated("", None)).calibration
+        if precision == checkpoint.encoder.precision:
+            continue
+        if old is None and config.keep_shipped:
+            log.warning("the checkpoint has no calibration for %s to keep, so the new one has none either", precision)
+            continue
+        log.info("encoding the photographs in %s, too", precision)
+        encoder = checkpoint.encoder.model_copy(update={"precision": precision})
+        name = fingerprint(encoder, load_record(encoder), checkpoint.view.sizes)
+        other = replace(checkpoint, encoder=encoder, encoder_fingerprint=name)
+        scores = replace(own, scores=_scores(config, other, own.row_ids, audited))
+        everything = np.ones(len(own.scores), bool)
+        further[precision] = Calibrated(name, _combined(old, scores, config.keep_shipped, everything))
+    return further
+
+
+def _scores(config: CalibrateConfig, other: Checkpoint, row_ids: Sequence[str], audited: Run) -> F32:
+    """Scores float32 [N] of audited photographs by the encoder of `other`, whose calibration is of another precision.
+
+    Raises InputError if a photograph cannot be read again.
+    """
+    run = Run(Place.at(config.output, config.s3) / other.encoder.precision)
+    identity = EncodedIdentity(
+        encoder_fingerprint=other.encoder_fingerprint,
+        segments=other.outputs,
+        photographs=stable_hash(*row_ids),
+    )
+
+    def write_manifest() -> int:
+        listed = audited.table(MANIFEST).to_table(filter=pads.field("row_id").isin(row_ids))
+        (run.place / MANIFEST / "part-0.parquet").write_parquet(listed)
+        return len(listed)
+
+    encode(run, EncodedRecord, identity, write_manifest, read_and_decode, _ENCODE_ROWS, other, config.inventory)
+    again = readable(run)
+    if len(again) != len(row_ids):
+        raise InputError(
+            f"{len(row_ids) - len(again)} of the photographs could not be read a second time, for "
+            f"{other.encoder.precision}. Name another output."
+        )
+    (embeddings,) = embeddings_of(again, other.segments, 1)
+    return Scorer(other, torch.device("cpu"))(embeddings).score  # its p-values are of another precision and not used
 
 
 def _listed(config: CalibrateConfig, inputs: Sequence[Place], old: Calibration) -> int:
@@ -260,6 +356,7 @@ def _scored(run: Run) -> _Photographs:
     _, first = np.unique(np.array(good["sha256"].to_pylist(), np.str_), return_index=True)
     kept = good.take(np.sort(first))
     return _Photographs(
+        row_ids=kept["row_id"].to_pylist(),
         scores=kept["score"].to_numpy().astype(np.float32),
         strata=kept["stratum"].to_pylist(),
         sources=kept["group"].to_pylist(),
@@ -268,11 +365,11 @@ def _scored(run: Run) -> _Photographs:
     )
 
 
-def _combined(old: Calibration, own: _Photographs, keep: float, chosen: NDArray[np.bool_]) -> Calibration:
-    """A calibration of the chosen photographs, in which the old calibration has the weight `keep`."""
+def _combined(old: Calibration | None, own: _Photographs, keep: float, chosen: NDArray[np.bool_]) -> Calibration:
+    """A calibration of the chosen photographs, in which the old calibration, if there is one, has the weight `keep`."""
     sources = [f"own {name}" for name, is_chosen in zip(own.sources, chosen, strict=True) if is_chosen]
     strata = [name for name, is_chosen in zip(own.strata, chosen, strict=True) if is_chosen]
-    if not keep:
+    if not keep or old is None:
         return Calibration.fit(own.scores[chosen], strata, sources)
     distinct = set(sources)
     shares = np.full(old.source_count, 1.0 / old.source_count) if old.weights is None else old.weights

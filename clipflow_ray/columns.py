@@ -116,6 +116,7 @@ COLUMNS: Final = (
     Column("generator", pa.string(), _LISTING, "Generator that the input gives; else null."),
     Column("model_id", pa.string(), _FINALIZING, "Id of the flow and its encoder: 16 hex digits."),
     Column("calibration_id", pa.string(), _FINALIZING, "Id of the calibration set: 16 hex digits."),
+    Column("precision", pa.string(), _FINALIZING, "Precision of the encoder: `float32` or `bfloat16`."),
     Column("tool_version", pa.string(), _FINALIZING, "Version of clipflow_ray that wrote the row."),
     Column("scored_at", pa.string(), _SCORING, "Time of scoring, ISO 8601 in UTC."),
 )

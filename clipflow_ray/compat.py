@@ -53,6 +53,16 @@ def image_tower(embed_dim: int, vision_cfg: dict[str, Any], quick_gelu: bool = F
     return tower
 
 
+def has_amx() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices by AMX, and the kernel permits this process to use it.
+
+    Private because torch's public list of capabilities says what the CPU has, and not what the kernel permits.
+    """
+    import torch
+
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False)) and bool(torch.cpu._init_amx())
+
+
 def handle_of_cluster(handle: Any) -> Any:
     """`handle` of a deployment, set to send its calls as this process's cluster does: by gRPC or by Ray.
 

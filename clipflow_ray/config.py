@@ -32,6 +32,8 @@ WEIGHTS_INCLUDED = ("hf-hub:", "local-dir:")
 Range = tuple[float, float]
 ViewKind = Literal["resize", "crop"]
 Precision = Literal["float32", "bfloat16"]
+# `auto` is bfloat16 if the machine is fast at it and the checkpoint is calibrated for it; see `model/precision.py`.
+PrecisionChoice = Literal["float32", "bfloat16", "auto"]
 Training = Literal["plain", "paired"]
 
 
@@ -344,6 +346,7 @@ class AuditConfig(Config):
     input: tuple[str, ...] = ()
     output: str
     checkpoint: str = DEFAULT_CHECKPOINT
+    precision: PrecisionChoice = Field("auto", description="of the encoder; a resumed audit keeps that of its start")
     alpha: float = Field(0.01, gt=0, lt=1)
     cap_prone_strata: bool = Field(
         CAP_PRONE_STRATA,
@@ -428,6 +431,7 @@ class ServeConfig(Tuning):
     """One endpoint: an ingress that decodes, and detectors that score, each with its replicas and limits."""
 
     checkpoint: str = DEFAULT_CHECKPOINT
+    precision: PrecisionChoice = Field("auto", description="of the encoder; each detector replica chooses for itself")
     s3: S3Options = S3Options()
     tokens: tuple[str, ...] = Field(
         (), description="SHA-256 in hex of each accepted bearer token; if empty, no token is needed"

@@ -14,6 +14,8 @@ from clipflow_ray.data.resources import cores
 from clipflow_ray.errors import ClipflowError
 from clipflow_ray.model.checkpoint import load_checkpoint
 from clipflow_ray.model.detector import Detector
+from clipflow_ray.model.encoder import device_for
+from clipflow_ray.model.precision import at_precision, bfloat16_on
 from clipflow_ray.model.weights import load_weights
 
 _VERSIONS = ("ray", "torch", "open_clip_torch", "pillow", "pyarrow")
@@ -24,7 +26,12 @@ def checks(checkpoint: str) -> Iterator[tuple[str, str, bool]]:
     yield "versions", ", ".join(f"{name} {metadata.version(name)}" for name in _VERSIONS), True
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
     yield "machine", f"clipflow-ray {__version__}, Python {platform.python_version()}, {cores()} cores, {device}", True
-    for name, check in (("checkpoint", _checkpoint), ("weights", _weights), ("scoring", _scoring)):
+    for name, check in (
+        ("checkpoint", _checkpoint),
+        ("precision", _precision),
+        ("weights", _weights),
+        ("scoring", _scoring),
+    ):
         yield _outcome(name, check, checkpoint)
 
 
@@ -39,6 +46,13 @@ def _checkpoint(path: str) -> str:
     checkpoint = load_checkpoint(path)
     size = "not calibrated" if checkpoint.calibration is None else f"{len(checkpoint.calibration.scores)} naturals"
     return f"model {checkpoint.model_id}, {size}, {checkpoint.encoder.model}"
+
+
+def _precision(path: str) -> str:
+    device = bfloat16_on(device_for(None))
+    checkpoint, reason = at_precision(load_checkpoint(path), "auto", lambda: device)
+    speed = "faster" if device.fast else "not faster"
+    return f"{checkpoint.encoder.precision}, because {reason}; bfloat16 is {speed} than float32 on {device.device}"
 
 
 def _weights(path: str) -> str:

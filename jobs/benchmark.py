@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from clipflow_ray.config import PrecisionChoice
 from clipflow_ray.lab.benchmark.audit import audit_against_bare_encoder
 from clipflow_ray.lab.benchmark.common import Benchmark
 from clipflow_ray.lab.benchmark.listing import listing as long_list
@@ -23,9 +24,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print only the JSON line."
 
 
 @app.command()
-def audit(objects: int = 512, rounds: Rounds = 5, as_json: AsJson = False) -> None:
-    """Rate of whole audits from S3, relative to a bare encoder loop."""
-    _print(lambda: audit_against_bare_encoder(objects, rounds), as_json)
+def audit(objects: int = 512, rounds: Rounds = 5, precision: PrecisionChoice = "auto", as_json: AsJson = False) -> None:
+    """Rate of whole audits from S3, relative to a bare encoder loop in float32; and that of a loop in bfloat16."""
+    _print(lambda: audit_against_bare_encoder(objects, rounds, precision), as_json)
 
 
 @app.command()

@@ -30,10 +30,10 @@ LEDGER: Final = "ledger"
 def finalize(run: Run, rule: Rule, constants: dict[str, str], dedupe: bool = False) -> Judged:
     """Write `ledger/` from `scored/` with the verdicts of `rule` and return the totals over its rows.
 
-    `constants` holds model_id, calibration_id and tool_version. `dup_of` is the smallest id among the rows with the
-    same bytes. With `dedupe`, a row that has a `dup_of` gets the status skipped_duplicate: it keeps its scores, has no
-    verdict and counts in no q-value or rate. Each file of scores gives one ledger file of the same name, so a second
-    call replaces the files of the first.
+    `constants` holds model_id, calibration_id, precision and tool_version. `dup_of` is the smallest id among the rows
+    with the same bytes. With `dedupe`, a row that has a `dup_of` gets the status skipped_duplicate: it keeps its
+    scores, has no verdict and counts in no q-value or rate. Each file of scores gives one ledger file of the same name,
+    so a second call replaces the files of the first.
     """
     counts: dict[str, Counter[str]] = {"status": Counter(), "error_code": Counter(), "verdict": Counter()}
     start, capped = 0, 0

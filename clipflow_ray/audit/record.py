@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from clipflow_ray.config import AuditConfig, Closed, ImageLimits, InventoryOptions, Record
+from clipflow_ray.config import AuditConfig, Closed, ImageLimits, InventoryOptions, Precision, Record
 from clipflow_ray.model.calibration import SourceRange
 from clipflow_ray.runs.record import FinishedRecord
 from clipflow_ray.statistics import FlaggedRate
@@ -15,6 +15,7 @@ class AuditIdentity(Closed):
 
     input: tuple[str, ...] = Field(description="URIs of the inputs.")
     encoder_fingerprint: str = Field(description="Fingerprint of the encoder.")
+    precision: Precision = Field("float32", description="Precision of the encoder.")
     inventory: InventoryOptions = Field(description="How the inputs are read.")
     limits: ImageLimits = Field(description="Limits of size and time for the decoding of an image.")
     sample: float = Field(description="Share of the objects that are scored.")
@@ -100,6 +101,7 @@ class AuditPlan(Closed):
         description="Total bytes of the listed objects; an object whose size the listing does not give counts 0."
     )
     by_suffix: dict[str, int] = Field(description="Objects by the suffix of their names, most frequent first.")
+    precision: Precision = Field(description="Precision that the encoders would compute in.")
     encoders: int = Field(description="Encoders that the cluster has room for.")
     images_per_second: float = Field(description="Speed of all encoders, measured on one batch.")
     hours: float = Field(description="`to_score` at that speed, in hours.")
@@ -118,6 +120,7 @@ class ReportCard(Closed):
     )
     tool_version: str = Field(description="Version of this package.")
     encoder: str = Field(description="Fingerprint of the encoder.")
+    precision: Precision = Field(description="Precision of the encoder.")
     sample: float = Field(description="Share of the objects that were scored.")
     dedupe: Literal["sha256", "none"] = Field(description="Whether equal files count once.")
 

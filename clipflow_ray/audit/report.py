@@ -87,11 +87,14 @@ def report_of(run: Run, record: AuditRecord, calibration: Calibration) -> AuditR
             false_positive_rate_95=record.calibration.false_positive_rate_95,
             tool_version=record.identity.tool_version,
             encoder=record.identity.encoder_fingerprint,
+            precision=record.identity.precision,
             sample=record.config.sample,
             dedupe=record.dedupe,
         ),
         command=command_line(
-            record.config.model_copy(update={"alpha": record.alpha, "dedupe": record.dedupe}),
+            record.config.model_copy(
+                update={"alpha": record.alpha, "dedupe": record.dedupe, "precision": record.identity.precision}
+            ),
             record.identity.rescored_from,
         ),
         counts=Counts(

@@ -33,17 +33,19 @@ _FILES_PER_TASK: Final = 8
 def rescore(config: RescoreConfig) -> AuditRecord:
     """Write an audit of the images of `config.audit`, scored by `config.checkpoint`, and return its record.
 
-    The embeddings are of float16, so scores differ a little from those of an audit of the images. An interrupted run
+    The embeddings are of float16, so scores differ a little from those of an audit of the images. The calibration is
+    that of the precision at which the audit encoded. An interrupted run
     continues, and a finished one is returned as it is. Raises InputError if the audit is not finished or did not keep
     the embeddings that the checkpoint needs, and EncoderMismatchError if they are of another encoder.
     """
     config = settled(config, "audit", *(["output"] if config.output else []))
-    checkpoint = load_checkpoint(Place.at(config.checkpoint, config.s3))
+    loaded = load_checkpoint(Place.at(config.checkpoint, config.s3))
     source = Run(Place.at(config.audit, config.s3))
     record = source.completed(AuditRecord)
     if record is None:
         raise InputError(f"{config.audit} holds no finished audit; run or repeat `clipflow-ray audit` first.")
     alpha = record.alpha if config.alpha is None else config.alpha
+    checkpoint = loaded.of_encoder(record.identity.encoder_fingerprint)
     calibration = usable_calibration(checkpoint, alpha)
     ids = made_by(checkpoint, calibration)
     _check_embeddings(source, record, checkpoint)
@@ -59,6 +61,7 @@ def rescore(config: RescoreConfig) -> AuditRecord:
             update={
                 "output": run.place.uri,
                 "checkpoint": config.checkpoint,
+                "precision": checkpoint.encoder.precision,
                 "alpha": alpha,
                 "dedupe": record.dedupe,
                 "cap_prone_strata": record.cap_prone_strata,

@@ -19,6 +19,7 @@ from clipflow_ray.columns import MANIFEST_SCHEMA
 from clipflow_ray.config import AuditConfig, validated
 from clipflow_ray.data import resources
 from clipflow_ray.data.pipeline import read_then_encode
+from clipflow_ray.data.precision import bfloat16_on_nodes
 from clipflow_ray.data.reading import read_and_decode
 from clipflow_ray.data.scoring import Score, embedding_columns, scored
 from clipflow_ray.errors import CalibrationError, ConfigError, InputError, ReadError
@@ -28,6 +29,7 @@ from clipflow_ray.inputs.reading import read_bytes
 from clipflow_ray.model.calibration import Calibration, Rule
 from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint
 from clipflow_ray.model.encoder import Encoder
+from clipflow_ray.model.precision import Bfloat16, at_precision
 from clipflow_ray.model.weights import load_weights
 from clipflow_ray.place import Place, places, settled
 from clipflow_ray.runs.folder import MANIFEST, Aside, Run
@@ -49,17 +51,7 @@ def audit(config: AuditConfig) -> AuditRecord:
     if not config.input:
         raise ConfigError("Name at least one --input to audit.")
     config = settled(config, "input", "output")
-    checkpoint = load_checkpoint(Place.at(config.checkpoint, config.s3))
-    calibration = usable_calibration(checkpoint, config.alpha)
-    identity = AuditIdentity(
-        input=config.input,
-        encoder_fingerprint=checkpoint.encoder_fingerprint,
-        inventory=config.inventory,
-        limits=config.limits,
-        sample=config.sample,
-        keep_embeddings=config.keep_embeddings,
-        **made_by(checkpoint, calibration),
-    )
+    loaded = load_checkpoint(Place.at(config.checkpoint, config.s3))
     run = Run(Place.at(config.output, config.s3))
 
     def list_inputs() -> int:
@@ -69,6 +61,17 @@ def audit(config: AuditConfig) -> AuditRecord:
         return count
 
     with exclusive(run.place):
+        checkpoint = _at_precision(loaded, config, run)
+        calibration = usable_calibration(checkpoint, config.alpha)
+        identity = AuditIdentity(
+            input=config.input,
+            encoder_fingerprint=checkpoint.encoder_fingerprint,
+            inventory=config.inventory,
+            limits=config.limits,
+            sample=config.sample,
+            keep_embeddings=config.keep_embeddings,
+            **made_by(checkpoint, calibration),
+        )
         record = run.completed(AuditRecord, identity)
         if record is not None:
             return _judged_again(run, record, config, calibration)
@@ -76,6 +79,22 @@ def audit(config: AuditConfig) -> AuditRecord:
         begun = run.begin(RunRecord[AuditIdentity], identity, list_inputs)
         timing = _score(config, run, checkpoint, calibration, begun.manifest_rows)
         return judged_run(run, begun, config, timing, calibration)
+
+
+def _at_precision(checkpoint: Checkpoint, config: AuditConfig, run: Run) -> Checkpoint:
+    """The checkpoint at the precision of the audit: with `auto`, that with which the run began, or the nodes' best."""
+    begun = run.begun(RunRecord[AuditIdentity])
+    if config.precision == "auto" and begun is not None and begun.identity.precision in checkpoint.precisions:
+        chosen, reason = checkpoint.at(begun.identity.precision), "the audit began with it"
+    else:
+        chosen, reason = at_precision(checkpoint, config.precision, lambda: _bfloat16(config))
+    log.info("encoding in %s, because %s", chosen.encoder.precision, reason)
+    return chosen
+
+
+def _bfloat16(config: AuditConfig) -> Bfloat16:
+    resources.connect()
+    return bfloat16_on_nodes(resources.plan_scoring(1, config.batch_size).encoder_gpus)
 
 
 def usable_calibration(checkpoint: Checkpoint, alpha: float) -> Calibration:
@@ -86,11 +105,12 @@ def usable_calibration(checkpoint: Checkpoint, alpha: float) -> Calibration:
     return checkpoint.calibration
 
 
-def made_by(checkpoint: Checkpoint, calibration: Calibration) -> dict[str, str]:
-    """The constants of each row of a ledger: ids of the model and of its calibration, and this version."""
+def made_by(checkpoint: Checkpoint, calibration: Calibration) -> dict[str, Any]:
+    """The constants of each row of a ledger: ids of model and calibration, precision of the encoder, this version."""
     return {
         "model_id": checkpoint.model_id,
         "calibration_id": calibration.calibration_id,
+        "precision": checkpoint.encoder.precision,
         "tool_version": __version__,
     }
 
@@ -109,7 +129,7 @@ def judged_run(
     differ.
     """
     rule = calibration.rule(config.alpha, config.cap_prone_strata)
-    constants = begun.identity.model_dump(include={"model_id", "calibration_id", "tool_version"})
+    constants = begun.identity.model_dump(include={"model_id", "calibration_id", "precision", "tool_version"})
     found = finalize(run, rule, constants, config.dedupe == "sha256")
     record = AuditRecord(
         identity=begun.identity,
@@ -148,7 +168,7 @@ def plan(config: AuditConfig) -> AuditPlan:
     """
     if not config.input:
         raise ConfigError("Name at least one --input to audit.")
-    checkpoint = load_checkpoint(Place.at(config.checkpoint, config.s3))
+    loaded = load_checkpoint(Place.at(config.checkpoint, config.s3))
     objects, size, names = 0, 0, Counter[str]()
     for row in rows(places(config.input, config.s3), config.inventory):
         objects += 1
@@ -157,6 +177,7 @@ def plan(config: AuditConfig) -> AuditPlan:
     resources.connect()
     scored = round(objects * config.sample)
     share = resources.plan_scoring(scored, config.batch_size)
+    checkpoint, _ = at_precision(loaded, config.precision, lambda: bfloat16_on_nodes(share.encoder_gpus))
     encoder = Encoder(checkpoint.encoder, checkpoint.segments, threads=share.encoder_cpus)
     views = np.zeros((config.batch_size, encoder.view.bytes), np.uint8)
     threads = torch.get_num_threads()
@@ -171,6 +192,7 @@ def plan(config: AuditConfig) -> AuditPlan:
         to_score=scored,
         bytes=size,
         by_suffix=dict(names.most_common()),
+        precision=checkpoint.encoder.precision,
         encoders=share.encoders,
         images_per_second=rate,
         hours=scored / rate / 3600.0,
@@ -190,7 +212,7 @@ def judge_again(changes: AuditConfig) -> AuditRecord:
     named = changes.model_dump(exclude_unset=True)
     s3 = record.config.s3.model_dump() | named.get("s3", {})  # the gallery reads the input again
     config = settled(validated(AuditConfig, record.config.model_dump() | named | {"s3": s3}), "output")
-    checkpoint = load_checkpoint(Place.at(config.checkpoint, config.s3))
+    checkpoint = load_checkpoint(Place.at(config.checkpoint, config.s3)).of_encoder(record.identity.encoder_fingerprint)
     calibration = usable_calibration(checkpoint, config.alpha)
     run = Run(Place.at(config.output, config.s3))
     with exclusive(run.place):

@@ -20,6 +20,7 @@ from clipflow_ray.cli.options import (
     Inputs,
     LabelColumn,
     Output,
+    Precision,
     Region,
     Unsigned,
     UriColumn,
@@ -40,6 +41,7 @@ def audit(
     inputs: Inputs = None,
     output: Output = None,
     checkpoint: Checkpoint = None,
+    precision: Precision = None,
     alpha: Alpha = None,
     config: ConfigFile = None,
     input_format: Format = None,
@@ -80,6 +82,7 @@ def audit(
             "input": tuple(inputs or ()),
             "output": output,
             "checkpoint": checkpoint,
+            "precision": precision,
             "alpha": alpha,
             "inventory": inventory_options(
                 input_format, group_by, uri_column, bytes_column, group_column, label_column

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
+from clipflow_ray.config import PrecisionChoice
 from clipflow_ray.inputs.registry import FORMATS
 
 Inputs = Annotated[
@@ -12,6 +13,14 @@ Inputs = Annotated[
 Output = Annotated[str | None, typer.Option("--output", help="Folder or s3:// prefix to write to.")]
 Checkpoint = Annotated[
     str | None, typer.Option("--checkpoint", help="Checkpoint directory; default: the packaged one.")
+]
+Precision = Annotated[
+    PrecisionChoice | None,
+    typer.Option(
+        "--precision",
+        help="Precision of the encoder; default auto: bfloat16 if the machine is fast at it and the checkpoint is "
+        "calibrated for it.",
+    ),
 ]
 ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file with settings; flags override it.")]
 Endpoint = Annotated[str | None, typer.Option("--endpoint-url", help="S3 endpoint; default: AWS_ENDPOINT_URL.")]

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from clipflow_ray.cli.options import AsJson, Checkpoint
-from clipflow_ray.config import DISCLAIMER
+from clipflow_ray.cli.options import AsJson, Checkpoint, Precision
+from clipflow_ray.config import DISCLAIMER, PrecisionChoice
 from clipflow_ray.errors import ConfigError
 
 _Result = tuple[dict[str, Any], str]  # of one image: what is printed with --json, and without
@@ -18,6 +18,7 @@ _Result = tuple[dict[str, Any], str]  # of one image: what is printed with --jso
 def score(
     files: Annotated[list[Path], typer.Argument(help="Image files.")],
     checkpoint: Checkpoint = None,
+    precision: Precision = None,
     alpha: Annotated[
         float | None,
         typer.Option("--alpha", help="False-positive rate to flag at; default 0.01, or the server's with --url."),
@@ -28,15 +29,20 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Score a few image files on this machine without Ray, or on a server."""
-    if url and checkpoint:
-        raise ConfigError("Give --url or --checkpoint, not both: a server has its own checkpoint.")
-    results, floor = _score_on_server(url, files, alpha) if url else _score_here(files, checkpoint, alpha)
+    if url and (checkpoint or precision):
+        raise ConfigError("Give --url without --checkpoint and --precision: a server has its own.")
+    if url:
+        results, floor = _score_on_server(url, files, alpha)
+    else:
+        results, floor = _score_here(files, checkpoint, precision, alpha)
     for path, (record, sentence) in zip(files, results, strict=True):
         print(json.dumps({"file": str(path), **record}) if as_json else f"{path}: {sentence}")
     print(f"{DISCLAIMER} {floor}", file=sys.stderr)
 
 
-def _score_here(files: list[Path], checkpoint: str | None, alpha: float | None) -> tuple[list[_Result], str]:
+def _score_here(
+    files: list[Path], checkpoint: str | None, precision: PrecisionChoice | None, alpha: float | None
+) -> tuple[list[_Result], str]:
     from clipflow_ray import load_detector
     from clipflow_ray.model.calibration import floor_in_words
 
@@ -44,7 +50,8 @@ def _score_here(files: list[Path], checkpoint: str | None, alpha: float | None) 
         data = [path.read_bytes() for path in files]
     except OSError as error:
         raise ConfigError(f"Cannot read {error.filename}: {error.strerror}.") from error
-    detector = load_detector(checkpoint)
+    detector = load_detector(checkpoint, precision=precision or "auto")
+    print(f"encoded in {detector.checkpoint.encoder.precision}", file=sys.stderr)
     findings = detector.detect(data) if alpha is None else detector.detect(data, alpha)
     results = [
         (

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from clipflow_ray.cli.options import Alpha, Checkpoint, ConfigFile
+from clipflow_ray.cli.options import Alpha, Checkpoint, ConfigFile, Precision
 from clipflow_ray.config import ServeConfig, load_yaml
 
 app = typer.Typer(help="Serve the detector over HTTP, with a web page.", invoke_without_command=True)
@@ -17,6 +17,7 @@ app.add_typer(token_app, name="token")
 def serve(
     context: typer.Context,
     checkpoint: Checkpoint = None,
+    precision: Precision = None,
     alpha: Alpha = None,
     config: ConfigFile = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
@@ -31,7 +32,8 @@ def serve(
     from clipflow_ray.serve.tokens import read_hashes
 
     hashes = read_hashes(tokens) if tokens else ()
-    settings = load_yaml(ServeConfig, config, {"checkpoint": checkpoint, "alpha": alpha, "tokens": hashes})
+    flags = {"checkpoint": checkpoint, "precision": precision, "alpha": alpha, "tokens": hashes}
+    settings = load_yaml(ServeConfig, config, flags)
     from clipflow_ray.serve.launch import run
 
     run(settings, host, port)

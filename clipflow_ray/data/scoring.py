@@ -37,14 +37,14 @@ def stacked_views(values: Sequence[bytes], size: int) -> Pixels:
 
 
 class Score:
-    """Actor: views -> log-likelihood, score and p-values, by the detector of one checkpoint.
+    """Actor: views -> log-likelihood, score and p-values, by the detector of one checkpoint at its precision.
 
     With `keep_embeddings`, it adds the columns of `embedding_columns` too.
     """
 
     def __init__(self, checkpoint: Checkpoint, keep_embeddings: bool, cpus: int) -> None:
         torch.set_num_threads(1)
-        self._detector = Detector(checkpoint, threads=cpus)
+        self._detector = Detector(checkpoint, threads=cpus, precision=checkpoint.encoder.precision)
         self._keep = keep_embeddings
         self._images = Counter("clipflow_images", "Images by outcome.", ("status", "error_code"))
         self._encoding = Histogram("clipflow_encode_seconds", "Seconds of one encoder batch.", _SECONDS)
@@ -122,7 +122,7 @@ def with_embeddings(table: pa.Table, present: Mask, embeddings: dict[str, F32], 
 class Embed:
     """Actor: rows with one or more images -> one flat float32 list per row and segment, [images x width].
 
-    For each of its images a row holds the views of `slots(segments)`, one after the other.
+    For each of its images a row holds the views of `slots(segments)`, one after the other. Null stands for no image.
     """
 
     def __init__(self, encoder: EncoderConfig, segments: tuple[Segment, ...], fingerprint: str, cpus: int) -> None:
@@ -140,7 +140,7 @@ class Embed:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Rows with `view` as the bytes of their views -> the same rows with a column per segment."""
-        values = [view.as_buffer() for view in table[VIEW]]
+        values = [view.as_buffer() if view.is_valid else b"" for view in table[VIEW]]
         counts = [len(value) // self._bytes for value in values]
         table = table.drop_columns([VIEW])
         embedded = self._embedded(stacked_views(values, self._bytes)) if sum(counts) else {}

@@ -17,6 +17,7 @@ from clipflow_ray.data.scoring import Embed
 from clipflow_ray.evaluate.record import DistortionsIdentity, DistortionsRecord, VariantsIdentity, VariantsRecord
 from clipflow_ray.evaluate.views import CASES, DRAW, VARIANTS, read_distorted, read_variants
 from clipflow_ray.inputs import listing
+from clipflow_ray.model.checkpoint import Checkpoint
 from clipflow_ray.model.detector import Detector
 from clipflow_ray.place import Place, places
 from clipflow_ray.runs.folder import MANIFEST, Run
@@ -55,7 +56,9 @@ def variants(config: EvaluateConfig, detector: Detector) -> Run:
         (run.place / MANIFEST / "part-0.parquet").write_parquet(listed)
         return len(listed)
 
-    _encoded(run, VariantsRecord, identity, list_inputs, read_variants, _ENCODE_ROWS, detector, config.inventory)
+    encode(
+        run, VariantsRecord, identity, list_inputs, read_variants, _ENCODE_ROWS, detector.checkpoint, config.inventory
+    )
     return run
 
 
@@ -95,7 +98,9 @@ def distortions(config: EvaluateConfig, source: Run, draws: dict[str, int], dete
         (run.place / MANIFEST / "part-0.parquet").write_parquet(rows)
         return len(rows)
 
-    _encoded(run, DistortionsRecord, identity, sample, read_distorted, _DISTORT_ROWS, detector, config.inventory)
+    encode(
+        run, DistortionsRecord, identity, sample, read_distorted, _DISTORT_ROWS, detector.checkpoint, config.inventory
+    )
     return run
 
 
@@ -112,20 +117,25 @@ def embeddings_of(rows: pa.Table, segments: Sequence[Segment], views: int) -> F3
     return np.ascontiguousarray(np.concatenate(parts, axis=2).swapaxes(0, 1))
 
 
-def _encoded(
+def encode(
     run: Run,
     kind: type[FinishedRecord[IdentityT]],
     identity: IdentityT,
     make_manifest: Callable[[], int],
     read: Callable[..., pa.Table],
     batch_size: int,
-    detector: Detector,
+    checkpoint: Checkpoint,
     options: InventoryOptions,
 ) -> None:
+    """Encode the rows of a manifest by the encoder of `checkpoint`, for its outputs, unless the run is finished.
+
+    `read` is the function of the tasks that read and decode; see `read_then_encode`. `options` are those with which the
+    rows were listed. Raises RunConflictError if the folder holds a run of another identity.
+    """
     if run.completed(kind, identity) is not None:
         return
     rows = run.begin(kind, identity, make_manifest).manifest_rows
-    plan, checkpoint = resources.plan_scoring(rows, batch_size), detector.checkpoint
+    plan = resources.plan_scoring(rows, batch_size)
     run.write(
         EMBEDDINGS,
         lambda manifest: read_then_encode(

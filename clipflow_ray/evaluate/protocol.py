@@ -50,7 +50,9 @@ def evaluate(config: EvaluateConfig) -> EvaluationFigures:
     checkpoints = [load_checkpoint(at) for at in places((config.checkpoint, *config.seeds), config.s3)]
     if len({(checkpoint.encoder_fingerprint, checkpoint.segments) for checkpoint in checkpoints}) > 1:
         raise ConfigError("The checkpoints differ in encoder or segments; evaluate them one at a time.")
-    first = Detector(checkpoints[0])
+    # The figures of a checkpoint should not depend on the machine, so they are those of the training's precision.
+    precision = next(iter(checkpoints[0].precisions), checkpoints[0].encoder.precision)
+    first = Detector(checkpoints[0], precision=precision)
     detectors = [first, *(Detector(checkpoint, encoder=first.encoder) for checkpoint in checkpoints[1:])]
     calibrations = [detector.calibration for detector in detectors]
     alphas = supported(calibrations, config.alpha)

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from clipflow_ray import config, errors
 from clipflow_ray.audit.record import AuditPlan, AuditRecord, AuditReport
-from clipflow_ray.calibrate import CalibrationReport
+from clipflow_ray.calibrate import CalibrationReport, EncodedRecord
 from clipflow_ray.cli.exits import EXIT_CODES
 from clipflow_ray.columns import COLUMNS, STATUSES
 from clipflow_ray.errors import ITEM_CODES, ClipflowError
@@ -128,7 +128,7 @@ def _http_errors() -> str:
 
 SECTIONS: Final[dict[str, Callable[[], str]]] = {
     "run-audit": lambda: model_tables(AuditRecord),
-    "run-embeddings": lambda: model_tables(FeaturesRecord, VariantsRecord, DistortionsRecord),
+    "run-embeddings": lambda: model_tables(FeaturesRecord, VariantsRecord, DistortionsRecord, EncodedRecord),
     "report": lambda: model_tables(AuditReport),
     "checkpoint": lambda: model_tables(CheckpointRecord),
     "calibration": lambda: model_tables(CalibrationReport),

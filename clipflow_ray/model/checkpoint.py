@@ -2,13 +2,15 @@
 
 checkpoint.json          configs, encoder fingerprint, training summary, metrics, sha256 of each tensor file
 flow.safetensors         the flow with the naturals' mean and std, stored as float16
-calibration.safetensors  scores of held-out naturals and their sources; without it the detector is not calibrated
+calibration.safetensors  scores of held-out naturals and their sources, at the precision of the training
+calibration-PRECISION.safetensors  the same at another precision of the encoder
 reference.safetensors    natural embeddings (float16) and two probes, for the baselines of `evaluate`
 """
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,17 +27,36 @@ from clipflow_ray.config import (
     FlowConfig,
     ImageLimits,
     ObjectiveConfig,
+    Precision,
     ProxyConfig,
     Segment,
     ViewSpec,
 )
-from clipflow_ray.errors import CheckpointError
+from clipflow_ray.errors import CalibrationError, CheckpointError
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.flow import Flow
-from clipflow_ray.model.record import FORMAT_VERSION, CalibrationStep, CheckpointRecord, TrainingRecord
+from clipflow_ray.model.record import (
+    FORMAT_VERSION,
+    CalibratedRecord,
+    CalibrationStep,
+    CheckpointRecord,
+    TrainingRecord,
+)
 from clipflow_ray.place import Place
 
 RECORD: Final = "checkpoint.json"
+_CALIBRATION: Final = "calibration.safetensors"
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The encoder at one precision: its fingerprint, and the calibration of the scores that it gives, if there is one.
+
+    A calibration of another precision would not do: the scores differ a little.
+    """
+
+    encoder_fingerprint: str
+    calibration: Calibration | None = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -48,6 +69,10 @@ class Checkpoint:
     empty. Otherwise it holds `natural` (float16 [N, D], raw embeddings) and `probe` (float32 [D + 1], logistic
     weights on standardised features and bias). Newer checkpoints also hold a probe with ReLU between its layers:
     `mlp.N.weight` [in, out] and `mlp.N.bias`.
+
+    `encoder`, `encoder_fingerprint` and `calibration` are those of one precision. `further` holds the other precisions
+    of the same encoder, and `at` exchanges them. `trained` is the precision of the encoder that the flow was fitted on;
+    None stands for that of `encoder`.
     """
 
     encoder: EncoderConfig
@@ -64,13 +89,63 @@ class Checkpoint:
     reference: dict[str, Tensor] = field(default_factory=dict, repr=False)
     training: TrainingRecord | None = field(default=None, repr=False)
     lineage: tuple[CalibrationStep, ...] = ()
+    further: Mapping[Precision, Calibrated] = field(default_factory=dict)
+    trained: Precision | None = None
 
     @property
     def model_id(self) -> str:
-        """16 hex digits over the flow's tensors and the encoder fingerprint."""
-        digest = hashlib.sha256(self.encoder_fingerprint.encode())
+        """16 hex digits over the flow's tensors and the fingerprint of the encoder that it was fitted on.
+
+        It is the same at every precision.
+        """
+        digest = hashlib.sha256(self.as_trained.encoder_fingerprint.encode())
         digest.update(save(_contiguous(self.flow_state)))
         return digest.hexdigest()[:16]
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """The precisions with a calibration, that of `encoder` first."""
+        own = () if self.calibration is None else (self.encoder.precision,)
+        return (*own, *(name for name, each in self.further.items() if each.calibration is not None))
+
+    @property
+    def as_trained(self) -> "Checkpoint":
+        """This checkpoint at the precision at which the flow was fitted."""
+        return self if self.trained is None else self._at(self.trained)
+
+    def at(self, precision: Precision) -> "Checkpoint":
+        """This checkpoint with encoder and calibration of `precision`.
+
+        Raises CalibrationError if it has no calibration for it.
+        """
+        if not self.precisions:
+            raise CalibrationError("The checkpoint has no calibration; train it with a calibration split.")
+        if precision not in self.precisions:
+            raise CalibrationError(
+                f"The checkpoint is calibrated for {' and '.join(self.precisions)}, not for {precision}, whose scores "
+                "differ a little. Choose another precision, or run `clipflow-ray calibrate`, which calibrates for both."
+            )
+        return self._at(precision)
+
+    def of_encoder(self, fingerprint: str) -> "Checkpoint":
+        """This checkpoint at the precision whose encoder has this fingerprint; unchanged if there is none."""
+        found = [name for name, each in self.further.items() if each.encoder_fingerprint == fingerprint]
+        return self._at(found[0]) if found else self
+
+    def _at(self, precision: Precision) -> "Checkpoint":
+        own = self.encoder.precision
+        if precision == own:
+            return self
+        new, old = self.further[precision], Calibrated(self.encoder_fingerprint, self.calibration)
+        trained = self.trained or own
+        return replace(
+            self,
+            encoder=self.encoder.model_copy(update={"precision": precision}),
+            encoder_fingerprint=new.encoder_fingerprint,
+            calibration=new.calibration,
+            further={name: each for name, each in self.further.items() if name != precision} | {own: old},
+            trained=None if trained == precision else trained,
+        )
 
     @property
     def outputs(self) -> tuple[Segment, ...]:
@@ -96,12 +171,19 @@ def save_checkpoint(checkpoint: Checkpoint, where: Place | str | Path) -> None:
     not a checkpoint. On S3, the record is written last. It holds the hashes of the other files, so that a reader
     detects an incomplete checkpoint.
     """
-    place = _place(where)
+    place, checkpoint = _place(where), checkpoint.as_trained
     files = {"flow.safetensors": save(_contiguous(checkpoint.flow_state))}
     strata: tuple[str, ...] = ()
     if checkpoint.calibration is not None:
         strata = checkpoint.calibration.strata
-        files["calibration.safetensors"] = save(_tensors_of(checkpoint.calibration))
+        files[_CALIBRATION] = save(_tensors_of(checkpoint.calibration))
+    further: dict[Precision, CalibratedRecord] = {}
+    for precision, each in checkpoint.further.items():
+        if each.calibration is not None:
+            files[_calibration_file(precision)] = save(_tensors_of(each.calibration))
+            further[precision] = CalibratedRecord(
+                encoder_fingerprint=each.encoder_fingerprint, calibration_strata=each.calibration.strata
+            )
     if checkpoint.reference:
         files["reference.safetensors"] = save(_contiguous(checkpoint.reference))
     record = CheckpointRecord(
@@ -116,6 +198,7 @@ def save_checkpoint(checkpoint: Checkpoint, where: Place | str | Path) -> None:
         objective=checkpoint.objective,
         proxies=checkpoint.proxies,
         calibration_strata=strata,
+        further=further,
         training=checkpoint.training,
         lineage=checkpoint.lineage,
         sha256={name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
@@ -151,8 +234,8 @@ def load_checkpoint(where: Place | str | Path) -> Checkpoint:
         record = CheckpointRecord.model_validate(_current(plain))
         tensors = {name: _tensors(place / name, digest) for name, digest in record.sha256.items()}
         calibration = None
-        if "calibration.safetensors" in tensors:
-            calibration = _calibration(tensors["calibration.safetensors"], record.calibration_strata)
+        if _CALIBRATION in tensors:
+            calibration = _calibration(tensors[_CALIBRATION], record.calibration_strata)
         return Checkpoint(
             encoder=record.encoder,
             encoder_fingerprint=record.encoder_fingerprint,
@@ -168,6 +251,13 @@ def load_checkpoint(where: Place | str | Path) -> Checkpoint:
             reference=tensors.get("reference.safetensors", {}),
             training=record.training,
             lineage=record.lineage,
+            further={
+                precision: Calibrated(
+                    each.encoder_fingerprint,
+                    _calibration(tensors[_calibration_file(precision)], each.calibration_strata),
+                )
+                for precision, each in record.further.items()
+            },
         )
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{uri} has a missing or invalid field: {error}") from error
@@ -182,7 +272,8 @@ def _current(plain: dict[str, Any]) -> dict[str, Any]:
 
     Version 1 recorded only the kind of the view, because all views were those of OpenAI's towers. The weights of such a
     checkpoint may have another mean and standard deviation. Both affect only the encoder, which takes them from its
-    weights. Until version 2, all features were those of one view, and `segments` held their widths.
+    weights. Until version 2, all features were those of one view, and `segments` held their widths. Until version 3
+    there was one precision.
     """
     if plain["format_version"] == 1:
         plain = plain | {"view": {**OPENAI_VIEW.model_dump(), "kind": plain["encoder"]["view"], "size": 224}}
@@ -215,6 +306,10 @@ def _tensors(place: Place, sha256: str) -> dict[str, Tensor]:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise CheckpointError(f"{place.uri} holds values that are not finite in {name!r}.")
     return tensors
+
+
+def _calibration_file(precision: Precision) -> str:
+    return f"calibration-{precision}.safetensors"
 
 
 def _tensors_of(calibration: Calibration) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Final, overload
 import numpy as np
 
 from clipflow_ray import sandbox
-from clipflow_ray.config import CAP_PRONE_STRATA
+from clipflow_ray.config import CAP_PRONE_STRATA, PrecisionChoice
 from clipflow_ray.errors import EncoderMismatchError, ItemError
 from clipflow_ray.images import DecodedImage
 from clipflow_ray.model.calibration import Calibration, Rule
@@ -17,6 +17,7 @@ from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint
 from clipflow_ray.model.encoder import Encoder, device_for
 from clipflow_ray.model.extractor import F32, Extractor, Images, joined
 from clipflow_ray.model.finding import FileFacts, Finding, judged, refused
+from clipflow_ray.model.precision import at_precision, bfloat16_on
 from clipflow_ray.model.scorer import Scorer, Scores
 
 _BATCH: Final = 32
@@ -35,11 +36,13 @@ class Embeddings:
 
 
 class Detector:
-    """Encoder, flow and calibration of one checkpoint.
+    """Encoder, flow and calibration of one checkpoint, at one precision.
 
-    `threads` is passed to the encoder. Detectors whose checkpoints have the same encoder can share one: pass it as
-    `encoder`. Raises EncoderMismatchError if the encoder differs from the one that the checkpoint was made with, and
-    CalibrationError if the checkpoint has no calibration.
+    `threads` is passed to the encoder. `precision` is that of the encoder; see `model.precision.at_precision` for
+    `auto`. `checkpoint` is the given one at that precision, and p-values come from its calibration for it. Detectors
+    whose checkpoints have the same encoder can share one: pass it as `encoder`, and its precision is taken. Raises
+    EncoderMismatchError if the encoder differs from the one that the checkpoint was made with, and CalibrationError if
+    the checkpoint has no calibration for the precision.
     """
 
     def __init__(
@@ -48,7 +51,12 @@ class Detector:
         device: str | None = None,
         threads: int | None = None,
         encoder: Extractor | None = None,
+        precision: PrecisionChoice = "auto",
     ) -> None:
+        if encoder is None:
+            checkpoint, _ = at_precision(checkpoint, precision, lambda: bfloat16_on(device_for(device)))
+        else:
+            checkpoint = checkpoint.of_encoder(encoder.fingerprint)
         self._scorer = Scorer(checkpoint, device_for(device))
         self.checkpoint = checkpoint
         self.calibration: Calibration = self._scorer.calibration
@@ -64,9 +72,11 @@ class Detector:
             raise EncoderMismatchError(f"The checkpoint needs the outputs {wanted}, this encoder gives {given}.")
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str | None = None) -> "Detector":
+    def from_checkpoint(
+        cls, path: str | Path, device: str | None = None, precision: PrecisionChoice = "auto"
+    ) -> "Detector":
         """Load a checkpoint directory and its encoder weights (fetched once per machine)."""
-        return cls(load_checkpoint(path), device)
+        return cls(load_checkpoint(path), device, precision=precision)
 
     @overload
     def detect(self, data: bytes, alpha: float = 0.01, cap_prone_strata: bool = CAP_PRONE_STRATA) -> Finding: ...

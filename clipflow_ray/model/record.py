@@ -11,6 +11,7 @@ from clipflow_ray.config import (
     FlowConfig,
     ImageLimits,
     ObjectiveConfig,
+    Precision,
     ProxyConfig,
     Segment,
     SplitConfig,
@@ -41,9 +42,12 @@ class TrainingRecord(Closed):
 
 
 class CalibrationStep(Closed):
-    """One replacement of a checkpoint's calibration by `calibrate`, without the paths of the machine."""
+    """One replacement of a checkpoint's calibrations by `calibrate`, without the paths of the machine."""
 
-    calibration_before: str = Field(description="Id of the calibration that was replaced.")
+    calibration_before: str = Field(description="Id of the calibration that was replaced, at the first precision.")
+    precisions: tuple[Precision, ...] = Field(
+        (), description="Precisions of the new calibrations; empty in a record of an older release, which knew one."
+    )
     input: tuple[str, ...] = Field(description="Last component of each input's URI.")
     photographs: int = Field(description="Photographs that were added.")
     sources: int = Field(description="Their sources.")
@@ -52,16 +56,23 @@ class CalibrationStep(Closed):
     made_at: str = Field(description="Time of the replacement, ISO 8601 in UTC.")
 
 
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
+
+
+class CalibratedRecord(Closed):
+    """A further precision of the encoder. Its scores are in the file `calibration-PRECISION.safetensors`."""
+
+    encoder_fingerprint: str = Field(description="Fingerprint of the encoder at this precision.")
+    calibration_strata: tuple[str, ...] = Field(description="Stratum of each calibration score, in the scores' order.")
 
 
 class CheckpointRecord(Closed):
-    """`checkpoint.json`. Version 2 added `view`; version 3 segments with a view and a training of their own.
+    """`checkpoint.json`. Version 2 added `view`; 3 segments with a view and a training of their own; 4 `further`.
 
-    Versions 1 and 2 are read as well: their features are plain segments of one view.
+    Older versions are read as well. The features of versions 1 and 2 are plain segments of one view.
     """
 
-    format_version: Literal[3] = Field(FORMAT_VERSION, description="Version of the file's format.")
+    format_version: Literal[4] = Field(FORMAT_VERSION, description="Version of the file's format.")
     model_id: str = Field(description="16 hex digits over the flow's tensors and the encoder's fingerprint.")
     encoder: EncoderConfig = Field(description="The encoder: its architecture, weights, kind of view and precision.")
     encoder_fingerprint: str = Field(description="Fingerprint of the encoder that the flow was fitted on.")
@@ -73,6 +84,9 @@ class CheckpointRecord(Closed):
     objective: ObjectiveConfig = Field(description="Settings of the objective.")
     proxies: ProxyConfig = Field(description="Settings of views and proxies.")
     calibration_strata: tuple[str, ...] = Field(description="Stratum of each calibration score, in the scores' order.")
+    further: dict[Precision, CalibratedRecord] = Field(
+        {}, description="Other precisions of the encoder that the checkpoint is calibrated for, by name."
+    )
     training: TrainingRecord | None = Field(description="How the checkpoint was made; null if it was not trained.")
     lineage: tuple[CalibrationStep, ...] = Field((), description="Replacements of the calibration, oldest first.")
     sha256: dict[str, str] = Field(description="sha256 of each tensor file, by name.")

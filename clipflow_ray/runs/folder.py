@@ -61,6 +61,10 @@ class Run:
         """Whether `_SUCCESS` exists."""
         return (self.place / SUCCESS).exists()
 
+    def begun(self, kind: type[RecordT]) -> RecordT | None:
+        """The record of the run, finished or not, or None if there is none. Raises RunConflictError as `completed`."""
+        return self._record(kind)
+
     def completed(self, kind: type[FinishedT], identity: Closed | None = None) -> FinishedT | None:
         """The record of the finished run, or None if there is no finished run.
 

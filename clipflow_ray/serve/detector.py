@@ -38,10 +38,11 @@ class DetectorReplica(Detectors):
         threads = max(1, int(config.detector_cpus))
         torch.set_num_threads(threads)
         checkpoint = load_checkpoint(Place.at(config.checkpoint, config.s3))
-        self._detector = Detector(checkpoint, threads=threads)
+        self._detector = Detector(checkpoint, threads=threads, precision=config.precision)
         self._model = ModelInfo(
             model_id=checkpoint.model_id,
             calibration_id=self._detector.calibration.calibration_id,
+            precision=self._detector.checkpoint.encoder.precision,
             tool_version=__version__,
         )
         self._decoding = Decoding(checkpoint.limits, checkpoint.view)

@@ -7,6 +7,7 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from clipflow_ray.config import Precision
 from clipflow_ray.errors import ItemCode
 from clipflow_ray.model.calibration import SourceRange, Verdict
 
@@ -88,6 +89,7 @@ class ModelInfo(Schema):
 
     model_id: str = Field(description="Id of the flow and its encoder: 16 hex digits.")
     calibration_id: str = Field(description="Id of the calibration set: 16 hex digits.")
+    precision: Precision = Field("float32", description="Precision of the encoder; an older server has no other.")
     tool_version: str = Field(description="Version of clipflow_ray.")
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from clipflow_ray.audit.run import audit
+from clipflow_ray.audit.rescore import rescore
+from clipflow_ray.audit.run import audit, judge_again
 from clipflow_ray.calibrate import CalibrationReport, calibrate, in_words
-from clipflow_ray.config import AuditConfig, CalibrateConfig
-from clipflow_ray.errors import CalibrationError, InputError
+from clipflow_ray.config import AuditConfig, CalibrateConfig, RescoreConfig
+from clipflow_ray.errors import CalibrationError, InputError, RunConflictError
 from clipflow_ray.model.calibration import Calibration
 from clipflow_ray.model.checkpoint import load_checkpoint
 from clipflow_ray.model.detector import Detector
@@ -58,6 +59,57 @@ def test_the_new_checkpoint_gives_the_same_scores_and_p_values_of_the_photograph
     # All sources have ten photographs, so the p-value is the plain conformal one.
     expected = [(1 + np.sum(scores >= score)) / (len(scores) + 1) for score in scores]
     assert [each.p_value for each in after] == pytest.approx(expected)
+
+
+def test_each_precision_has_a_calibration_of_the_same_photographs_and_an_audit_keeps_its_own(
+    first: CalibrationReport, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert first.precisions == ("float32", "bfloat16")
+    half = Detector.from_checkpoint(first.checkpoint, precision="bfloat16")
+    assert half.calibration.source_count == 3 and half.calibration.calibration_id != first.calibration_after
+    config = AuditConfig(
+        input=(str(photographs),),
+        output=str(tmp_path / "audit"),
+        checkpoint=first.checkpoint,
+        precision="bfloat16",
+        alpha=0.5,
+        keep_embeddings=True,
+        gallery=0,
+    )
+    record = audit(config)
+    assert (record.identity.precision, record.identity.encoder_fingerprint, record.identity.calibration_id) == (
+        "bfloat16",
+        half.encoder.fingerprint,
+        half.calibration.calibration_id,
+    )
+    ledger = pq.read_table(record.ledger).sort_by("row_id").to_pylist()
+    assert {row["precision"] for row in ledger} == {"bfloat16"}
+    findings = half.detect([Path(row["uri"]).read_bytes() for row in ledger], 0.5)
+    for row, finding in zip(ledger, findings, strict=True):
+        assert row["verdict"] == finding.verdict
+        if finding.status == "ok":
+            assert row["score"] == pytest.approx(finding.score, rel=1e-4, abs=1e-4)
+            assert row["p_value"] == pytest.approx(finding.p_value)
+    scores = {row["sha256"]: row["score"] for row in ledger if row["status"] == "ok"}
+    np.testing.assert_allclose(np.sort(list(scores.values())), half.calibration.scores, rtol=1e-4, atol=1e-4)
+
+    # A driver without AMX continues and judges again in the precision that the audit began with.
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    (tmp_path / "audit/_SUCCESS").unlink()
+    again = audit(config.model_copy(update={"precision": "auto"}))
+    assert again.identity == record.identity and again.timing.objects == 0
+    assert judge_again(AuditConfig(output=config.output, alpha=0.25)).identity == record.identity
+    with pytest.raises(RunConflictError, match="other calibration_id, encoder_fingerprint, precision"):
+        audit(config.model_copy(update={"precision": "float32"}))
+    rescored = rescore(RescoreConfig(audit=config.output, checkpoint=first.checkpoint))
+    assert rescored.identity.calibration_id == half.calibration.calibration_id
+    assert rescored.identity.precision == "bfloat16"
+
+    # The audit has scores of one precision, so the checkpoint that is calibrated on it serves in that one.
+    own = calibrate(CalibrateConfig(input=(config.output,), output=str(tmp_path / "own"), checkpoint=first.checkpoint))
+    assert own.precisions == ("bfloat16",) and own.calibration_after == half.calibration.calibration_id
+    assert Detector.from_checkpoint(own.checkpoint).checkpoint.encoder.precision == "bfloat16"
+    assert own.model_id == first.model_id == load_checkpoint(own.checkpoint).model_id
 
 
 def test_the_record_says_how_the_calibration_was_made_and_a_second_one_adds_to_it(
@@ -157,7 +209,8 @@ def test_the_command_prints_what_changes_and_the_page_shows_it(
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     shown = done.stdout.splitlines()
-    assert shown[0] == "calibrated on 30 photographs; sources: 3; left out: 1 without a score, 1 repeated"
+    said = "calibrated on 30 photographs; sources: 3; left out: 1 without a score, 1 repeated; precisions: float32"
+    assert shown[0] == said
     assert shown[-2] == f"checkpoint: {tmp_path}/out/checkpoint"
     assert [line for line in in_words(first) if line.startswith("alpha")] == [
         line for line in shown if line.startswith("alpha")

@@ -21,8 +21,11 @@ from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
 from clipflow_ray import compat
-from clipflow_ray.model.checkpoint import load_checkpoint, save_checkpoint
+from clipflow_ray.model.calibration import Calibration
+from clipflow_ray.model.checkpoint import Calibrated, load_checkpoint, save_checkpoint
 from clipflow_ray.model.detector import Detector
+from clipflow_ray.model.encoder import fingerprint
+from clipflow_ray.model.weights import load_record
 from clipflow_ray.serve.tokens import new_token
 from tests.conftest import encoded, photo
 from tests.ray.site import asking, replicas, until
@@ -40,9 +43,10 @@ class Endpoint:
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
 
-    def deploy(self, checkpoint: str, detector: dict[str, Any] | None = None) -> None:
+    def deploy(self, checkpoint: str, detector: dict[str, Any] | None = None, precision: str = "auto") -> None:
         arguments = {
             "checkpoint": checkpoint,
+            "precision": precision,
             "alpha": ALPHA,
             "tokens": [DIGEST],
             "ingress_cpus": 0.2,
@@ -81,13 +85,19 @@ def endpoint(trained: str) -> Iterator[Endpoint]:
 
 @pytest.fixture(scope="module")
 def other(trained: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A checkpoint that differs from the trained one."""
+    """A checkpoint that differs from the trained one, and is calibrated for bfloat16 as well."""
     checkpoint = load_checkpoint(trained)
     state = {
         name: tensor * 1.01 if tensor.is_floating_point() else tensor for name, tensor in checkpoint.flow_state.items()
     }
     path = str(tmp_path_factory.mktemp("other") / "checkpoint")
-    save_checkpoint(replace(checkpoint, flow_state=state), path)
+    half = checkpoint.encoder.model_copy(update={"precision": "bfloat16"})
+    own = checkpoint.calibration
+    assert own is not None
+    calibrated = Calibrated(
+        fingerprint(half, load_record(half), checkpoint.view.sizes), Calibration.fit(own.scores + 0.01, own.strata)
+    )
+    save_checkpoint(replace(checkpoint, flow_state=state, further={"bfloat16": calibrated}), path)
     return path
 
 
@@ -177,16 +187,27 @@ def test_alpha_and_batching_change_without_a_restart(endpoint: Endpoint) -> None
         until(lambda: client.get("/v1/model").json()["alpha"] == ALPHA)
 
 
-def test_a_new_checkpoint_is_served_without_a_failed_request(endpoint: Endpoint, other: str) -> None:
+def test_a_new_checkpoint_at_another_precision_is_served_without_a_failed_request(
+    endpoint: Endpoint, other: str
+) -> None:
     old, new = (load_checkpoint(path).model_id for path in (endpoint.checkpoint, other))
     first = replicas("Detector")
     with load(endpoint, [encoded(photo(3)), b"text"]) as answers:
-        endpoint.deploy(other)
+        endpoint.deploy(other, precision="bfloat16")
         until(lambda: bool(answers) and answers[-1].json()["model"]["model_id"] == new)
         until(lambda: not first & replicas("Detector"))
         time.sleep(1.0)
     assert Counter(answer.status_code for answer in answers) == {200: len(answers)}
     assert {answer.json()["model"]["model_id"] for answer in answers} == {old, new}
+    detector = Detector.from_checkpoint(other, precision="bfloat16")
+    finding, (result, _), model = (
+        detector.detect(encoded(photo(3)), ALPHA),
+        answers[-1].json()["results"],
+        answers[-1].json()["model"],
+    )
+    assert (model["precision"], model["calibration_id"]) == ("bfloat16", detector.calibration.calibration_id)
+    assert result["score"] == pytest.approx(finding.score, rel=1e-4, abs=1e-4)
+    assert (result["p_value"], result["verdict"]) == (finding.p_value, finding.verdict)
     endpoint.checkpoint = other
 
 

@@ -32,9 +32,9 @@ from clipflow_ray.config import (
     ViewSpec,
     load_yaml,
 )
-from clipflow_ray.errors import CheckpointError
+from clipflow_ray.errors import CalibrationError, CheckpointError
 from clipflow_ray.model.calibration import Calibration
-from clipflow_ray.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from clipflow_ray.model.checkpoint import Calibrated, Checkpoint, load_checkpoint, save_checkpoint
 from clipflow_ray.model.flow import Flow
 from clipflow_ray.model.record import TrainingRecord
 
@@ -71,7 +71,8 @@ SEGMENTS = (
     Segment(feature="block1.cls", size=336, training="paired"),
     Segment(feature="block2.mean", size=224),
 )
-FILES = ["checkpoint.json", "flow.safetensors", "calibration.safetensors", "reference.safetensors"]
+FURTHER = "calibration-bfloat16.safetensors"
+FILES = ["checkpoint.json", "flow.safetensors", "calibration.safetensors", FURTHER, "reference.safetensors"]
 each_file = pytest.mark.parametrize("name", FILES)
 
 
@@ -107,6 +108,14 @@ def whole(**changes: Any) -> Checkpoint:
             "probe": torch.randn(11, generator=generator),
         },
         training=TRAINING,
+        further={
+            "bfloat16": Calibrated(
+                "b" * 16,
+                Calibration.fit(
+                    scores[::-1] + np.float32(0.01), ["png|256-512", "ünï|x"] * 15, ["lake", "harbour"] * 15
+                ),
+            )
+        },
     )
     return dataclasses.replace(checkpoint, **changes)
 
@@ -139,7 +148,7 @@ def test_a_loaded_checkpoint_equals_the_saved_one(saved: Path) -> None:
 
 
 def test_calibration_and_reference_may_be_absent(tmp_path: Path) -> None:
-    bare = whole(calibration=None, reference={}, training=None)
+    bare = whole(calibration=None, reference={}, training=None, further={})
     save_checkpoint(bare, str(tmp_path / "new" / "folders" / "model"))
     loaded = load_checkpoint(str(tmp_path / "new" / "folders" / "model"))
     assert plain(loaded) == plain(bare)
@@ -201,7 +210,7 @@ def test_the_rebuilt_flow_scores_as_the_trained_one(saved: Path) -> None:
 
 
 def test_saving_over_a_checkpoint_replaces_all_its_files(saved: Path) -> None:
-    newer = whole(calibration=None, reference={}, encoder_fingerprint="f" * 16)
+    newer = whole(calibration=None, reference={}, encoder_fingerprint="f" * 16, further={})
     save_checkpoint(newer, saved)
     assert plain(load_checkpoint(saved)) == plain(newer)
     assert sorted(os.listdir(saved)) == ["checkpoint.json", "flow.safetensors"]
@@ -287,7 +296,7 @@ def test_a_record_whose_fields_were_changed_is_refused(saved: Path, keys: tuple[
         load_checkpoint(saved)
 
 
-@pytest.mark.parametrize("version", [0, 4, "1", None])
+@pytest.mark.parametrize("version", [0, 5, "1", None])
 def test_an_unknown_format_version_is_refused(saved: Path, version: object) -> None:
     altered(saved, "format_version", value=version)
     with pytest.raises(CheckpointError, match="format version"):
@@ -301,6 +310,8 @@ def made_older(saved: Path, version: int) -> Checkpoint:
     save_file(state, saved / "flow.safetensors")
     record["sha256"]["flow.safetensors"] = hashlib.sha256((saved / "flow.safetensors").read_bytes()).hexdigest()
     record["format_version"] = version
+    del record["further"], record["sha256"][FURTHER]
+    (saved / FURTHER).unlink()
     record["encoder"]["feature"] = ["block1.cls", "block2.mean"]
     record["segments"] = record.pop("widths")
     record["view"] = {name: value for name, value in record["view"].items() if name != "sizes"} | {"size": 336}
@@ -314,7 +325,7 @@ def made_older(saved: Path, version: int) -> Checkpoint:
     view = OPENAI_VIEW.model_copy(update={"kind": "crop"}) if version == 1 else VIEW.model_copy(update=one_size)
     segments = tuple(Segment(feature=name, size=size) for name in ("block1.cls", "block2.mean"))
     proxies = whole().proxies.model_copy(update={"paired_quality": ProxyConfig().paired_quality})
-    return whole(view=view, segments=segments, flow_state=state, proxies=proxies)
+    return whole(view=view, segments=segments, flow_state=state, proxies=proxies, further={})
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -344,12 +355,51 @@ def test_the_score_of_an_older_checkpoint_is_its_negative_log_likelihood_per_dim
     np.testing.assert_allclose(flow(embeddings).score, -log_likelihood / 10, rtol=1e-7)
 
 
+def test_a_checkpoint_of_format_version_3_has_its_one_precision(saved: Path) -> None:
+    record = json.loads((saved / "checkpoint.json").read_text())
+    del record["further"], record["sha256"][FURTHER], record[HASH]
+    (saved / FURTHER).unlink()
+    record["format_version"] = 3
+    record[HASH] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    (saved / "checkpoint.json").write_text(json.dumps(record))
+    loaded = load_checkpoint(saved)
+    assert plain(loaded) == plain(whole(further={}))
+    assert loaded.precisions == ("float32",) and loaded.model_id == whole().model_id
+    with pytest.raises(CalibrationError, match="is calibrated for float32, not for bfloat16"):
+        loaded.at("bfloat16")
+
+
+def test_a_checkpoint_at_another_precision_has_its_encoder_and_calibration_and_stays_the_same_model() -> None:
+    base = whole()
+    half = base.at("bfloat16")
+    assert (half.encoder.precision, half.encoder_fingerprint) == ("bfloat16", "b" * 16)
+    assert plain(half.calibration) == plain(base.further["bfloat16"].calibration)
+    assert (base.precisions, half.precisions) == (("float32", "bfloat16"), ("bfloat16", "float32"))
+    assert half.model_id == base.model_id
+    assert plain(half.at("float32")) == plain(half.as_trained) == plain(base.at("float32")) == plain(base)
+    for fingerprint, precision in ((base.encoder_fingerprint, "float32"), ("b" * 16, "bfloat16")):
+        assert base.of_encoder(fingerprint).encoder.precision == precision
+        assert half.of_encoder(fingerprint).encoder.precision == precision
+    assert half.of_encoder("0" * 16) is half
+
+
+def test_a_checkpoint_is_stored_at_the_precision_of_its_training_whichever_is_chosen(tmp_path: Path) -> None:
+    save_checkpoint(whole().at("bfloat16"), tmp_path / "model")
+    assert plain(load_checkpoint(tmp_path / "model")) == plain(whole())
+    # `calibrate` on a finished audit leaves the calibration of one precision only.
+    half = whole(further={"bfloat16": whole().further["bfloat16"]}, calibration=None)
+    save_checkpoint(half.at("bfloat16"), tmp_path / "half")
+    loaded = load_checkpoint(tmp_path / "half")
+    assert (loaded.encoder.precision, loaded.calibration, loaded.precisions) == ("float32", None, ("bfloat16",))
+    assert loaded.model_id == loaded.at("bfloat16").model_id == whole().model_id
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_an_older_checkpoint_that_is_saved_again_is_the_same_in_the_current_version(saved: Path, version: int) -> None:
     made_older(saved, version)
     loaded = load_checkpoint(saved)
     save_checkpoint(loaded, saved)
-    assert json.loads((saved / "checkpoint.json").read_text())["format_version"] == 3
+    assert json.loads((saved / "checkpoint.json").read_text())["format_version"] == 4
     assert plain(load_checkpoint(saved)) == plain(loaded)
 
 

@@ -27,7 +27,7 @@ from clipflow_ray.model.scorer import Scores
 from clipflow_ray.place import Place
 
 CALIBRATION = Calibration.fit(np.arange(50, dtype=np.float32), ["jpeg|0-256"] * 50)
-CONSTANTS = {"model_id": "a" * 16, "calibration_id": "b" * 16, "tool_version": "1.0"}
+CONSTANTS = {"model_id": "a" * 16, "calibration_id": "b" * 16, "precision": "float32", "tool_version": "1.0"}
 READING = {"near": Place.at("/"), "limits": ImageLimits(), "spec": OPENAI_VIEW}
 RULE = Rule(0.2, frozenset(), cap=True)
 STAGES = get_args(Stage)[1:]

@@ -158,6 +158,7 @@ def test_the_command_line_of_a_report_gives_the_settings_of_its_audit(monkeypatc
         "input": ["s3://bucket/a b/", "photos"],
         "output": "s3://bucket/out",
         "checkpoint": "checkpoint",
+        "precision": "bfloat16",
         "alpha": 0.0123456,
         "s3": {"endpoint_url": "http://store", "region": "eu-north-1", "unsigned": True},
         "inventory": {
@@ -181,7 +182,16 @@ def test_the_command_line_of_a_report_gives_the_settings_of_its_audit(monkeypatc
 
     def plan(settings: AuditConfig) -> AuditPlan:
         given_to_plan.append(settings)
-        return AuditPlan(objects=0, to_score=0, bytes=0, by_suffix={}, encoders=1, images_per_second=1.0, hours=0.0)
+        return AuditPlan(
+            objects=0,
+            to_score=0,
+            bytes=0,
+            by_suffix={},
+            precision="float32",
+            encoders=1,
+            images_per_second=1.0,
+            hours=0.0,
+        )
 
     monkeypatch.setattr(run, "plan", plan)
     words = shlex.split(command_line(config))

@@ -73,7 +73,7 @@ from clipflow_ray.evaluate.record import (
     VariantsRecord,
 )
 from clipflow_ray.model.calibration import SourceRange
-from clipflow_ray.model.record import CheckpointRecord
+from clipflow_ray.model.record import CalibratedRecord, CheckpointRecord
 from clipflow_ray.statistics import flagged_rate
 from clipflow_ray.train.parts import Parts
 from clipflow_ray.train.record import FeaturesIdentity, FeaturesRecord
@@ -125,6 +125,7 @@ def audit_record() -> AuditRecord:
         identity=AuditIdentity(
             input=("s3://bucket/ünï/",),
             encoder_fingerprint="e" * 16,
+            precision="bfloat16",
             inventory=InventoryOptions(group_by="prefix:2"),
             limits=ImageLimits(min_side=16),
             sample=0.5,
@@ -161,6 +162,7 @@ def audit_report() -> AuditReport:
             false_positive_rate_95=(0.05, 0.17),
             tool_version="0.1.0",
             encoder="e" * 16,
+            precision="bfloat16",
             sample=1.0,
             dedupe="none",
         ),
@@ -292,6 +294,7 @@ def checkpoint_record() -> CheckpointRecord:
         objective=ObjectiveConfig(kind="both"),
         proxies=ProxyConfig(pairs=0.25),
         calibration_strata=("jpeg|0-256", "ünï|x"),
+        further={"bfloat16": CalibratedRecord(encoder_fingerprint="f" * 16, calibration_strata=("png|0-256",))},
         training=TRAINING,
         sha256={"flow.safetensors": "0" * 64},
         record_sha256="1" * 64,
@@ -307,7 +310,7 @@ RECORDS = [
     evaluation_figures(),
     checkpoint_record(),
 ]
-VERSIONS: dict[type, int] = {CheckpointRecord: 3}
+VERSIONS: dict[type, int] = {CheckpointRecord: 4}
 each_record = pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
 
 
