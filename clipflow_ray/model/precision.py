@@ -41,8 +41,8 @@ def at_precision(
 ) -> tuple[Checkpoint, str]:
     """`checkpoint` at the chosen precision, and the reason as words that follow "because".
 
-    `auto` is bfloat16 if the checkpoint is calibrated for it and `ask` says that it is fast. Otherwise it is the
-    precision of the training, or the one that there is a calibration for. `ask` is called only if there is a choice. A
+    `auto` is the precision that `ask` says is faster, if the checkpoint is calibrated for both, else the one that it is
+    calibrated for. `ask` is called only if there is a choice. A
     checkpoint without any calibration is returned unchanged. Raises CalibrationError if the checkpoint is not
     calibrated for the precision that `choice` names.
     """
@@ -54,4 +54,4 @@ def at_precision(
     found = ask()
     if found.fast:
         return checkpoint.at("bfloat16"), f"{found.device} is faster at it"
-    return checkpoint.at(known[0]), f"{found.device} is not faster at bfloat16"
+    return checkpoint.at("float32"), f"{found.device} is not faster at bfloat16"

@@ -56,7 +56,7 @@ def tiny(naturals: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfi
         segments=(Segment(feature="projected", size=224),),
         extra_segments=EXTRA,
         # An image draws its families by its path. With few families, "alpine" draws the held-out one.
-        proxies=ProxyConfig(families={name: families[name] for name in FAMILIES}),
+        proxies=ProxyConfig(natural_views=2, proxies_per_view=1, families={name: families[name] for name in FAMILIES}),
         flow=FlowConfig(blocks=3, hidden=32),
         fit=FitConfig(epochs=3, batch_size=32, learning_rate=2e-3),
         split=SplitConfig(validation=("alpine",), calibration=("harbour", "studio"), held_out_family="low_pass"),
