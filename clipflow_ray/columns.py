@@ -121,6 +121,9 @@ COLUMNS: Final = (
 )
 MANIFEST_SCHEMA: Final = pa.schema([(c.name, c.type) for c in COLUMNS if "listing" in c.stages])
 LEDGER_SCHEMA: Final = pa.schema([(c.name, c.type) for c in COLUMNS if c.dropped_by is None])
+SCORED_SCHEMA: Final = pa.schema(
+    [(c.name, c.type) for c in COLUMNS if c.dropped_by is None and c.stages != _FINALIZING]
+)
 
 
 def manifest_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
@@ -145,6 +148,12 @@ def add_columns(table: pa.Table, stage: Stage, values: Mapping[str, Sequence[Any
     for name, kind in listed.items():
         table = table.append_column(name, pa.array(values[name], kind, from_pandas=True))
     return table
+
+
+def scored_table(table: pa.Table) -> pa.Table:
+    """`table` with SCORED_SCHEMA, as the scoring stage writes it; raises ClipflowError if its columns are others."""
+    _check("A file of scores", table.column_names, SCORED_SCHEMA.names)
+    return table.select(SCORED_SCHEMA.names).cast(SCORED_SCHEMA)
 
 
 def ledger_table(table: pa.Table) -> pa.Table:
