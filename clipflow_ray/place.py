@@ -211,8 +211,8 @@ class Place:
 
     def read_parquet(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The table in a parquet file, or only its `columns`. Raises ArrowInvalid if it is no parquet file."""
-        with self.open() as file:  # a dataset of one file would take a third longer
-            return pq.ParquetFile(file).read(None if columns is None else [*columns])
+        with self.open() as file:  # a dataset of one small file would take a third longer, as threads would
+            return pq.ParquetFile(file).read(None if columns is None else [*columns], use_threads=False)
 
     def write_row_groups(self, groups: Iterable[pa.Table], schema: pa.Schema, plain: Collection[str]) -> None:
         """Write tables as the row groups of one parquet file with that schema, atomically.

@@ -4,7 +4,6 @@ n calibration scores allow only n + 1 different p-values. So a q-value depends o
 what is to be said of a p-value is looked up in a table.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from clipflow_ray.columns import Values
 from clipflow_ray.model.calibration import Rule
 
 F32 = NDArray[np.float32]
@@ -60,7 +60,7 @@ class Judge:
         self._verdicts = pa.array([verdict for verdict, _ in names], pa.string())
         self._reasons = pa.array([reasons for _, reasons in names], pa.list_(pa.string()))
 
-    def columns(self, p_values: F32, strata: pa.ChunkedArray) -> dict[str, Sequence[object]]:
+    def columns(self, p_values: F32, strata: pa.ChunkedArray) -> dict[str, Values]:
         """q_value, verdict and verdict_reasons of rows [N] with these p-values and strata; null if a p-value is NaN."""
         none = np.isnan(p_values)
         place = np.where(none, 0, np.searchsorted(self._p, p_values))

@@ -32,7 +32,6 @@ _ROWS_PER_FILE: Final = 524_288
 _PLAIN: Final = ("row_id", "uri", "sha256", "dup_of", "bytes", "log_likelihood", "log_base", "log_det", "score")
 _SAMPLED_FILES_PER_PIECE: Final = 16
 _ROWS_PER_SAMPLED_ROW: Final = 64
-_THREADS: Final = 2
 
 
 def finalize(
@@ -70,7 +69,7 @@ def finalize(
             return judged(table, judge, repeats.first(at, table["row_id"]), dedupe, constants)
 
         totals = Totals(rule, calibration, gallery)
-        _write(run, ahead(judged_piece, range(pieces), _THREADS, _THREADS), totals)
+        _write(run, ahead(judged_piece, range(pieces), threads=1, most=1), totals)
     if totals.rows != rows:
         raise ClipflowError(
             f"{run.place.uri} has {totals.rows} scores for {rows} objects. Keep the folder and report this error."

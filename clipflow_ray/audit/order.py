@@ -17,10 +17,10 @@ from clipflow_ray.runs.bounded import Places, temporary_files
 
 ORDER: Final = ("group", "uri", "member", "row_id")
 _SORT_KEYS: Final[Any] = [(name, "ascending") for name in ORDER]
-_ROWS: Final = 65_536
-# A table of that many rows is cut into as many pieces as there are tables. The square root keeps their batches at 400
-# rows or more, however long the audit is.
-_ROWS_PER_BATCH: Final = 400
+_ROWS: Final = 32_768
+# There are as many tables as pieces, and each table has a batch for each piece. Because pieces grow as the square root
+# of the audit, batches have this many rows or more. Smaller ones would take more time for their headers than for rows.
+_ROWS_PER_BATCH: Final = 200
 
 
 def rows_of_a_piece(rows: int) -> int:
@@ -67,6 +67,7 @@ class Sorter:
             with pa.OSFile(self._path(number)) as file:
                 batches.append(pa.ipc.open_file(file).get_batch(at))
         table = pa.Table.from_batches(batches).combine_chunks()
+        del batches  # before the rows are copied again
         return table.take(pa.array(_order(table.select(ORDER))))
 
     def _path(self, number: int) -> str:
