@@ -11,7 +11,7 @@ column per encoder feature) belong to their own files and are not listed here.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from clipflow_ray.errors import ClipflowError
 
 Status = Literal["ok", "error", "skipped_duplicate", "skipped_sample"]
 Stage = Literal["listing", "reading", "scoring", "finalizing"]
-Values = Sequence[Any] | NDArray[Any] | pa.Array | pa.ChunkedArray
+Values: TypeAlias = Sequence[Any] | NDArray[Any] | pa.Array | pa.ChunkedArray
 
 
 @dataclass(frozen=True)
