@@ -11,7 +11,7 @@ column per encoder feature) belong to their own files and are not listed here.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from clipflow_ray.errors import ClipflowError
 
 Status = Literal["ok", "error", "skipped_duplicate", "skipped_sample"]
 Stage = Literal["listing", "reading", "scoring", "finalizing"]
+Values: TypeAlias = Sequence[Any] | NDArray[Any] | pa.Array | pa.ChunkedArray
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,9 @@ COLUMNS: Final = (
 )
 MANIFEST_SCHEMA: Final = pa.schema([(c.name, c.type) for c in COLUMNS if "listing" in c.stages])
 LEDGER_SCHEMA: Final = pa.schema([(c.name, c.type) for c in COLUMNS if c.dropped_by is None])
+SCORED_SCHEMA: Final = pa.schema(
+    [(c.name, c.type) for c in COLUMNS if c.dropped_by is None and c.stages != _FINALIZING]
+)
 
 
 def manifest_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
@@ -134,7 +138,7 @@ def manifest_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(rows, MANIFEST_SCHEMA)
 
 
-def add_columns(table: pa.Table, stage: Stage, values: Mapping[str, Sequence[Any] | NDArray[Any]]) -> pa.Table:
+def add_columns(table: pa.Table, stage: Stage, values: Mapping[str, Values]) -> pa.Table:
     """`table` with the columns that `stage` produces, and without those that it drops; NaN and None become null.
 
     Raises ClipflowError if `values` are not exactly the columns that are listed for `stage`.
@@ -144,8 +148,18 @@ def add_columns(table: pa.Table, stage: Stage, values: Mapping[str, Sequence[Any
     old = listed.keys() | {column.name for column in COLUMNS if column.dropped_by == stage}
     table = table.drop_columns([name for name in table.column_names if name in old])
     for name, kind in listed.items():
-        table = table.append_column(name, pa.array(values[name], kind, from_pandas=True))
+        new = values[name]
+        if not isinstance(new, pa.Array | pa.ChunkedArray):
+            new = pa.array(new, kind, from_pandas=True)
+        table = table.append_column(name, new.cast(kind))
     return table
+
+
+def scored_table(table: pa.Table) -> pa.Table:
+    """`table` with SCORED_SCHEMA, as the scoring stage writes it; raises ClipflowError if its columns are others."""
+    _check("A file of scores", table.column_names, SCORED_SCHEMA.names)
+    table = table.select(SCORED_SCHEMA.names).replace_schema_metadata(None)
+    return table if table.schema.equals(SCORED_SCHEMA) else table.cast(SCORED_SCHEMA)
 
 
 def ledger_table(table: pa.Table) -> pa.Table:

@@ -10,6 +10,7 @@ import typer
 from clipflow_ray.config import PrecisionChoice
 from clipflow_ray.lab.benchmark.audit import audit_against_bare_encoder
 from clipflow_ray.lab.benchmark.common import Benchmark
+from clipflow_ray.lab.benchmark.finalize import finalizing
 from clipflow_ray.lab.benchmark.listing import listing as long_list
 from clipflow_ray.lab.benchmark.pipeline import pipeline_against_plain_loops
 from clipflow_ray.lab.benchmark.proxies import slowest_proxy_family
@@ -57,6 +58,12 @@ def listing(keys: int = 1_000_000, rounds: Rounds = 5, as_json: AsJson = False) 
 def rescore(rows: int = 200_000, rounds: Rounds = 5, as_json: AsJson = False) -> None:
     """Rate of scoring kept embeddings, relative to a bare loop of the flow."""
     _print(lambda: rescoring(rows, rounds), as_json)
+
+
+@app.command()
+def finalize(rows: int = 1_000_000, rounds: Rounds = 5, as_json: AsJson = False) -> None:
+    """Rate of ledger and report of many scores, relative to an eighth of them; peak memory and files."""
+    _print(lambda: finalizing(rows, rounds), as_json)
 
 
 @app.command()

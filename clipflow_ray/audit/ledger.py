@@ -4,57 +4,77 @@ Scores are stored once, under `scored/`. Verdicts, q-values and rates at any alp
 encoder. `embeddings/` holds the embeddings of the same rows, in files of the same names, if the audit keeps them.
 """
 
-import logging
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import chain
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
+import pyarrow.compute as pc
 
-from clipflow_ray.audit.record import CalibrationCard, Judged
-from clipflow_ray.audit.repeats import numbered
-from clipflow_ray.columns import add_columns, ledger_table
+from clipflow_ray.audit.judging import Judge, PValues
+from clipflow_ray.audit.order import ORDER, Sorter, rows_of_a_piece
+from clipflow_ray.audit.record import CalibrationCard
+from clipflow_ray.audit.repeats import Repeats
+from clipflow_ray.audit.totals import Totals
+from clipflow_ray.columns import LEDGER_SCHEMA, add_columns, ledger_table, scored_table
+from clipflow_ray.errors import ClipflowError
 from clipflow_ray.model.calibration import Calibration, Rule
+from clipflow_ray.runs.bounded import ahead, gathered
 from clipflow_ray.runs.folder import Run
-from clipflow_ray.statistics import flagged_rate
-
-log = logging.getLogger(__name__)
 
 SCORED: Final = "scored"
 EMBEDDINGS: Final = "embeddings"
 LEDGER: Final = "ledger"
+_ROWS_PER_FILE: Final = 524_288
+# Columns whose values are mostly different.
+_PLAIN: Final = ("row_id", "uri", "sha256", "dup_of", "bytes", "log_likelihood", "log_base", "log_det", "score")
+_SAMPLED_FILES_PER_PIECE: Final = 16
+_ROWS_PER_SAMPLED_ROW: Final = 64
 
 
-def finalize(run: Run, rule: Rule, constants: dict[str, str], dedupe: bool = False) -> Judged:
-    """Write `ledger/` from `scored/` with the verdicts of `rule` and return the totals over its rows.
+def finalize(
+    run: Run, rows: int, rule: Rule, constants: dict[str, str], dedupe: bool, calibration: Calibration, gallery: int
+) -> Totals:
+    """Write `ledger/` from the `rows` rows of `scored/` with the verdicts of `rule`, and return the totals.
 
-    `constants` holds model_id, calibration_id, precision and tool_version. `dup_of` is the smallest id among the rows
-    with the same bytes. With `dedupe`, a row that has a `dup_of` gets the status skipped_duplicate: it keeps its
-    scores, has no verdict and counts in no q-value or rate. Each file of scores gives one ledger file of the same name,
-    so a second call replaces the files of the first.
+    `constants` holds model_id, calibration_id, precision and tool_version. `dup_of` is the smallest id among the rows with the
+    same bytes. With `dedupe`, a row that has a `dup_of` gets the status skipped_duplicate: it keeps its scores, has no
+    verdict and counts in no q-value or rate. The totals keep `gallery` images of each kind for the report.
+
+    The rows are in the order of group, URI, member and id, whatever the order of `scored/` is. A second call replaces
+    the files of the first, and the run does not count as finished until `Run.succeed`. Memory hardly grows with the
+    number of rows: see `rows_of_a_piece`. Meanwhile a row takes about 450 bytes in the temporary directory. Raises
+    ClipflowError if that directory is full, or if there are not `rows` rows.
     """
-    counts: dict[str, Counter[str]] = {"status": Counter(), "error_code": Counter(), "verdict": Counter()}
-    start, capped = 0, 0
-    with numbered(run.parts(SCORED)) as rows:
-        q_values = rows.q_values(dedupe)
-        for name, table in _tables(run):
-            table = judged(table, q_values, rows.repeated(start, len(table)), dedupe, rule, constants)
-            start += len(table)
-            (run.place / LEDGER / name).write_parquet(table)
-            for column, counter in counts.items():
-                counter.update(value for value in table[column].to_pylist() if value is not None)
-            if rule.prone and rule.cap:
-                capped += sum(_capped(reasons) for reasons in table["verdict_reasons"].to_pylist())
-    return Judged(
-        rows=start,
-        by_status=dict(sorted(counts["status"].items())),
-        by_error_code=dict(sorted(counts["error_code"].items())),
-        by_verdict=dict(sorted(counts["verdict"].items())),
-        capped=capped,
-        flagged=flagged_rate(counts["verdict"]["likely_ai"], counts["status"]["ok"], rule.alpha),
-    )
+    names = run.files(SCORED)
+    pieces = -(-rows // rows_of_a_piece(rows))
+    with TemporaryDirectory(prefix="clipflow-ray-") as folder:
+        sorter = Sorter(f"{folder}/order", _sample(run, names, pieces), pieces)
+        repeats = Repeats(folder, rows, pieces)
+        p_values = PValues()
+        scores = map(scored_table, run.tables(SCORED, names))
+        for table in gathered(scores, rows_of_a_piece(rows)):
+            ordered, piece = sorter.add(table)
+            repeats.add(ordered, piece)
+            p_values.add(ordered["p_value"].to_numpy())
+        for repeated in repeats.find():
+            if dedupe:
+                p_values.add(repeated, -1)
+        judge = Judge(rule, p_values)
+
+        def judged_piece(at: int) -> pa.Table:
+            table = sorter.piece(at)
+            return judged(table, judge, repeats.first(at, table["row_id"]), dedupe, constants)
+
+        totals = Totals(rule, calibration, gallery)
+        _write(run, ahead(judged_piece, range(pieces), threads=1, most=1), totals)
+    if totals.rows != rows:
+        raise ClipflowError(
+            f"{run.place.uri} has {totals.rows} scores for {rows} objects. Keep the folder and report this error."
+        )
+    return totals
 
 
 def calibration_card(calibration: Calibration, rule: Rule) -> CalibrationCard:
@@ -71,43 +91,48 @@ def calibration_card(calibration: Calibration, rule: Rule) -> CalibrationCard:
     )
 
 
-def _capped(reasons: list[str] | None) -> bool:
-    """Whether these are the reasons of an image whose p-value is at most alpha, and whose stratum is prone."""
-    return reasons is not None and {"below_alpha", "stratum_prone"} <= set(reasons)
-
-
-def _tables(run: Run) -> Iterator[tuple[str, pa.Table]]:
-    """The name of each file of scores, and its rows."""
-    for part in run.parts(SCORED):
-        for fragment in part.get_fragments():
-            yield fragment.path.rsplit("/", 1)[-1], fragment.to_table(schema=part.schema)
-
-
-def judged(
-    table: pa.Table,
-    q_values: Callable[[NDArray[np.float32]], NDArray[np.float32]],
-    dup_of: list[str | None],
-    dedupe: bool,
-    rule: Rule,
-    constants: dict[str, str],
-) -> pa.Table:
+def judged(table: pa.Table, judge: Judge, dup_of: pa.Array, dedupe: bool, constants: dict[str, str]) -> pa.Table:
     """Scored rows -> rows of the ledger; see `finalize`."""
-    status, p_values = table["status"].to_pylist(), table["p_value"].to_numpy()
-    skipped = np.array(
-        [dedupe and old == "ok" and first is not None for old, first in zip(status, dup_of, strict=True)], bool
-    )
-    p_values = np.where(skipped, np.nan, p_values).astype(np.float32)
-    strata = table["stratum"].to_pylist()
-    verdicts = [
-        (None, None) if np.isnan(p) else rule.verdict(float(p), stratum or "")
-        for p, stratum in zip(p_values, strata, strict=True)
-    ]
+    status = table["status"]
+    skipped = pc.and_(pc.and_(pc.equal(status, "ok"), dup_of.is_valid()), dedupe)
+    p_values = pc.if_else(skipped, pa.scalar(None, pa.float32()), table["p_value"]).to_numpy()
     values: dict[str, Any] = {
-        "status": ["skipped_duplicate" if skip else old for old, skip in zip(status, skipped, strict=True)],
+        "status": pc.if_else(skipped, "skipped_duplicate", status),
         "dup_of": dup_of,
-        "q_value": q_values(p_values),
-        "verdict": [name for name, _ in verdicts],
-        "verdict_reasons": [reasons for _, reasons in verdicts],
-        **{name: [value] * len(table) for name, value in constants.items()},
+        **judge.columns(p_values, table["stratum"]),
+        **{name: pa.repeat(value, len(table)) for name, value in constants.items()},
     }
     return ledger_table(add_columns(table, "finalizing", values))
+
+
+def _sample(run: Run, names: list[str], pieces: int) -> pa.Table:
+    """Keys of a few rows of a few files, which stand for all rows."""
+    few = names[:: max(1, len(names) // (pieces * _SAMPLED_FILES_PER_PIECE))]
+    tables = run.tables(SCORED, few, ORDER)
+    return pa.concat_tables([table.take(np.arange(0, len(table), _ROWS_PER_SAMPLED_ROW)) for table in tables])
+
+
+def _write(run: Run, pieces: Iterator[pa.Table], totals: Totals) -> None:
+    """Write the ledger's rows, which come in its order, and count them. Each piece is a row group or more."""
+    folder = run.place / LEDGER
+    run.reopen()
+    for old in folder.names():
+        (folder / old).delete()
+
+    def counted() -> Iterator[pa.Table]:
+        for table in pieces:
+            totals.add(table)
+            yield table
+
+    tables = counted()
+
+    def of_a_file(first: pa.Table) -> Iterator[pa.Table]:
+        rows = 0
+        for table in chain([first], tables):
+            yield table
+            rows += len(table)
+            if rows >= _ROWS_PER_FILE:
+                break
+
+    for number, first in enumerate(tables):
+        (folder / f"part-{number:05d}.parquet").write_row_groups(of_a_file(first), LEDGER_SCHEMA, _PLAIN)

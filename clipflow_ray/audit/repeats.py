@@ -1,87 +1,65 @@
-"""Duplicates and q-values of a whole audit in bounded memory: rows are spilled to a temporary SQLite file."""
+"""Equal files of a whole audit, found in bounded memory: rows are divided by their digests into temporary files."""
 
-import sqlite3
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, Final
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
 
 import numpy as np
-import pyarrow.dataset as pads
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from clipflow_ray.errors import ClipflowError
+from clipflow_ray.runs.bounded import Places, Records, Spill, share_of, text
 
-_CACHE_KIB: Final = 8 * 1024
-_REPEATS: Final = """
-INSERT INTO repeats SELECT number, first FROM (
-  SELECT number, FIRST_VALUE(id) OVER same AS first, ROW_NUMBER() OVER same AS place FROM rows
-  WHERE digest IS NOT NULL WINDOW same AS (PARTITION BY digest ORDER BY id)
-) WHERE place > 1 ORDER BY number
-"""
+_ROWS_PER_SHARE: Final = 262_144
+_ROW: Final = np.dtype([("digest", "S64"), ("id", "S32"), ("p", np.float32), ("piece", np.int64)])
+_REPEAT: Final = np.dtype([("id", "S32"), ("first", "S32")])
 
 
-class Rows:
-    """The scored rows by number, with their ids, digests and p-values. Made by `numbered`."""
+class Repeats:
+    """The rows of an audit that have the bytes of another row with a smaller id.
 
-    def __init__(self, database: sqlite3.Connection) -> None:
-        self._database = database
-
-    def repeated(self, start: int, count: int) -> list[str | None]:
-        """For `count` rows from number `start`: the id of the first row with the same bytes; None for that row itself.
-
-        The first row is that with the smallest id, because a resumed run may write its rows in another order.
-        """
-        query = "SELECT number, first FROM repeats WHERE number BETWEEN ? AND ?"
-        found = dict(self._database.execute(query, (start, start + count - 1)).fetchall())
-        return [found.get(number) for number in range(start, start + count)]
-
-    def q_values(self, dedupe: bool) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-        """A function from p-values [N] to their Benjamini-Hochberg q-values [N] among all rows; NaN gives NaN.
-
-        With `dedupe`, duplicates do not count. The result is exact: n calibration scores allow only n + 1 different
-        p-values, so it is computed from how often each of them occurs.
-        """
-        others = "AND number NOT IN (SELECT number FROM repeats)" if dedupe else ""
-        counted = f"SELECT p, COUNT(*) FROM rows WHERE p IS NOT NULL {others} GROUP BY p ORDER BY p"
-        table = np.array(self._database.execute(counted).fetchall(), float).reshape(-1, 2)
-        p, ranks = table[:, 0], np.cumsum(table[:, 1])
-        q = np.minimum(1.0, np.minimum.accumulate((p * ranks[-1:] / ranks)[::-1])[::-1]) if len(p) else p
-
-        def looked_up(values: NDArray[np.float32]) -> NDArray[np.float32]:
-            result = np.full(len(values), np.nan, np.float32)
-            known = np.isin(values, p)
-            result[known] = q[np.searchsorted(p, values[known])]
-            return result
-
-        return looked_up
-
-
-@contextmanager
-def numbered(scored: Iterable[pads.Dataset]) -> Iterator[Rows]:
-    """The rows of all parts of `scored`, numbered from 0 in their order.
-
-    While the block runs, a row takes about 250 bytes in the temporary directory. Raises ClipflowError if the directory
-    is full.
+    `rows` is about the number of all rows. Add all rows, then call `find`, then ask for pieces.
     """
-    database = sqlite3.connect("")  # the empty name means a temporary file, deleted on close
-    try:
-        database.execute("PRAGMA journal_mode = OFF")
-        database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-        database.execute("CREATE TABLE rows (number INTEGER PRIMARY KEY, id TEXT, digest BLOB, p REAL)")
-        database.execute("CREATE TABLE repeats (number INTEGER PRIMARY KEY, first TEXT)")
-        database.executemany("INSERT INTO rows VALUES (?, ?, ?, ?)", _values(scored))
-        database.execute(_REPEATS)
-        yield Rows(database)
-    except sqlite3.OperationalError as error:
-        raise ClipflowError(f"Finding equal files failed: {error}. Set TMPDIR to a larger disk.") from error
-    finally:
-        database.close()
+
+    def __init__(self, folder: str | Path, rows: int, pieces: int) -> None:
+        self._rows = Spill(Path(folder) / "digests", _ROW, 1 + rows // _ROWS_PER_SHARE)
+        self._found = Spill(Path(folder) / "repeats", _REPEAT, pieces)
+
+    def add(self, table: pa.Table, piece: Places) -> None:
+        """Add rows with row_id, sha256 and p_value, and the piece of each, int64 [N]. A row without sha256 has none."""
+        present = table["sha256"].is_valid()
+        read = table.filter(present)
+        records: Records = np.empty(len(read), _ROW)
+        records["digest"], records["id"] = text(read["sha256"], 64), text(read["row_id"], 32)
+        records["p"] = read["p_value"].to_numpy()
+        records["piece"] = piece[present.to_numpy()]
+        self._rows.add(records, share_of(records["digest"].copy(), self._rows.shares))
+
+    def find(self) -> Iterator[NDArray[np.float32]]:
+        """Find the repeats. Yields p-values of all of them, float32 [N] in parts; NaN for a row without a p-value."""
+        for share in range(self._rows.shares):
+            same = _with_others(self._rows.read(share))
+            same = same[np.lexsort((same["id"], same["digest"]))]
+            starts = np.r_[True, same["digest"][1:] != same["digest"][:-1]][: len(same)]
+            first = np.maximum.accumulate(np.where(starts, np.arange(len(same)), 0))
+            again = same[~starts]
+            found: Records = np.empty(len(again), _REPEAT)
+            found["id"], found["first"] = again["id"], same["id"][first[~starts]]
+            self._found.add(found, again["piece"])
+            yield again["p"]
+
+    def first(self, piece: int, row_ids: pa.ChunkedArray) -> pa.Array:
+        """`dup_of` of rows [N] of one piece: the smallest id among the rows with the same bytes; null for that row."""
+        found = self._found.read(piece)
+        ids, firsts = (pa.array(found[name].copy()).cast(pa.string()) for name in ("id", "first"))
+        return firsts.take(pc.index_in(row_ids, ids).combine_chunks())
 
 
-def _values(scored: Iterable[pads.Dataset]) -> Iterator[tuple[Any, ...]]:
-    number = 0
-    for part in scored:
-        for batch in part.to_batches(columns=["row_id", "sha256", "p_value"]):
-            for identity, digest, p in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                yield number, identity, digest and bytes.fromhex(digest), p
-                number += 1
+def _with_others(rows: Records) -> Records:
+    """The rows whose digest ends as that of another row does: all that are equal to another, and few besides."""
+    ends = rows["digest"].copy().view(np.uint64)[7::8]
+    order = np.argsort(ends)  # ends: the last 8 of the 64 digits
+    next_same = np.r_[ends[order][1:] == ends[order][:-1], False][: len(rows)]
+    found: Records = rows[order[next_same | np.r_[False, next_same[:-1]][: len(rows)]]]
+    return found

@@ -7,10 +7,12 @@ from collections import Counter
 from typing import Any, Final
 
 import numpy as np
+import pyarrow as pa
 import torch
 from ray.data import Dataset
 
 from clipflow_ray import __version__
+from clipflow_ray.audit.judging import Judge, PValues
 from clipflow_ray.audit.ledger import EMBEDDINGS, LEDGER, SCORED, calibration_card, finalize, judged
 from clipflow_ray.audit.progress import reported
 from clipflow_ray.audit.record import AuditIdentity, AuditPlan, AuditRecord, Timing
@@ -130,7 +132,7 @@ def judged_run(
     """
     rule = calibration.rule(config.alpha, config.cap_prone_strata)
     constants = begun.identity.model_dump(include={"model_id", "calibration_id", "precision", "tool_version"})
-    found = finalize(run, rule, constants, config.dedupe == "sha256")
+    totals = finalize(run, begun.manifest_rows, rule, constants, config.dedupe == "sha256", calibration, config.gallery)
     record = AuditRecord(
         identity=begun.identity,
         manifest_rows=begun.manifest_rows,
@@ -142,16 +144,16 @@ def judged_run(
         calibration=calibration_card(calibration, rule),
         ledger=(run.place / LEDGER).uri,
         report=(run.place / PAGE).uri,
-        **dict(found),
+        **dict(totals.judged()),
     )
-    write_report(run, record, calibration, config.gallery, config.inventory)
+    write_report(run, record, totals, config.inventory)
     run.succeed(record)
     return record
 
 
 def _judged_again(run: Run, record: AuditRecord, config: AuditConfig, calibration: Calibration) -> AuditRecord:
     """The record of a finished run with the verdicts that `config` asks for."""
-    if (record.alpha, record.cap_prone_strata, record.dedupe) == (
+    if run.finished and (record.alpha, record.cap_prone_strata, record.dedupe) == (
         config.alpha,
         config.cap_prone_strata,
         config.dedupe,
@@ -206,7 +208,7 @@ def judge_again(changes: AuditConfig) -> AuditRecord:
     Reads the checkpoint for its calibration; no encoder runs. Raises InputError if the output holds no finished audit.
     """
     run = Run(Place.at(changes.output, changes.s3))
-    record = run.completed(AuditRecord)
+    record = run.completed(AuditRecord) or run.reopened(AuditRecord)
     if record is None:
         raise InputError(f"{changes.output} holds no finished audit; run or repeat `clipflow-ray audit` first.")
     named = changes.model_dump(exclude_unset=True)
@@ -217,7 +219,7 @@ def judge_again(changes: AuditConfig) -> AuditRecord:
     run = Run(Place.at(config.output, config.s3))
     with exclusive(run.place):
         # Refuse a checkpoint that has changed since the audit.
-        run.completed(AuditRecord, record.identity.model_copy(update=made_by(checkpoint, calibration)))
+        run.refuse_other(record.identity, record.identity.model_copy(update=made_by(checkpoint, calibration)))
         return _judged_again(run, record, config, calibration)
 
 
@@ -237,10 +239,9 @@ def check_columns(reading: dict[str, Any], calibration: Calibration, constants: 
     table = read_and_decode(MANIFEST_SCHEMA.empty_table(), **reading)
     judged(
         scored(table, np.zeros(0, bool), None, calibration),
-        lambda p_values: p_values,
-        [],
+        Judge(Rule(0.5, frozenset(), cap=True), PValues()),
+        pa.nulls(0, pa.string()),
         False,
-        Rule(0.5, frozenset(), cap=True),
         constants,
     )
 

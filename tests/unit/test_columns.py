@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from clipflow_ray.audit.judging import Judge, PValues
 from clipflow_ray.audit.ledger import judged
 from clipflow_ray.audit.run import check_columns
 from clipflow_ray.columns import (
@@ -60,7 +61,9 @@ def through_all_stages(rule: Rule = RULE) -> pa.Table:
     table = described(manifest_table([row(name) for name in "abcd"]), outcomes, [b"view", b"view", None, None])
     numbers = (np.array([value, np.nan], np.float32) for value in (-1.0, -2.0, 1.0, 45.0, 0.1))
     table = scored(table, np.array([True, True, False, False]), Scores(*numbers), CALIBRATION)
-    return judged(table, lambda p: np.divide(p, 2, dtype=np.float32), [None] * 4, False, rule, CONSTANTS)
+    p_values = PValues()
+    p_values.add(np.array([0.1, 0.2], np.float32))
+    return judged(table, Judge(rule, p_values), pa.nulls(4, pa.string()), False, CONSTANTS)
 
 
 def test_the_stages_together_give_the_ledger() -> None:
@@ -68,7 +71,7 @@ def test_the_stages_together_give_the_ledger() -> None:
     assert table.schema.equals(LEDGER_SCHEMA)
     good, broken, missing, skipped = table.to_pylist()
     assert (good["status"], good["bytes"], good["verdict"]) == ("ok", 1000, "likely_ai")
-    assert good["score"] == 45.0 and good["q_value"] == pytest.approx(0.05)
+    assert good["score"] == 45.0 and good["q_value"] == pytest.approx(0.2)
     assert (broken["status"], broken["error_code"], broken["score"]) == ("error", "non_finite", None)
     assert (missing["status"], missing["error_code"]) == ("error", "not_found")
     assert (skipped["status"], skipped["error_code"], skipped["verdict"]) == ("skipped_sample", None, None)
