@@ -209,6 +209,7 @@ def _photographs(
         inventory=config.inventory,
         limits=checkpoint.limits,
         gallery=0,
+        pool=config.pool,
     )
     if audit(run).manifest_rows != listed:
         raise InputError(f"The input has changed since {run.output} was written: name another output.")

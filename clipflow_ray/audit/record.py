@@ -100,8 +100,8 @@ class AuditPlan(Closed):
         description="Total bytes of the listed objects; an object whose size the listing does not give counts 0."
     )
     by_suffix: dict[str, int] = Field(description="Objects by the suffix of their names, most frequent first.")
-    encoders: int = Field(description="Encoders that the cluster has room for.")
-    images_per_second: float = Field(description="Speed of all encoders, measured on one batch.")
+    encoders: int = Field(description="Encoders at the start; an autoscaler may add more.")
+    images_per_second: float = Field(description="Speed of these encoders, measured on one batch.")
     hours: float = Field(description="`to_score` at that speed, in hours.")
 
 

@@ -1,5 +1,6 @@
 """Embeddings of labelled images, as found, re-encoded and distorted: encoded once, stored and reused."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -21,6 +22,8 @@ from clipflow_ray.model.detector import Detector
 from clipflow_ray.place import Place, places
 from clipflow_ray.runs.folder import MANIFEST, Run
 from clipflow_ray.runs.record import FinishedRecord, IdentityT
+
+log = logging.getLogger(__name__)
 
 F32 = NDArray[np.float32]
 
@@ -55,7 +58,7 @@ def variants(config: EvaluateConfig, detector: Detector) -> Run:
         (run.place / MANIFEST / "part-0.parquet").write_parquet(listed)
         return len(listed)
 
-    _encoded(run, VariantsRecord, identity, list_inputs, read_variants, _ENCODE_ROWS, detector, config.inventory)
+    _encoded(run, VariantsRecord, identity, list_inputs, read_variants, _ENCODE_ROWS, detector, config)
     return run
 
 
@@ -95,7 +98,7 @@ def distortions(config: EvaluateConfig, source: Run, draws: dict[str, int], dete
         (run.place / MANIFEST / "part-0.parquet").write_parquet(rows)
         return len(rows)
 
-    _encoded(run, DistortionsRecord, identity, sample, read_distorted, _DISTORT_ROWS, detector, config.inventory)
+    _encoded(run, DistortionsRecord, identity, sample, read_distorted, _DISTORT_ROWS, detector, config)
     return run
 
 
@@ -120,12 +123,14 @@ def _encoded(
     read: Callable[..., pa.Table],
     batch_size: int,
     detector: Detector,
-    options: InventoryOptions,
+    config: EvaluateConfig,
 ) -> None:
     if run.completed(kind, identity) is not None:
         return
     rows = run.begin(kind, identity, make_manifest).manifest_rows
-    plan, checkpoint = resources.plan_scoring(rows, batch_size), detector.checkpoint
+    finished, checkpoint = run.committed(EMBEDDINGS), detector.checkpoint
+    plan = resources.plan_scoring(rows - finished, batch_size, config.pool, resumed=finished > 0)
+    log.info("encoding with %s", plan.in_words)
     run.write(
         EMBEDDINGS,
         lambda manifest: read_then_encode(
@@ -133,7 +138,7 @@ def _encoded(
             plan,
             batch_size,
             read,
-            {"near": run.place, "limits": checkpoint.limits, "spec": checkpoint.view, "options": options},
+            {"near": run.place, "limits": checkpoint.limits, "spec": checkpoint.view, "options": config.inventory},
             Embed,
             {
                 "encoder": checkpoint.encoder,

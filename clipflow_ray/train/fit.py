@@ -44,7 +44,11 @@ def fit(config: TrainConfig, run: Run, widths: tuple[int, ...]) -> Fitted:
     per_worker = resources.check_training(config.fit.workers, use_gpu)
     place = Place.at(config.output, config.s3) / "fit"
     place.make_folder()
-    settings = {"config": config.model_dump(mode="json"), "features": run.place.uri, "widths": list(widths)}
+    settings = {
+        "config": config.model_dump(mode="json", exclude={"pool"}),
+        "features": run.place.uri,
+        "widths": list(widths),
+    }
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=settings,
