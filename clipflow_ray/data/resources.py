@@ -243,15 +243,20 @@ def _fit(nodes: Sequence[Resources], encoder: Resources, count: int, others: int
     )
 
 
-def check_training(workers: int, use_gpu: bool) -> dict[str, float]:
-    """Resources of one training worker; raises ResourceError if the cluster cannot run all workers at once."""
-    total = ray.cluster_resources()
-    kind, share = ("GPU", 1.0) if use_gpu else ("CPU", 1.0)
-    available = float(total.get(kind, 0.0))
-    if workers * share > available:
+def plan_training(workers: int, cluster: Cluster | None = None) -> Resources:
+    """The resources of each training worker: a CPU, and a GPU if the cluster has one or its autoscaler can add one.
+
+    Raises ResourceError if there will never be room for all workers at once, because Ray would retry for ever.
+    """
+    cluster = cluster or Cluster.live()
+    cpu, gpu = {"CPU": 1.0}, {"CPU": 1.0, "GPU": 1.0}
+    worker = gpu if _total(cluster.nodes, "GPU") or (cluster.can_add and cluster.can_add([gpu])) else cpu
+    room = _room(cluster.nodes, worker)
+    if room < workers and not (cluster.can_add and cluster.can_add([worker] * workers)):
+        each = " and ".join(f"{amount:g} {name}" for name, amount in worker.items())
         raise ResourceError(
-            f"{workers} training workers need {workers} {kind}s, but the cluster has {available:g}: "
-            "Ray would retry forever. "
-            f"Set `fit.workers` to {int(available)} or less, or add nodes."
+            f"{workers} training workers need {each} each, on one node, and the cluster has room for {room} of them"
+            f"{'; its autoscaler cannot add more' if cluster.can_add else ''}. "
+            f"Set `fit.workers` to {max(room, 1)} or less, or add nodes."
         )
-    return {"CPU": 1.0, "GPU": 1.0} if use_gpu else {"CPU": 1.0}
+    return worker

@@ -20,7 +20,7 @@ from jsonschema import Draft7Validator
 from clipflow_ray import __version__, compat
 from clipflow_ray.cli import app
 from clipflow_ray.config import PoolConfig, ServeConfig
-from clipflow_ray.data.resources import Cluster, ScoringPlan, plan_scoring
+from clipflow_ray.data.resources import Cluster, ScoringPlan, plan_scoring, plan_training
 from clipflow_ray.errors import ResourceError
 from clipflow_ray.serve import edge, metrics, whole
 from tests.autoscaling import adds
@@ -140,8 +140,8 @@ def test_rays_autoscaler_reads_each_cluster_as_it_would_from_kuberay(name: str) 
         assert node["resources"].get("GPU", 0) == (group["groupName"] == "gpu")
 
 
-def planned(name: str, rows: int = 100_000, resumed: bool = False, **pool: Any) -> ScoringPlan:
-    """The plan of a run on the cluster of a file: its pods at the start, and what the autoscaler may add."""
+def cluster_of(name: str) -> Cluster:
+    """The cluster of a file: its nodes at the start, and what the autoscaler may add."""
     document = resource(name)
     if name == "vm.yaml":
         groups = document["available_node_types"]
@@ -154,7 +154,12 @@ def planned(name: str, rows: int = 100_000, resumed: bool = False, **pool: Any) 
         standing = {group["groupName"]: group["replicas"] for group in workers} | {"headgroup": 1}
     live = [group["resources"] for name, group in groups.items() for _ in range(standing[name])]
     grown = [(group["resources"], max(standing[name], group.get("max_workers", 0))) for name, group in groups.items()]
-    return plan_scoring(rows, 32, PoolConfig(**pool), resumed, Cluster(live, adds(grown)))
+    return Cluster(live, adds(grown))
+
+
+def planned(name: str, resumed: bool = False, **pool: Any) -> ScoringPlan:
+    """The plan of a run on that cluster."""
+    return plan_scoring(100_000, 32, PoolConfig(**pool), resumed, cluster_of(name))
 
 
 @pytest.mark.parametrize("name", [*KUBERAY, "vm.yaml"])
@@ -172,6 +177,11 @@ def test_each_cluster_can_become_eight_encoders_and_no_more(name: str) -> None:
     assert planned(name, encoders=16, gpus_per_encoder=0.5).fewest == 16
     with pytest.raises(ResourceError, match="autoscaler cannot add"):
         planned(name, encoders=9)
+
+
+@pytest.mark.parametrize("name", [*KUBERAY, "vm.yaml"])
+def test_each_cluster_can_become_eight_training_workers_with_a_gpu_each(name: str) -> None:
+    assert plan_training(8, cluster_of(name)) == {"CPU": 1, "GPU": 1}
 
 
 @pytest.mark.parametrize("name", KUBERAY)

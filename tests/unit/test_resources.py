@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipflow_ray.config import PoolConfig, validated
-from clipflow_ray.data.resources import Cluster, Resources, ScoringPlan, plan_scoring
+from clipflow_ray.data.resources import Cluster, Resources, ScoringPlan, plan_scoring, plan_training
 from clipflow_ray.errors import ConfigError, ResourceError
 from tests.autoscaling import adds
 
@@ -205,6 +205,29 @@ def test_an_autoscaler_is_not_asked_for_what_lives() -> None:
     asked: list[Sequence[Resources]] = []
     plan([{"CPU": 8, "GPU": 1}], can_add=lambda bundles: not asked.append(bundles))
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("nodes", "groups", "workers", "expected"),
+    [
+        (cpus(2, 1), None, 3, {"CPU": 1}),
+        ([{"CPU": 2, "GPU": 1}, {"CPU": 1, "GPU": 2}], None, 2, {"CPU": 1, "GPU": 1}),
+        (cpus(0), [GPU_NODES], 8, {"CPU": 1, "GPU": 1}),
+        (cpus(0), [CPU_NODES], 8, {"CPU": 1}),
+        (cpus(2), None, 3, None),
+        ([{"CPU": 8}, {"CPU": 0, "GPU": 1}], None, 1, None),
+        (cpus(0), [GPU_NODES], 9, None),
+    ],
+)
+def test_all_training_workers_fit_at_once_each_on_one_node(
+    nodes: list[Resources], groups: list[tuple[Resources, int]] | None, workers: int, expected: Resources | None
+) -> None:
+    cluster = Cluster(nodes, adds(groups) if groups else None)
+    if expected is not None:
+        assert plan_training(workers, cluster) == expected
+        return
+    with pytest.raises(ResourceError, match="training workers"):
+        plan_training(workers, cluster)
 
 
 @pytest.mark.parametrize(
