@@ -31,7 +31,6 @@ _MODEL_SHARE: Final = 0.001  # Ray's own amount of the resource that names a GPU
 DECODE_CPUS: Final = 0.5  # a task waits for storage half of its time, so two tasks share a core
 _EMBEDDED_OBJECT_STORE: Final = 2 * 2**30
 
-
 Resources = Mapping[str, float]
 
 
@@ -172,11 +171,11 @@ def _cpus_per_encoder(cluster: Cluster, fewest: int, others: Sequence[Resources]
     used = {cpus: cpus * _cpu_encoders(cluster.nodes, cpus) for cpus in choices}
     enough = _NEARLY * max(used.values())
     for cpus in sorted(choices, key=lambda cpus: used[cpus] < enough):
-        if _fit(cluster.nodes, _encoder(cpus, 0, None), fewest, len(others)):
+        if _fit(cluster.nodes, _encoder(cpus, 0.0, None), fewest, len(others)):
             return cpus
     if cluster.can_add:
         for cpus in choices:
-            if cluster.can_add([_encoder(cpus, 0, None)] * fewest + [*others]):
+            if cluster.can_add([_encoder(cpus, 0.0, None)] * fewest + [*others]):
                 return cpus
     return 1
 
@@ -231,16 +230,12 @@ def _fit(nodes: Sequence[Resources], encoder: Resources, count: int, others: int
     """Whether the nodes hold `count` encoders and `others` single CPUs, wherever Ray places the single CPUs."""
     if _total(nodes, "CPU") < others + count * encoder.get("CPU", 0.0):
         return False
+    if others == 1 or "CPU" not in encoder:
+        return _room(nodes, encoder) >= count
     # A read task gives its CPU back, but the filter of a resumed run keeps it, perhaps where an encoder would fit.
-    filtered = [at for at, node in enumerate(nodes) if node.get("CPU", 0) >= _FILTER_CPUS] if others > 1 else [-1]
-    return all(
-        _room(
-            [{**node, "CPU": node.get("CPU", 0) - _FILTER_CPUS * (at == taken)} for at, node in enumerate(nodes)],
-            encoder,
-        )
-        >= count
-        for taken in filtered
-    )
+    counts = {node.get("CPU", 0.0): at for at, node in enumerate(nodes) if node.get("CPU", 0.0) >= _FILTER_CPUS}
+    taken = [[*nodes[:at], {**nodes[at], "CPU": cpus - _FILTER_CPUS}, *nodes[at + 1 :]] for cpus, at in counts.items()]
+    return all(_room(left, encoder) >= count for left in taken)
 
 
 def plan_training(workers: int, cluster: Cluster | None = None) -> Resources:
