@@ -248,6 +248,7 @@ def _audited(config: CalibrateConfig, inputs: Sequence[Place], loaded: Checkpoin
         inventory=config.inventory,
         limits=checkpoint.limits,
         gallery=0,
+        pool=config.pool,
     )
     if audit(run).manifest_rows != listed:
         raise InputError(f"The input has changed since {run.output} was written: name another output.")
@@ -323,7 +324,7 @@ def _scores(config: CalibrateConfig, other: Checkpoint, row_ids: Sequence[str], 
         (run.place / MANIFEST / "part-0.parquet").write_parquet(listed)
         return len(listed)
 
-    encode(run, EncodedRecord, identity, write_manifest, read_and_decode, _ENCODE_ROWS, other, config.inventory)
+    encode(run, EncodedRecord, identity, write_manifest, read_and_decode, _ENCODE_ROWS, other, config)
     again = readable(run)
     if len(again) != len(row_ids):
         raise InputError(

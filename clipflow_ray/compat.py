@@ -5,7 +5,9 @@ are inside the functions, so that a process imports only the package that it use
 """
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -135,3 +137,48 @@ def autoscaler_config(cluster: dict[str, Any]) -> dict[str, Any]:
 
     config: dict[str, Any] = autoscaling_config._derive_autoscaling_config_from_ray_cr(cluster)
     return config
+
+
+def has_autoscaler() -> bool:
+    """Whether the cluster was started with the second version of Ray's autoscaler, as KubeRay and `ray up` do.
+
+    Private because nothing public tells it.
+    """
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    return bool(is_autoscaler_v2(fetch_from_server=True))
+
+
+def autoscaler_can_add(bundles: Sequence[Mapping[str, float]], timeout_seconds: float = 60.0) -> bool:
+    """Whether the cluster has, or its autoscaler can add, room for all `bundles` at the same time, each on one node.
+
+    The autoscaler is asked by a placement group, which is removed at once. It begins to add the nodes. False if it
+    does not answer in time. Private because Ray tells the groups of a cluster's configuration to no driver, and what
+    the autoscaler calls infeasible only to `ray status`.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    # Compiled or generated modules, of which a type checker sees no names.
+    raylet: Any = import_module("ray._raylet")
+    messages: Any = import_module("ray.core.generated.autoscaler_pb2")
+    client = raylet.GcsClient(ray.get_runtime_context().gcs_address)
+    group = placement_group([dict(bundle) for bundle in bundles])
+    deadline, noticed = time.monotonic() + timeout_seconds, None
+    try:
+        while time.monotonic() < deadline:
+            if group.wait(0.2):
+                return True
+            status = messages.GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=10))
+            cluster, answer = status.cluster_resource_state, status.autoscaling_state
+            if noticed is None and _names(cluster.pending_gang_resource_requests, group.id.hex()):
+                noticed = cluster.cluster_resource_state_version
+            if noticed is not None and answer.last_seen_cluster_resource_state_version >= noticed:
+                return not _names(answer.infeasible_gang_resource_requests, group.id.hex())
+    finally:
+        remove_placement_group(group)
+    return False
+
+
+def _names(requests: Any, group: str) -> bool:
+    return any(request.details.startswith(group) for request in requests)

@@ -301,6 +301,44 @@ class SplitConfig(Config):
     )
 
 
+class PoolConfig(Config):
+    """How much of a cluster encoding takes: actors with the encoder, and tasks that read and decode for them.
+
+    It does not change a result, so a run that continues may have another pool.
+    """
+
+    encoders: Literal["auto"] | tuple[int, int] = Field(
+        "auto",
+        description="fewest and most encoders, as `N` or `MIN-MAX`; auto: those that the nodes have room for, and with "
+        "an autoscaler 1 to as many as there are batches",
+    )
+    gpus_per_encoder: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
+        "auto",
+        description="GPUs of one encoder, or the share of a GPU, such as 0.5; 0 encodes on CPUs; auto: 1 if the "
+        "cluster has GPUs or its autoscaler can add them, else 0",
+    )
+    accelerator_type: str | None = Field(None, min_length=1, description="Ray's name of a GPU model, such as `A100`")
+    decoders: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="most tasks that read and decode at a time; auto: as many as the CPUs allow"
+    )
+
+    @field_validator("encoders", mode="before")
+    @classmethod
+    def _one_number_or_two(cls, given: Any) -> Any:
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", str(given))
+        return (int(found[1]), int(found[2] or found[1])) if found else given
+
+    @model_validator(mode="after")
+    def _possible(self) -> "PoolConfig":
+        if self.encoders != "auto" and not 1 <= self.encoders[0] <= self.encoders[1]:
+            raise ValueError("give the number of encoders, or the fewest and the most, such as 1-8")
+        if self.gpus_per_encoder != "auto" and self.gpus_per_encoder > 1 and self.gpus_per_encoder % 1:
+            raise ValueError("an encoder takes a share of one GPU, or a whole number of GPUs")
+        if self.gpus_per_encoder == 0 and self.accelerator_type:
+            raise ValueError("`accelerator_type` names a GPU, so `gpus_per_encoder` must not be 0")
+        return self
+
+
 class TrainConfig(Config):
     """A whole training: natural images in, one checkpoint directory out."""
 
@@ -319,6 +357,7 @@ class TrainConfig(Config):
     objective: ObjectiveConfig = ObjectiveConfig()
     fit: FitConfig = FitConfig()
     split: SplitConfig = SplitConfig()
+    pool: PoolConfig = Field(PoolConfig(), description="of the encoding; `fit.workers` sets the workers of the fit")
     allow_small: bool = Field(False, description="train although the calibration is too small to be relied on")
 
 
@@ -378,7 +417,8 @@ class AuditConfig(Config):
     max_error_rate: float = Field(
         1.0, ge=0, le=1, description="if a larger share of the objects fails, the exit code is 3"
     )
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, description="images that an encoder takes at a time")
+    pool: PoolConfig = PoolConfig()
     rows_per_task: int | None = Field(
         None,
         ge=1,
@@ -407,6 +447,7 @@ class CalibrateConfig(Config):
     )
     s3: S3Options = S3Options()
     inventory: InventoryOptions = InventoryOptions()
+    pool: PoolConfig = PoolConfig()
 
 
 class EvaluateConfig(Config):
@@ -426,6 +467,7 @@ class EvaluateConfig(Config):
     )
     gallery: int = Field(24, ge=0, le=500, description="images in each gallery of the page; 0 leaves them out")
     s3: S3Options = S3Options()
+    pool: PoolConfig = PoolConfig()
 
 
 class Tuning(Config):

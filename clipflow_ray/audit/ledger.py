@@ -39,9 +39,10 @@ def finalize(
 ) -> Totals:
     """Write `ledger/` from the `rows` rows of `scored/` with the verdicts of `rule`, and return the totals.
 
-    `constants` holds model_id, calibration_id, precision and tool_version. `dup_of` is the smallest id among the rows with the
-    same bytes. With `dedupe`, a row that has a `dup_of` gets the status skipped_duplicate: it keeps its scores, has no
-    verdict and counts in no q-value or rate. The totals keep `gallery` images of each kind for the report.
+    `constants` holds model_id, calibration_id, precision and tool_version. `dup_of` is the smallest id among the rows
+    with the same bytes. With `dedupe`, a row that has a `dup_of` gets the status skipped_duplicate: it keeps its
+    scores, has no verdict and counts in no q-value or rate. The totals keep `gallery` images of each kind for the
+    report.
 
     The rows are in the order of group, URI, member and id, whatever the order of `scored/` is. A second call replaces
     the files of the first, and the run does not count as finished until `Run.succeed`. Memory hardly grows with the

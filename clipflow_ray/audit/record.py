@@ -102,8 +102,8 @@ class AuditPlan(Closed):
     )
     by_suffix: dict[str, int] = Field(description="Objects by the suffix of their names, most frequent first.")
     precision: Precision = Field(description="Precision that the encoders would compute in.")
-    encoders: int = Field(description="Encoders that the cluster has room for.")
-    images_per_second: float = Field(description="Speed of all encoders, measured on one batch.")
+    encoders: int = Field(description="Encoders at the start; an autoscaler may add more.")
+    images_per_second: float = Field(description="Speed of these encoders, measured on one batch.")
     hours: float = Field(description="`to_score` at that speed, in hours.")
 
 

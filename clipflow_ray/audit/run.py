@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -96,7 +97,7 @@ def _at_precision(checkpoint: Checkpoint, config: AuditConfig, run: Run) -> Chec
 
 def _bfloat16(config: AuditConfig) -> Bfloat16:
     resources.connect()
-    return bfloat16_on_nodes(resources.plan_scoring(1, config.batch_size).encoder_gpus)
+    return bfloat16_on_nodes(resources.plan_scoring(1, config.batch_size, config.pool, resumed=False).encoder_gpus)
 
 
 def usable_calibration(checkpoint: Checkpoint, alpha: float) -> Calibration:
@@ -178,16 +179,19 @@ def plan(config: AuditConfig) -> AuditPlan:
         names[os.path.splitext(row["member"] or row["uri"])[1].lower() or "none"] += 1
     resources.connect()
     scored = round(objects * config.sample)
-    share = resources.plan_scoring(scored, config.batch_size)
+    cluster = resources.Cluster.live()
+    if cluster.can_add:  # nothing is asked for, so no node is added
+        cluster = replace(cluster, can_add=lambda bundles: True)
+    share = resources.plan_scoring(scored, config.batch_size, config.pool, resumed=False, cluster=cluster)
     checkpoint, _ = at_precision(loaded, config.precision, lambda: bfloat16_on_nodes(share.encoder_gpus))
-    encoder = Encoder(checkpoint.encoder, checkpoint.segments, threads=share.encoder_cpus)
+    encoder = Encoder(checkpoint.encoder, checkpoint.segments, threads=share.threads)
     views = np.zeros((config.batch_size, encoder.view.bytes), np.uint8)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in an audit
     encoder(views[:1])
     start = time.perf_counter()
     encoder(views)
-    rate = share.encoders * len(views) / (time.perf_counter() - start)
+    rate = share.initial * len(views) / (time.perf_counter() - start)
     torch.set_num_threads(threads)
     return AuditPlan(
         objects=objects,
@@ -195,7 +199,7 @@ def plan(config: AuditConfig) -> AuditPlan:
         bytes=size,
         by_suffix=dict(names.most_common()),
         precision=checkpoint.encoder.precision,
-        encoders=share.encoders,
+        encoders=share.initial,
         images_per_second=rate,
         hours=scored / rate / 3600.0,
     )
@@ -250,8 +254,8 @@ def _score(config: AuditConfig, run: Run, checkpoint: Checkpoint, calibration: C
     """Write `scored/`, one row for each of the `listed` objects; rows of an interrupted run are kept."""
     resources.connect()
     left = listed - run.committed(SCORED)
-    share = resources.plan_scoring(left, config.batch_size)
-    log.info("scoring %d of %d objects", left, listed)
+    share = resources.plan_scoring(left, config.batch_size, config.pool, resumed=left < listed)
+    log.info("scoring %d of %d objects with %s", left, listed, share.in_words)
     reading = {
         "near": run.place,
         "limits": config.limits,

@@ -7,14 +7,18 @@ import typer
 
 from clipflow_ray.cli.exits import TOO_MANY_ERRORS, TOO_MANY_FLAGGED
 from clipflow_ray.cli.options import (
+    AcceleratorType,
     Alpha,
     AsJson,
     BytesColumn,
     Checkpoint,
     ConfigFile,
+    Decoders,
     Dedupe,
+    Encoders,
     Endpoint,
     Format,
+    GpusPerEncoder,
     GroupBy,
     GroupColumn,
     Inputs,
@@ -25,6 +29,7 @@ from clipflow_ray.cli.options import (
     Unsigned,
     UriColumn,
     inventory_options,
+    pool_options,
     s3_options,
 )
 from clipflow_ray.config import DISCLAIMER, AuditConfig, RescoreConfig, load_yaml
@@ -69,6 +74,13 @@ def audit(
     fail_above: Annotated[
         float | None, typer.Option("--fail-if-flag-rate-above", help="Exit with code 4 if a larger share is flagged.")
     ] = None,
+    encoders: Encoders = None,
+    gpus_per_encoder: GpusPerEncoder = None,
+    accelerator_type: AcceleratorType = None,
+    decoders: Decoders = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Images that an encoder takes at a time; default 32.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the amount of work and its estimated duration; score nothing.")
     ] = False,
@@ -93,6 +105,8 @@ def audit(
             "dedupe": dedupe,
             "keep_embeddings": keep_embeddings or None,
             "max_error_rate": max_error_rate,
+            "pool": pool_options(encoders, gpus_per_encoder, accelerator_type, decoders),
+            "batch_size": batch_size,
         },
     )
     from clipflow_ray.audit.run import audit as run

@@ -5,11 +5,15 @@ from typing import Annotated
 import typer
 
 from clipflow_ray.cli.options import (
+    AcceleratorType,
     AsJson,
     BytesColumn,
     Checkpoint,
+    Decoders,
+    Encoders,
     Endpoint,
     Format,
+    GpusPerEncoder,
     GroupBy,
     GroupColumn,
     Inputs,
@@ -18,6 +22,7 @@ from clipflow_ray.cli.options import (
     Unsigned,
     UriColumn,
     inventory_options,
+    pool_options,
     s3_options,
 )
 from clipflow_ray.config import CalibrateConfig, load_yaml
@@ -39,6 +44,10 @@ def calibrate(
     endpoint_url: Endpoint = None,
     region: Region = None,
     unsigned: Unsigned = False,
+    encoders: Encoders = None,
+    gpus_per_encoder: GpusPerEncoder = None,
+    accelerator_type: AcceleratorType = None,
+    decoders: Decoders = None,
     as_json: AsJson = False,
 ) -> None:
     """Calibrate a checkpoint on your own photographs, or on the photographs of a finished audit; nothing is trained."""
@@ -52,6 +61,7 @@ def calibrate(
             "keep_shipped": keep_shipped,
             "inventory": inventory_options(input_format, group_by, uri_column, bytes_column, group_column),
             "s3": s3_options(endpoint_url, region, unsigned),
+            "pool": pool_options(encoders, gpus_per_encoder, accelerator_type, decoders),
         },
     )
     from clipflow_ray.calibrate import calibrate as run

@@ -8,11 +8,15 @@ from typing import Annotated
 import typer
 
 from clipflow_ray.cli.options import (
+    AcceleratorType,
     AsJson,
     BytesColumn,
     Checkpoint,
+    Decoders,
+    Encoders,
     Endpoint,
     Format,
+    GpusPerEncoder,
     GroupBy,
     GroupColumn,
     Output,
@@ -20,6 +24,7 @@ from clipflow_ray.cli.options import (
     Unsigned,
     UriColumn,
     inventory_options,
+    pool_options,
     s3_options,
 )
 from clipflow_ray.config import EvaluateConfig, load_yaml
@@ -59,6 +64,10 @@ def evaluate(
     endpoint_url: Endpoint = None,
     region: Region = None,
     unsigned: Unsigned = False,
+    encoders: Encoders = None,
+    gpus_per_encoder: GpusPerEncoder = None,
+    accelerator_type: AcceleratorType = None,
+    decoders: Decoders = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a checkpoint and its baselines on labelled images. Groups of the inputs name sources and generators."""
@@ -77,6 +86,7 @@ def evaluate(
                 "robustness": robustness,
                 "gallery": gallery,
                 "s3": s3_options(endpoint_url, region, unsigned),
+                "pool": pool_options(encoders, gpus_per_encoder, accelerator_type, decoders),
             },
         )
         from clipflow_ray.evaluate.protocol import evaluate as run

@@ -40,6 +40,19 @@ BytesColumn = Annotated[
 GroupColumn = Annotated[str | None, typer.Option("--group-column", help="Column with groups; default group.")]
 Dedupe = Annotated[str | None, typer.Option("--dedupe", help="sha256: count equal files once; default none.")]
 LabelColumn = Annotated[str | None, typer.Option("--label-column", help="Column with labels; default label.")]
+Encoders = Annotated[
+    str | None,
+    typer.Option("--encoders", help="Number of encoders: N, or MIN-MAX; default: by the cluster."),
+]
+GpusPerEncoder = Annotated[
+    str | None, typer.Option("--gpus-per-encoder", help="GPUs of an encoder: 1, a share such as 0.5, or 0 for none.")
+]
+AcceleratorType = Annotated[
+    str | None, typer.Option("--accelerator-type", help="Ray's name of the GPU model to use, such as A100.")
+]
+Decoders = Annotated[
+    str | None, typer.Option("--decoders", help="Most tasks that read and decode at a time; default: by the CPUs.")
+]
 
 
 def inventory_options(
@@ -64,3 +77,15 @@ def inventory_options(
 def s3_options(endpoint_url: str | None, region: str | None, unsigned: bool) -> dict[str, Any]:
     """The `s3` settings that the flags give; None for a flag that was not given."""
     return {"endpoint_url": endpoint_url, "region": region, "unsigned": unsigned or None}
+
+
+def pool_options(
+    encoders: str | None, gpus_per_encoder: str | None, accelerator_type: str | None, decoders: str | None
+) -> dict[str, Any]:
+    """The `pool` settings that the flags give; None for a flag that was not given."""
+    return {
+        "encoders": encoders,
+        "gpus_per_encoder": gpus_per_encoder,
+        "accelerator_type": accelerator_type,
+        "decoders": decoders,
+    }

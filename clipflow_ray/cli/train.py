@@ -7,10 +7,14 @@ from typing import Annotated
 import typer
 
 from clipflow_ray.cli.options import (
+    AcceleratorType,
     AsJson,
     BytesColumn,
+    Decoders,
+    Encoders,
     Endpoint,
     Format,
+    GpusPerEncoder,
     GroupBy,
     GroupColumn,
     Inputs,
@@ -19,6 +23,7 @@ from clipflow_ray.cli.options import (
     Unsigned,
     UriColumn,
     inventory_options,
+    pool_options,
     s3_options,
 )
 from clipflow_ray.config import DEFAULT_RECIPE, RECIPES, ProxyConfig, TrainConfig, load_yaml, train_config_file
@@ -48,6 +53,10 @@ def train(
     allow_small: Annotated[
         bool, typer.Option("--allow-small", help="Train although the calibration is too small to be relied on.")
     ] = False,
+    encoders: Encoders = None,
+    gpus_per_encoder: GpusPerEncoder = None,
+    accelerator_type: AcceleratorType = None,
+    decoders: Decoders = None,
     as_json: AsJson = False,
 ) -> None:
     """Train on natural images: encode views and proxies, fit the flow, calibrate, write a checkpoint."""
@@ -59,6 +68,7 @@ def train(
             "output": output,
             "inventory": inventory_options(input_format, group_by, uri_column, bytes_column, group_column),
             "s3": s3_options(endpoint_url, region, unsigned),
+            "pool": pool_options(encoders, gpus_per_encoder, accelerator_type, decoders),
             "allow_small": allow_small or None,
         },
     )

@@ -21,7 +21,8 @@ def read_then_encode(
     """Manifest rows -> the same number of rows, with the output of `encoder` for their views.
 
     `read` is a function Table -> Table that runs in tasks of half a CPU; `encoder` is an actor class whose instances
-    hold the plan's CPUs and GPUs. Both see batches of about `batch_size` rows.
+    hold the plan's CPUs and GPUs. Both see batches of about `batch_size` rows. `encoder` is called with the number of
+    its threads as `cpus` too.
     """
     stage: Any = read  # Ray Data's annotation allows no keyword arguments besides the batch
     return manifest.map_batches(
@@ -35,8 +36,9 @@ def read_then_encode(
         encoder,
         batch_format="pyarrow",
         batch_size=batch_size,
-        compute=ActorPoolStrategy(size=plan.encoders),
+        compute=ActorPoolStrategy(min_size=plan.fewest, max_size=plan.most, initial_size=plan.initial),
         num_cpus=plan.encoder_cpus,
         num_gpus=plan.encoder_gpus or None,
-        fn_constructor_kwargs={**encoder_arguments, "cpus": plan.encoder_cpus},
+        accelerator_type=plan.accelerator_type,
+        fn_constructor_kwargs={**encoder_arguments, "cpus": plan.threads},
     )

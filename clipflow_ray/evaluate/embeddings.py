@@ -1,5 +1,6 @@
 """Embeddings of labelled images, as found, re-encoded and distorted: encoded once, stored and reused."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -10,7 +11,7 @@ import pyarrow.dataset as pads
 from numpy.typing import NDArray
 
 from clipflow_ray.columns import manifest_table
-from clipflow_ray.config import EvaluateConfig, InventoryOptions, Segment, stable_hash
+from clipflow_ray.config import CalibrateConfig, EvaluateConfig, Segment, stable_hash
 from clipflow_ray.data import resources
 from clipflow_ray.data.pipeline import read_then_encode
 from clipflow_ray.data.scoring import Embed
@@ -22,6 +23,8 @@ from clipflow_ray.model.detector import Detector
 from clipflow_ray.place import Place, places
 from clipflow_ray.runs.folder import MANIFEST, Run
 from clipflow_ray.runs.record import FinishedRecord, IdentityT
+
+log = logging.getLogger(__name__)
 
 F32 = NDArray[np.float32]
 
@@ -56,9 +59,7 @@ def variants(config: EvaluateConfig, detector: Detector) -> Run:
         (run.place / MANIFEST / "part-0.parquet").write_parquet(listed)
         return len(listed)
 
-    encode(
-        run, VariantsRecord, identity, list_inputs, read_variants, _ENCODE_ROWS, detector.checkpoint, config.inventory
-    )
+    encode(run, VariantsRecord, identity, list_inputs, read_variants, _ENCODE_ROWS, detector.checkpoint, config)
     return run
 
 
@@ -98,9 +99,7 @@ def distortions(config: EvaluateConfig, source: Run, draws: dict[str, int], dete
         (run.place / MANIFEST / "part-0.parquet").write_parquet(rows)
         return len(rows)
 
-    encode(
-        run, DistortionsRecord, identity, sample, read_distorted, _DISTORT_ROWS, detector.checkpoint, config.inventory
-    )
+    encode(run, DistortionsRecord, identity, sample, read_distorted, _DISTORT_ROWS, detector.checkpoint, config)
     return run
 
 
@@ -125,17 +124,19 @@ def encode(
     read: Callable[..., pa.Table],
     batch_size: int,
     checkpoint: Checkpoint,
-    options: InventoryOptions,
+    config: EvaluateConfig | CalibrateConfig,
 ) -> None:
     """Encode the rows of a manifest by the encoder of `checkpoint`, for its outputs, unless the run is finished.
 
-    `read` is the function of the tasks that read and decode; see `read_then_encode`. `options` are those with which the
-    rows were listed. Raises RunConflictError if the folder holds a run of another identity.
+    `read` is the function of the tasks that read and decode; see `read_then_encode`. `config` says how the rows were
+    listed, and on what they are encoded. Raises RunConflictError if the folder holds a run of another identity.
     """
     if run.completed(kind, identity) is not None:
         return
     rows = run.begin(kind, identity, make_manifest).manifest_rows
-    plan = resources.plan_scoring(rows, batch_size)
+    finished = run.committed(EMBEDDINGS)
+    plan = resources.plan_scoring(rows - finished, batch_size, config.pool, resumed=finished > 0)
+    log.info("encoding with %s", plan.in_words)
     run.write(
         EMBEDDINGS,
         lambda manifest: read_then_encode(
@@ -143,7 +144,7 @@ def encode(
             plan,
             batch_size,
             read,
-            {"near": run.place, "limits": checkpoint.limits, "spec": checkpoint.view, "options": options},
+            {"near": run.place, "limits": checkpoint.limits, "spec": checkpoint.view, "options": config.inventory},
             Embed,
             {
                 "encoder": checkpoint.encoder,

@@ -1,5 +1,6 @@
 """Embeddings of natural views and of proxies, encoded once, stored as parquet and reused by later trainings."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -23,6 +24,8 @@ from clipflow_ray.runs.record import RunRecord
 from clipflow_ray.train.parts import assigned
 from clipflow_ray.train.record import FeaturesIdentity, FeaturesRecord
 from clipflow_ray.train.views import read_and_distort
+
+log = logging.getLogger(__name__)
 
 F32 = NDArray[np.float32]
 
@@ -91,7 +94,9 @@ def extract(config: TrainConfig) -> Run:
         return write_manifest(inputs, run.place / MANIFEST, config.inventory)
 
     begun = run.begin(RunRecord[FeaturesIdentity], identity, list_inputs)
-    plan = resources.plan_scoring(begun.manifest_rows, _ENCODE_ROWS)
+    finished = run.committed(PARTS)
+    plan = resources.plan_scoring(begun.manifest_rows - finished, _ENCODE_ROWS, config.pool, resumed=finished > 0)
+    log.info("encoding with %s", plan.in_words)
 
     run.write(
         PARTS,

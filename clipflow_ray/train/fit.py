@@ -40,16 +40,21 @@ def fit(config: TrainConfig, run: Run, widths: tuple[int, ...]) -> Fitted:
     a repeated call continues an interrupted run, and returns at once if the run was finished. Raises ResourceError
     before the run starts, and TrainingError if the run fails or reports no checkpoint.
     """
-    use_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    per_worker = resources.check_training(config.fit.workers, use_gpu)
+    per_worker = resources.plan_training(config.fit.workers)
     place = Place.at(config.output, config.s3) / "fit"
     place.make_folder()
-    settings = {"config": config.model_dump(mode="json"), "features": run.place.uri, "widths": list(widths)}
+    settings = {
+        "config": config.model_dump(mode="json", exclude={"pool"}),
+        "features": run.place.uri,
+        "widths": list(widths),
+    }
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=settings,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.fit.workers, use_gpu=use_gpu, resources_per_worker=per_worker
+            num_workers=config.fit.workers,
+            use_gpu="GPU" in per_worker,
+            resources_per_worker=dict(per_worker),
         ),
         run_config=ray.train.RunConfig(
             name=stable_hash(settings),

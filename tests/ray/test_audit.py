@@ -24,9 +24,8 @@ from clipflow_ray.audit.record import AuditRecord
 from clipflow_ray.audit.run import audit
 from clipflow_ray.columns import LEDGER_SCHEMA
 from clipflow_ray.config import AuditConfig
-from clipflow_ray.data.resources import ScoringPlan, plan_scoring
 from clipflow_ray.data.scoring import Score
-from clipflow_ray.errors import CalibrationError, CheckpointError, InputError, ResourceError, RunConflictError
+from clipflow_ray.errors import CalibrationError, CheckpointError, InputError, RunConflictError
 from clipflow_ray.inputs.format import Row
 from clipflow_ray.model.checkpoint import load_checkpoint
 from clipflow_ray.model.detector import Detector
@@ -299,40 +298,3 @@ def test_the_scoring_actors_metrics_are_on_rays_prometheus_endpoint(cluster: Non
         assert time.monotonic() < deadline, [line for line in text.splitlines() if "clipflow" in line]
         time.sleep(0.5)
     ray.kill(actor)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "reason"),
-    [
-        ([{"CPU": 2.0}], "2 logical CPUs"),
-        ([{"CPU": 1.0}, {"CPU": 1.0}], "2 nodes"),
-        ([{"CPU": 2.0, "GPU": 1.0}], "needs 3"),
-    ],
-)
-def test_a_cluster_on_which_reading_would_never_start_is_refused(nodes: list[dict[str, float]], reason: str) -> None:
-    with pytest.raises(ResourceError, match=reason):
-        plan_scoring(1000, 32, [{"Alive": True, "Resources": node} for node in nodes])
-
-
-def test_a_plan_gives_each_gpu_an_encoder_and_leaves_cpus_to_read_and_resume() -> None:
-    nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 64.0}}]
-    assert plan_scoring(1000, 32, nodes) == ScoringPlan(encoders=2, encoder_cpus=1, encoder_gpus=1, decoders=10)
-
-
-@pytest.mark.parametrize(
-    ("rows", "cpus", "encoders", "encoder_cpus", "decoders"),
-    [
-        (10_000, [3], 1, 1, 2),
-        (10_000, [4], 1, 2, 2),
-        (10_000, [4, 2], 1, 2, 6),
-        (10_000, [64], 14, 4, 14),
-        (10_000, [16, 16], 6, 4, 14),
-        (65, [64], 3, 4, 102),
-        (0, [8], 1, 4, 6),
-    ],
-)
-def test_a_plan_gives_encoders_up_to_four_cpus_each_limited_by_readers_and_rows(
-    rows: int, cpus: list[int], encoders: int, encoder_cpus: int, decoders: int
-) -> None:
-    nodes = [{"Alive": True, "Resources": {"CPU": float(count)}} for count in cpus]
-    assert plan_scoring(rows, 32, nodes) == ScoringPlan(encoders, encoder_cpus, 0, decoders)

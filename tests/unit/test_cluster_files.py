@@ -19,7 +19,11 @@ from jsonschema import Draft7Validator
 
 from clipflow_ray import __version__, compat
 from clipflow_ray.cli import app
+from clipflow_ray.config import PoolConfig, ServeConfig
+from clipflow_ray.data.resources import Cluster, ScoringPlan, plan_scoring, plan_training
+from clipflow_ray.errors import ResourceError
 from clipflow_ray.serve import edge, metrics, whole
+from tests.autoscaling import adds
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
 KUBERNETES = "1.30"
@@ -134,6 +138,69 @@ def test_rays_autoscaler_reads_each_cluster_as_it_would_from_kuberay(name: str) 
         node = nodes[group["groupName"]]
         assert (node["min_workers"], node["max_workers"]) == (group["minReplicas"], group["maxReplicas"])
         assert node["resources"].get("GPU", 0) == (group["groupName"] == "gpu")
+
+
+def cluster_of(name: str) -> Cluster:
+    """The cluster of a file: its nodes at the start, and what the autoscaler may add."""
+    document = resource(name)
+    if name == "vm.yaml":
+        groups = document["available_node_types"]
+        standing = {group: node.get("min_workers", 0) for group, node in groups.items()} | {"head": 1}
+    else:
+        metadata = {"name": "c", "namespace": "default"}
+        cluster = compat.autoscaler_config({"metadata": metadata, "spec": cluster_spec(document)})
+        groups = cluster["available_node_types"]
+        workers = cluster_spec(document)["workerGroupSpecs"]
+        standing = {group["groupName"]: group["replicas"] for group in workers} | {"headgroup": 1}
+    live = [group["resources"] for name, group in groups.items() for _ in range(standing[name])]
+    grown = [(group["resources"], max(standing[name], group.get("max_workers", 0))) for name, group in groups.items()]
+    return Cluster(live, adds(grown))
+
+
+def planned(name: str, resumed: bool = False, **pool: Any) -> ScoringPlan:
+    """The plan of a run on that cluster."""
+    return plan_scoring(100_000, 32, PoolConfig(**pool), resumed, cluster_of(name))
+
+
+@pytest.mark.parametrize("name", [*KUBERAY, "vm.yaml"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_run_on_each_cluster_encodes_on_gpus_though_none_may_live_at_the_start(name: str, resumed: bool) -> None:
+    standing = {"rayjob-audit.yaml": 1, "rayjob-train.yaml": 2}
+    plan = planned(name, resumed=resumed)
+    assert (plan.encoder_gpus, plan.fewest, plan.initial) == (1, 1, standing.get(name, 1))
+    assert plan.most > 8 and plan.decoders is None
+
+
+@pytest.mark.parametrize("name", [*KUBERAY, "vm.yaml"])
+def test_each_cluster_can_become_eight_encoders_and_no_more(name: str) -> None:
+    assert planned(name, encoders=8).fewest == 8
+    assert planned(name, encoders=16, gpus_per_encoder=0.5).fewest == 16
+    with pytest.raises(ResourceError, match="autoscaler cannot add"):
+        planned(name, encoders=9)
+
+
+@pytest.mark.parametrize("name", [*KUBERAY, "vm.yaml"])
+def test_each_cluster_can_become_eight_training_workers_with_a_gpu_each(name: str) -> None:
+    assert plan_training(8, cluster_of(name)) == {"CPU": 1, "GPU": 1}
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_a_cluster_of_kubernetes_encodes_on_cpus_if_asked_to(name: str) -> None:
+    plan = planned(name, gpus_per_encoder=0)
+    assert plan.encoder_gpus == 0 and plan.encoder_cpus in (3, 4)
+
+
+def test_all_replicas_of_the_endpoint_fit_on_the_nodes_of_their_cluster() -> None:
+    document = resource("rayservice.yaml")
+    groups = compat.autoscaler_config(
+        {"metadata": {"name": "c", "namespace": "default"}, "spec": cluster_spec(document)}
+    )["available_node_types"]
+    (application,) = yaml.safe_load(document["spec"]["serveConfigV2"])["applications"]
+    settings = ServeConfig(**application["args"])
+    ingress = {"CPU": settings.ingress_cpus}
+    detector = {"CPU": settings.detector_cpus, "GPU": settings.detector_gpus}
+    can_add = adds([(group["resources"], group["max_workers"]) for group in groups.values()])
+    assert can_add([ingress] * settings.ingress_replicas[1] + [detector] * settings.detector_replicas[1])
 
 
 @pytest.mark.parametrize("name", [name for name in KUBERAY if resource(name)["kind"] == "RayJob"])

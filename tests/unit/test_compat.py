@@ -112,3 +112,49 @@ def test_a_block_is_written_as_two_files_of_one_name_by_a_sink_that_a_checkpoint
     assert pq.read_table(main).column_names == ["row_id", "score"]
     assert sorted(pq.read_table(aside, columns=["row_id"])["row_id"].to_pylist()) == ["a", "b"]
     assert pq.read_table(aside).column_names == ["row_id", "embedding"]
+
+
+@pytest.mark.parametrize(("infeasible", "seen", "expected"), [(True, 7, False), (False, 7, True), (False, 6, False)])
+def test_the_autoscaler_answers_whether_it_can_add_nodes(
+    monkeypatch: pytest.MonkeyPatch, infeasible: bool, seen: int, expected: bool
+) -> None:
+    raylet, messages = (importlib.import_module(name) for name in ("ray._raylet", "ray.core.generated.autoscaler_pb2"))
+    assert hasattr(raylet.InnerGcsClient, "get_cluster_status")
+    reply = messages.GetClusterStatusReply()
+    reply.cluster_resource_state.cluster_resource_state_version = 7
+    reply.cluster_resource_state.pending_gang_resource_requests.add(details="abc:PACK|PENDING")
+    reply.autoscaling_state.last_seen_cluster_resource_state_version = seen
+    if infeasible:
+        reply.autoscaling_state.infeasible_gang_resource_requests.add(details="abc:PACK|PENDING")
+    removed: list[Any] = []
+
+    class Group:
+        id = type("Id", (), {"hex": lambda self: "abc"})()
+
+        def wait(self, timeout_seconds: float) -> bool:
+            return False
+
+    class Client:
+        def __init__(self, address: str) -> None: ...
+        def get_cluster_status(self, timeout_s: int) -> bytes:
+            return bytes(reply.SerializeToString())
+
+    monkeypatch.setattr(raylet, "GcsClient", Client)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: type("Context", (), {"gcs_address": "a:1"}))
+    groups = importlib.import_module("ray.util.placement_group")
+    monkeypatch.setattr(groups, "placement_group", lambda bundles: Group())
+    monkeypatch.setattr(groups, "remove_placement_group", removed.append)
+    assert compat.autoscaler_can_add([{"GPU": 1.0}], timeout_seconds=0.1) is expected
+    assert len(removed) == 1
+
+
+def test_a_cluster_tells_whether_it_has_the_autoscaler_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    utils = importlib.import_module("ray.autoscaler.v2.utils")
+    assert "fetch_from_server" in inspect.signature(utils.is_autoscaler_v2).parameters
+    monkeypatch.setattr(utils, "internal_kv_get_gcs_client", lambda: Store())
+
+    class Store:
+        def internal_kv_get(self, key: bytes, namespace: bytes) -> bytes:
+            return b"1"
+
+    assert compat.has_autoscaler() is True
