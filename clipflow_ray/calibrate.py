@@ -240,7 +240,7 @@ def _finished(inputs: Sequence[Place], config: CalibrateConfig, checkpoint: Chec
 
 def _listed(config: CalibrateConfig, inputs: Sequence[Place], old: Calibration) -> int:
     """The number of objects, after saying what they will support. Raises CalibrationError if they are too few."""
-    groups = [row["group"] for row in rows(inputs, config.inventory)]
+    groups = [row["group"] for row in rows(inputs, config.inventory) if row["problem"] is None]
     if len(groups) < MIN_PHOTOGRAPHS:
         raise CalibrationError(
             f"The input has {len(groups)} objects; a calibration needs at least {MIN_PHOTOGRAPHS} photographs, and at "

@@ -356,6 +356,9 @@ class AuditConfig(Config):
         False,
         description="whether to store the embeddings, so that `rescore` can judge the images by another checkpoint",
     )
+    export: Literal["none", "csv", "csv-all"] = Field(
+        "none", description="csv writes the flagged rows to flagged.csv, csv-all all rows to ledger.csv"
+    )
     max_error_rate: float = Field(
         1.0, ge=0, le=1, description="if a larger share of the objects fails, the exit code is 3"
     )

@@ -224,7 +224,7 @@ class Place:
         """A file object for reading from start to end; the caller closes it."""
         if not self.is_local:
             return io.BufferedReader(_S3File(self), _STREAM_BUFFER)
-        return cast(BinaryIO, pafs.LocalFileSystem().open_input_stream(self.uri))
+        return cast(BinaryIO, pafs.LocalFileSystem().open_input_stream(self.uri, compression=None))
 
     def names(self) -> list[str]:
         """The sorted names of the files and folders directly in this folder; none if the folder is missing."""

@@ -9,11 +9,14 @@ from clipflow_ray.cli.options import (
     BytesColumn,
     Checkpoint,
     Endpoint,
+    Exclude,
     Format,
     GroupBy,
     GroupColumn,
+    Include,
     Inputs,
     Output,
+    Payer,
     Region,
     Unsigned,
     UriColumn,
@@ -36,9 +39,12 @@ def calibrate(
     uri_column: UriColumn = None,
     bytes_column: BytesColumn = None,
     group_column: GroupColumn = None,
+    include: Include = None,
+    exclude: Exclude = None,
     endpoint_url: Endpoint = None,
     region: Region = None,
     unsigned: Unsigned = False,
+    request_payer: Payer = False,
     as_json: AsJson = False,
 ) -> None:
     """Calibrate a checkpoint on your own photographs, or on the photographs of a finished audit; nothing is trained."""
@@ -50,8 +56,10 @@ def calibrate(
             "output": output,
             "checkpoint": checkpoint,
             "keep_shipped": keep_shipped,
-            "inventory": inventory_options(input_format, group_by, uri_column, bytes_column, group_column),
-            "s3": s3_options(endpoint_url, region, unsigned),
+            "inventory": inventory_options(
+                input_format, group_by, uri_column, bytes_column, group_column, include=include, exclude=exclude
+            ),
+            "s3": s3_options(endpoint_url, region, unsigned, request_payer),
         },
     )
     from clipflow_ray.calibrate import calibrate as run

@@ -12,10 +12,13 @@ from clipflow_ray.cli.options import (
     BytesColumn,
     Checkpoint,
     Endpoint,
+    Exclude,
     Format,
     GroupBy,
     GroupColumn,
+    Include,
     Output,
+    Payer,
     Region,
     Unsigned,
     UriColumn,
@@ -40,6 +43,8 @@ def evaluate(
     uri_column: UriColumn = None,
     bytes_column: BytesColumn = None,
     group_column: GroupColumn = None,
+    include: Include = None,
+    exclude: Exclude = None,
     seeds: Annotated[
         list[str] | None, typer.Option("--seed-checkpoint", help="Same training with another seed; repeatable.")
     ] = None,
@@ -59,6 +64,7 @@ def evaluate(
     endpoint_url: Endpoint = None,
     region: Region = None,
     unsigned: Unsigned = False,
+    request_payer: Payer = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a checkpoint and its baselines on labelled images. Groups of the inputs name sources and generators."""
@@ -72,11 +78,13 @@ def evaluate(
                 "output": folder,
                 "checkpoint": checkpoint,
                 "alpha": alpha,
-                "inventory": inventory_options(input_format, group_by, uri_column, bytes_column, group_column),
+                "inventory": inventory_options(
+                    input_format, group_by, uri_column, bytes_column, group_column, include=include, exclude=exclude
+                ),
                 "seeds": tuple(seeds or ()),
                 "robustness": robustness,
                 "gallery": gallery,
-                "s3": s3_options(endpoint_url, region, unsigned),
+                "s3": s3_options(endpoint_url, region, unsigned, request_payer),
             },
         )
         from clipflow_ray.evaluate.protocol import evaluate as run

@@ -10,11 +10,14 @@ from clipflow_ray.cli.options import (
     AsJson,
     BytesColumn,
     Endpoint,
+    Exclude,
     Format,
     GroupBy,
     GroupColumn,
+    Include,
     Inputs,
     Output,
+    Payer,
     Region,
     Unsigned,
     UriColumn,
@@ -40,9 +43,12 @@ def train(
     uri_column: UriColumn = None,
     bytes_column: BytesColumn = None,
     group_column: GroupColumn = None,
+    include: Include = None,
+    exclude: Exclude = None,
     endpoint_url: Endpoint = None,
     region: Region = None,
     unsigned: Unsigned = False,
+    request_payer: Payer = False,
     seed: Annotated[int | None, typer.Option("--seed", help="Random seed of the fit; default 0.")] = None,
     workers: Annotated[int | None, typer.Option("--workers", help="Number of Ray Train workers; default 1.")] = None,
     allow_small: Annotated[
@@ -57,8 +63,10 @@ def train(
         {
             "input": tuple(inputs or ()),
             "output": output,
-            "inventory": inventory_options(input_format, group_by, uri_column, bytes_column, group_column),
-            "s3": s3_options(endpoint_url, region, unsigned),
+            "inventory": inventory_options(
+                input_format, group_by, uri_column, bytes_column, group_column, include=include, exclude=exclude
+            ),
+            "s3": s3_options(endpoint_url, region, unsigned, request_payer),
             "allow_small": allow_small or None,
         },
     )

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from clipflow_ray.config import InventoryOptions
+from clipflow_ray.errors import InputError
 from clipflow_ray.inputs.format import (
     InputFormat,
     Row,
@@ -71,12 +72,16 @@ def is_metadata(item: StoredObject) -> bool:
 
 
 def items(source: Source, options: InventoryOptions, left_out: Counter[str]) -> Iterator[StoredObject]:
-    """The objects of a source that its selection, `--include` and `--exclude` keep."""
-    chosen = source.selected
+    """The objects of a source that its selection, `--include` and `--exclude` keep.
+
+    Raises InputError if an input as a whole has no object, or none that its pattern fits.
+    """
+    chosen, some = source.selected, False
     enters = chosen.enters if chosen else None
-    for item in source.place.objects(required=False, enters=enters, left_out=left_out):
+    for item in source.place.objects(source.place == source.base, enters, left_out):
         if chosen and not chosen.keeps(item.uri):
             continue  # a pattern of --input names what is wanted, so nothing is left out
+        some = True
         below = item.uri.removeprefix(source.base.uri).lstrip("/") or item.place.name
         if options.include and not fits_any(options.include, below):
             left_out["files that no --include fits"] += 1
@@ -84,6 +89,9 @@ def items(source: Source, options: InventoryOptions, left_out: Counter[str]) -> 
             left_out["files that an --exclude fits"] += 1
         else:
             yield item
+    if chosen and not some:
+        named = ", ".join((*chosen.patterns, *sorted(chosen.names)))
+        raise InputError(f"There is nothing that {named} fits.")
 
 
 def absent(source: Source, options: InventoryOptions) -> Iterator[Row]:

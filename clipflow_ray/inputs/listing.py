@@ -56,11 +56,16 @@ def rows_of(source: Source, options: InventoryOptions, left_out: Counter[str]) -
 
     Raises InputError if the user's settings do not suit a source that the user has named.
     """
+    some = False
     try:
-        yield from _listed(source, options, left_out)
+        for found in _listed(source, options, left_out):
+            yield found
+            some = True
     except InputError as error:
         if source.place == source.base:
             raise
+        if some:
+            return  # its rows say what is wrong
         row = unlisted(source, options, f"cannot be listed: {error}")
         yield row | {"problem": no_image(str(error))} if isinstance(error, HoldsNoImagesError) else row
 
@@ -111,7 +116,7 @@ def _root(place: Place, options: InventoryOptions) -> Source:
     if found is not None:
         return Source(wanted, found, found, is_folder=True)
     if not is_pattern(place.uri):
-        raise InputError(f"{place.uri} holds no objects: check the path, or the prefix and its bucket.")
+        raise InputError(f"There is nothing at {place.uri}: check the path, or the prefix and its bucket.")
     folder = place.with_uri(fixed_folder(place.uri))
     if place.is_local:
         folder = place.with_uri(folder.uri.rstrip("/") or "/")

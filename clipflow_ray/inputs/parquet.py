@@ -281,7 +281,7 @@ def _path(value: pa.Scalar, column: ImageColumn, index: int) -> str | None:
             value = value[steps.pop(0)]
         else:
             found = value.as_py()
-            return (found.get("path") or None) if isinstance(found, dict) else None
+            return str(found.get("path") or "") or None if isinstance(found, dict) else None
     return None
 
 

@@ -119,11 +119,12 @@ def claims_image(name: str) -> bool:
 
 def no_image_by_name(name: str) -> str | None:
     """Why a file of this name, which may have folders, is known to be no image; else None."""
-    last = name.rsplit("/", 1)[-1].lower()
+    own = name.rsplit("/", 1)[-1]
+    last = own.lower()
     if last.startswith("._") or "__MACOSX" in name.split("/")[:-1]:
         return "It is a file of macOS beside a picture."
     if last in _OTHER_NAMES:
-        return f"{last} is no picture."
+        return f"{own} is no picture."
     ending = next((each for each in _OTHER_SUFFIXES if last.endswith(each)), None)
     return f"Files whose names end in {ending} are no pictures." if ending else None
 
