@@ -117,14 +117,14 @@ def _images(names: Sequence[str], others: Counter[str]) -> Iterator[_Image]:
 
 def _judged(images: Iterator[_Image], judge: _Judge) -> Iterator[tuple[_Image, dict[str, Any]]]:
     """Each image with its result, in order. Images are judged a few at a time, because all may not fit into memory."""
-    number = 0
+    count = 0
     while chunk := list(islice(images, _AT_ONCE)):
         contents = [image.content for image in chunk if isinstance(image.content, bytes)]
         results = iter(judge(contents) if contents else [])
-        for number, image in enumerate(chunk, number):
+        for number, image in enumerate(chunk, count):
             failed = _failure(image.content) if isinstance(image.content, ClipflowError) else None
             yield image, (failed or next(results)) | {"index": number}
-        number += 1
+        count += len(chunk)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from clipflow_ray.place import Place, StoredObject
 
 Row = dict[str, Any]
 NOT_AN_IMAGE: Final = "not_an_image"
+_NOTHING: Final[Mapping[str, str]] = {}
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
@@ -217,22 +218,24 @@ def value_columns(options: InventoryOptions) -> dict[str, str]:
 
 
 def columns_found(
-    names: Sequence[str], options: InventoryOptions, where: str, required: Sequence[str] = ()
+    names: Sequence[str], options: InventoryOptions, where: str, required: Mapping[str, str] = _NOTHING
 ) -> dict[str, str]:
     """The user's names of columns -> the names that `where` has for them. Case and outer spaces may differ.
 
-    Raises InputError if a column of `required`, or one that the user has named, is not there.
+    `required` are columns that must be there, each with what to do if it is not. Raises InputError if such a column, or
+    one that the user has named, is not there.
     """
     defaults = value_columns(InventoryOptions()).values()
+    advice = {column: f" Set --{name}-column." for name, column in value_columns(options).items()} | {**required}
     found = {}
-    for wanted in (*required, *value_columns(options).values()):
+    for wanted in advice:
         alike = [name for name in names if name.strip().casefold() == wanted.strip().casefold()]
         if wanted in names:
             found[wanted] = wanted
         elif len(alike) == 1:
             found[wanted] = alike[0]
         elif wanted in required or wanted not in defaults:
-            raise InputError(f"{where} has no column {wanted!r}; it has {', '.join(names) or 'none'}.")
+            raise InputError(f"{where} has no column {wanted!r}; it has {', '.join(names) or 'none'}.{advice[wanted]}")
     return found
 
 

@@ -27,7 +27,7 @@ from clipflow_ray.inputs.lists import records
 from clipflow_ray.inputs.parquet import table_records
 from clipflow_ray.place import Place
 
-FILE_NAME: Final = "file_name"
+_FILE_NAME: Final = "file_name"
 _SPLIT: Final = re.compile(
     r"(train|training|valid|validation|dev|val|test|testing|eval|evaluation)([-._ 0-9].*)?", re.I
 )
@@ -73,9 +73,10 @@ def _described(place: Place, options: InventoryOptions) -> dict[str, dict[str, A
     """URI -> values of the manifest. Raises InputError if the metadata cannot be read or have no `file_name`."""
     folder = place.uri.rpartition("/")[0] + "/"
     found: dict[str, dict[str, Any]] = {}
-    read = table_records if place.name.lower().endswith(".parquet") else records
-    for record in read(place, options.model_copy(update={"uri_column": FILE_NAME})):
-        name = str(record.values.get(FILE_NAME) or "").strip()
+    named = options.model_copy(update={"uri_column": _FILE_NAME})
+    is_table = place.name.lower().endswith(".parquet")
+    for record in table_records(place, named, "") if is_table else records(place, named, advice=""):
+        name = str(record.values.get(_FILE_NAME) or "").strip()
         if name:
             found[resolved(folder, name)] = stated(record.values, options)
     return found

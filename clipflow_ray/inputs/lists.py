@@ -25,7 +25,6 @@ from clipflow_ray.inputs.format import (
     resolved,
     row_id,
     stated,
-    value_columns,
 )
 from clipflow_ray.inputs.recognise import is_base64_picture, is_text
 from clipflow_ray.place import Place
@@ -43,6 +42,7 @@ _KINDS: Final = {
 }
 _COMPRESSED: Final = (".gz", ".zst", ".bz2", ".xz")
 LIST_SUFFIXES: Final = (*_KINDS, *(kind + packed for kind in _KINDS for packed in _COMPRESSED))
+SET_URI_COLUMN: Final = " Set --uri-column."
 _DELIMITERS: Final = ",;\t|"
 _LONG: Final = 200  # characters; a longer URI may be an image in base64
 
@@ -98,17 +98,22 @@ def listed_rows(source: Source, listed: Iterator[Record], options: InventoryOpti
         raise InputError(f"{uri_of_list} lists nothing that can be read. {first}")
 
 
-def records(place: Place, options: InventoryOptions, left_out: Counter[str] | None = None) -> Iterator[Record]:
+def records(
+    place: Place, options: InventoryOptions, left_out: Counter[str] | None = None, advice: str = SET_URI_COLUMN
+) -> Iterator[Record]:
     """The records of a csv, tsv, jsonl or json file, or the lines of a text file as records of one column.
 
     Text is UTF-8, or UTF-16 with its mark; other bytes are replaced by backslash escapes, so that the record keeps its
     place. Comments of a text file (`# ...`) are counted in `left_out`. Raises InputError if the file cannot be read or
-    lacks a column; what goes wrong after the first records is a record with a problem.
+    lacks a column, with `advice` for that of the URIs. What goes wrong after the first record is a record with a
+    problem.
     """
     some = False
     try:
         with opened(place) as stream:
-            for record in _parsed(place, _decoded(stream), options, Counter() if left_out is None else left_out):
+            for record in _parsed(
+                place, _decoded(stream), options, advice, Counter() if left_out is None else left_out
+            ):
                 some = True
                 yield record
     except (*DAMAGED, csv.Error, ValueError, RecursionError) as error:
@@ -124,15 +129,15 @@ def _decoded(stream: Any) -> io.TextIOWrapper:
 
 
 def _parsed(
-    place: Place, text: io.TextIOWrapper, options: InventoryOptions, left_out: Counter[str]
+    place: Place, text: io.TextIOWrapper, options: InventoryOptions, advice: str, left_out: Counter[str]
 ) -> Iterator[Record]:
     name = place.uri.lower()
     name = next((name.removesuffix(each) for each in _COMPRESSED if name.endswith(each)), name)
     kind = next((kind for suffix, kind in _KINDS.items() if name.endswith(suffix)), "text")
     if kind == "csv":
-        yield from _csv(place, text, options, "\t" if name.endswith((".tsv", ".tab")) else "")
+        yield from _csv(place, text, options, advice, "\t" if name.endswith((".tsv", ".tab")) else "")
     elif kind == "json":
-        yield from _json(place, text, options)
+        yield from _json(place, text, options, advice)
     else:
         for line in text:
             stripped = line.strip()
@@ -142,7 +147,9 @@ def _parsed(
                 yield Record({options.uri_column: stripped})
 
 
-def _csv(place: Place, text: io.TextIOWrapper, options: InventoryOptions, delimiter: str) -> Iterator[Record]:
+def _csv(
+    place: Place, text: io.TextIOWrapper, options: InventoryOptions, advice: str, delimiter: str
+) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)  # a caption may be long; the default is 128 kB
     header = text.readline()
     wanted = options.uri_column.strip().casefold()
@@ -152,13 +159,13 @@ def _csv(place: Place, text: io.TextIOWrapper, options: InventoryOptions, delimi
             break
     else:
         names = next(csv.reader([header], delimiter=delimiter or ","), [])
-    found = _columns(place, names, options)
+    found = columns_found(names, options, place.uri, {options.uri_column: advice})
     reader = csv.DictReader(text, names, restkey="", delimiter=each)
     for record in reader:
         yield Record({ours: record[theirs] for ours, theirs in found.items()})
 
 
-def _json(place: Place, text: io.TextIOWrapper, options: InventoryOptions) -> Iterator[Record]:
+def _json(place: Place, text: io.TextIOWrapper, options: InventoryOptions, advice: str) -> Iterator[Record]:
     """An array of objects or of URIs, or one object a line."""
     first = text.readline()
     while first.isspace():
@@ -186,7 +193,7 @@ def _json(place: Place, text: io.TextIOWrapper, options: InventoryOptions) -> It
         alike = next((key for key in value if key.strip().casefold() == wanted), options.uri_column)
         yield Record({options.uri_column: value.get(alike), **value})
     if names:
-        _columns(place, [*names], options)
+        columns_found([*names], options, place.uri, {options.uri_column: advice})
     elif failed:
         raise InputError(f"{place.uri}: {failed}")
 
@@ -198,17 +205,3 @@ def _json_lines(lines: Iterator[str]) -> Iterator[tuple[str, Any, str | None]]:
             yield f"Line {number}", json.loads(line), None
         except (ValueError, RecursionError):
             yield f"Line {number}", None, f"Line {number} is not JSON."
-
-
-def _columns(place: Place, names: list[str], options: InventoryOptions) -> dict[str, str]:
-    try:
-        return columns_found(names, options, place.uri, [options.uri_column])
-    except InputError as error:
-        raise InputError(f"{error} Set {_flags(options, names)}.") from error
-
-
-def _flags(options: InventoryOptions, names: list[str]) -> str:
-    missing = {options.uri_column: "--uri-column"} | {
-        column: f"--{name}-column" for name, column in value_columns(options).items() if name != "generator"
-    }
-    return next((flag for column, flag in missing.items() if column not in names), "--uri-column")

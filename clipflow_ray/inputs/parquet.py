@@ -28,7 +28,7 @@ from clipflow_ray.inputs.format import (
     stated,
     unlisted,
 )
-from clipflow_ray.inputs.lists import Record, listed_rows
+from clipflow_ray.inputs.lists import SET_URI_COLUMN, Record, listed_rows
 from clipflow_ray.inputs.recognise import HEAD, is_base64_picture, picture_kind
 from clipflow_ray.place import Place
 
@@ -85,7 +85,7 @@ class Parquet(InputFormat):
                 if parquet.metadata.num_rows == 0:
                     left_out["tables without rows"] += 1
                     return
-                yield from listed_rows(source, _records(parquet, options, uri, [options.uri_column]), options)
+                yield from listed_rows(source, _records(parquet, options, uri, SET_URI_COLUMN), options)
         except _UNREADABLE as error:
             yield unlisted(source, options, f"does not read as parquet: {error}")
 
@@ -139,11 +139,11 @@ def image_column(parquet: pq.ParquetFile, wanted: str | None, uri: str) -> Image
     return next((column for column in found if _holds_images(parquet, column)), found[0])
 
 
-def table_records(place: Place, options: InventoryOptions) -> Iterator[Record]:
-    """The records of a parquet file that is a list. Raises InputError if it does not read or lacks a column."""
+def table_records(place: Place, options: InventoryOptions, advice: str = SET_URI_COLUMN) -> Iterator[Record]:
+    """The records of a parquet file that is a list; see `lists.records`."""
     try:
         with place.open() as file:
-            yield from _records(pq.ParquetFile(file), options, place.uri, [options.uri_column])
+            yield from _records(pq.ParquetFile(file), options, place.uri, advice)
     except _UNREADABLE as error:
         raise InputError(f"{place.uri} does not read as parquet: {error}") from error
 
@@ -295,10 +295,8 @@ def _leaf_of_paths(parquet: pq.ParquetFile, column: ImageColumn) -> str | None:
     return column.path[0] if column.repeated else None
 
 
-def _records(
-    parquet: pq.ParquetFile, options: InventoryOptions, where: str, required: Sequence[str]
-) -> Iterator[Record]:
-    found = columns_found(parquet.schema_arrow.names, options, where, required)
+def _records(parquet: pq.ParquetFile, options: InventoryOptions, where: str, advice: str) -> Iterator[Record]:
+    found = columns_found(parquet.schema_arrow.names, options, where, {options.uri_column: advice})
     classes = _class_names(parquet.schema_arrow)
     for batch in parquet.iter_batches(columns=list(dict.fromkeys(found.values()))):
         for record in batch.to_pylist():

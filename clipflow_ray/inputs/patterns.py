@@ -88,12 +88,12 @@ def expanded(text: str) -> list[str]:
 
 
 def fits_any(patterns: Iterable[str], below: str) -> bool:
-    """Whether a pattern fits a path below an input. A pattern without a slash fits a name in any folder."""
+    """Whether a pattern fits a path below an input, or a folder of it. A pattern without a slash fits in any folder."""
     parts = below.split("/")
     return any(
-        _fits(["**", name] if "/" not in name.strip("/") else name.strip("/").split("/"), parts)
+        _fits((name if "/" in name else f"**/{name}").lstrip("/").split("/"), parts)
         for pattern in patterns
-        for name in expanded(pattern)
+        for name in expanded(pattern.rstrip("/"))
     )
 
 

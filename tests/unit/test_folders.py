@@ -172,7 +172,7 @@ def test_patterns_that_overlap_list_a_file_once_and_a_missing_name_is_an_error_r
     patterns = (f"{tmp_path}/in/*.jpg", f"{tmp_path}/in/p{{0,9}}.jpg", f"{tmp_path}/in/p1.jpg")
     found = account(*patterns)
     assert counts(found) == {"ok": 4, "error": 1} and codes(found) == {"not_found": 1}
-    with pytest.raises(InputError, match="nothing that .*webp fits"):
+    with pytest.raises(InputError, match=r"nothing that .*webp fits"):
         account(f"{tmp_path}/in/*.webp")
 
 
