@@ -108,12 +108,10 @@ def records(
     lacks a column, with `advice` for that of the URIs. What goes wrong after the first record is a record with a
     problem.
     """
-    some = False
+    some, counted = False, Counter[str]() if left_out is None else left_out
     try:
         with opened(place) as stream:
-            for record in _parsed(
-                place, _decoded(stream), options, advice, Counter() if left_out is None else left_out
-            ):
+            for record in _parsed(place, _decoded(stream), options, advice, counted):
                 some = True
                 yield record
     except (*DAMAGED, csv.Error, ValueError, RecursionError) as error:
