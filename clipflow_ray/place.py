@@ -607,7 +607,7 @@ class _S3File(io.RawIOBase):
         return len(data)
 
     def readall(self) -> bytes:
-        return self._read(self._size)
+        return b"".join(iter(lambda: self._read(_STREAM_BUFFER), b""))
 
     def _read(self, size: int) -> bytes:
         size = min(size, self._size - self._at)

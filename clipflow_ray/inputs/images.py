@@ -83,7 +83,7 @@ def items(source: Source, options: InventoryOptions, left_out: Counter[str]) -> 
             continue  # a pattern of --input names what is wanted, so nothing is left out
         some = True
         below = item.uri.removeprefix(source.base.uri).lstrip("/") or item.place.name
-        if options.include and not fits_any(options.include, below):
+        if options.include and not fits_any(options.include, below) and not is_metadata(item):
             left_out["files that no --include fits"] += 1
         elif options.exclude and fits_any(options.exclude, below):
             left_out["files that an --exclude fits"] += 1

@@ -22,7 +22,7 @@ from clipflow_ray.inputs.format import (
     no_image,
     unlisted,
 )
-from clipflow_ray.inputs.images import is_metadata, items
+from clipflow_ray.inputs.images import absent, is_metadata, items
 from clipflow_ray.inputs.lists import LIST_SUFFIXES
 from clipflow_ray.inputs.patterns import Selection, fixed_folder, is_pattern, selection
 from clipflow_ray.inputs.recognise import claims_image, kind_in_words
@@ -104,7 +104,11 @@ def check_apart(inputs: Sequence[Place], folder: Place) -> None:
     for place in inputs:
         found = place.found()
         named = found.place if isinstance(found, StoredObject) else found
-        if named is not None and named.holds(folder / ""):
+        if named is None:
+            inside = is_pattern(place.uri) and selection(place.uri).keeps((folder / "part").uri)
+        else:
+            inside = named.holds(folder / "")
+        if inside:
             raise InputError(f"The output lies inside the input {place.uri}; write it elsewhere.")
 
 
@@ -128,7 +132,8 @@ def _root(place: Place, options: InventoryOptions) -> Source:
 def _holds(outer: Source, inner: Source) -> bool:
     """Whether `outer` lists what `inner` lists. A folder does not read the lists in it."""
     is_list = inner.input_format == "manifest" or inner.place.uri.lower().endswith(LIST_SUFFIXES)
-    return outer.is_folder and not is_list and outer.place.holds(inner.place)
+    same = outer.input_format == inner.input_format
+    return outer.is_folder and same and not is_list and outer.place.holds(inner.place)
 
 
 def _joined(outer: Source, inner: Source) -> Source:
@@ -166,6 +171,7 @@ def _listed(source: Source, options: InventoryOptions, left_out: Counter[str]) -
             yield Source(wanted, item.place, source.base, etag=item.etag)
         else:
             left_out[f"files that are not {wanted}; --input-format auto reads other kinds"] += 1
+    yield from absent(source, options)
     if not some and source.place == source.base:
         endings = ", ".join(found.suffixes)
         raise InputError(f"{source.place.uri} holds no file that ends in {endings}; give --input-format what it is.")
@@ -179,6 +185,8 @@ def _file(source: Source, options: InventoryOptions, left_out: Counter[str]) -> 
         by_name = format_named(source.input_format)
     elif claims_image(name):
         by_name = format_named("images")
+    if by_name is not None:
+        source = replace(source, input_format=by_name.name)
     if by_name is None or by_name.suffixes:  # for other names, the format looks at the file itself
         try:
             head, compression = head_of(source.place)

@@ -200,7 +200,7 @@ def test_inputs_that_hold_nothing_to_read_are_refused_in_one_sentence_before_wor
     with pytest.raises(InputError, match=r"hold no images: read_failed: broken\.tar is not what its name says"):
         write_manifest([Place.at(tmp_path / "broken.tar")], Place.at(tmp_path / "m"))
     write(tmp_path / "words", [("a.txt", b"x"), ("b.md", b"x")])
-    with pytest.raises(InputError, match="hold no images: Files whose names end in .txt are no pictures"):
+    with pytest.raises(InputError, match=r"hold no images: Files whose names end in \.txt are no pictures"):
         write_manifest([Place.at(tmp_path / "words")], Place.at(tmp_path / "m"))
 
 

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ def test_a_case_comes_to_what_its_user_expects(
     monkeypatch.chdir(cases[name])
     command = next(line for line in (cases[name] / "run.sh").read_text().splitlines() if " audit " in line)
     words = shlex.split(command)
-    given = dict(zip(words, words[1:], strict=False))
+    given = dict(pairwise(words))
     named = ("--input-format", "--uri-column", "--bytes-column")
     options = {flag[2:].replace("-", "_"): given[flag] for flag in named if flag in given}
     expected = EXPECTED[name]

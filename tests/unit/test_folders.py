@@ -183,6 +183,8 @@ def test_shards_and_lists_may_be_named_by_a_pattern(tmp_path: Path) -> None:
     assert counts(account(f"{tmp_path}/in/*.tar")) == {"ok": 6}
     write(tmp_path / "lists", [*BESIDE, ("a.txt", b"p0.jpg\n"), ("b.txt", b"p1.jpg\n"), ("c.csv", b"x\n")])
     assert counts(account(f"{tmp_path}/lists/*.txt")) == {"ok": 2}
+    assert counts(account(f"{tmp_path}/lists/*.txt", f"{tmp_path}/lists/p*.jpg")) == {"ok": 6}
+    assert counts(account(f"{tmp_path}/lists/{{a,z}}.txt")) == {"ok": 1, "error": 1}
 
 
 def test_a_name_with_the_signs_of_a_pattern_is_that_name(tmp_path: Path) -> None:
@@ -199,6 +201,12 @@ def test_include_and_exclude_choose_files_and_count_the_others(
         found = account(tmp_path / "in", include=("*.jpg",), exclude=("thumbs", "/p{0,1}.jpg"))
     assert sorted(Path(row["uri"]).name for row in found) == list(NAMES[2:])
     assert "3 files that an --exclude fits" in caplog.text and "1 files that no --include fits" in caplog.text
+
+
+def test_an_include_keeps_the_metadata_of_what_it_keeps(tmp_path: Path) -> None:
+    write(tmp_path / "in", [*BESIDE, ("metadata.csv", b"file_name,label\np0.jpg,x\n")])
+    (row,) = account(tmp_path / "in", include=("p0.jpg",))
+    assert row["label"] == "x"
 
 
 def test_a_list_in_a_folder_that_is_named_too_is_read(tmp_path: Path) -> None:

@@ -134,6 +134,12 @@ def test_a_relative_output_inside_an_input_is_refused(photos: Path, monkeypatch:
         check_apart([Place.at(".")], Place.at("out"))
 
 
+def test_an_output_that_a_pattern_fits_is_refused(photos: Path) -> None:
+    with pytest.raises(InputError, match="inside the input"):
+        check_apart([Place.at(photos / "*")], Place.at(photos / "out"))
+    check_apart([Place.at(photos / "*.jpg")], Place.at(photos / "out"))
+
+
 def test_an_output_beside_an_input_with_the_same_beginning_is_fine(photos: Path) -> None:
     check_apart([Place.at(photos)], Place.at(f"{photos}-out"))
 
