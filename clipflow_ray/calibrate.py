@@ -337,7 +337,7 @@ def _scores(config: CalibrateConfig, other: Checkpoint, row_ids: Sequence[str], 
 
 def _listed(config: CalibrateConfig, inputs: Sequence[Place], old: Calibration) -> int:
     """The number of objects, after saying what they will support. Raises CalibrationError if they are too few."""
-    groups = [row["group"] for row in rows(inputs, config.inventory)]
+    groups = [row["group"] for row in rows(inputs, config.inventory) if row["problem"] is None]
     if len(groups) < MIN_PHOTOGRAPHS:
         raise CalibrationError(
             f"The input has {len(groups)} objects; a calibration needs at least {MIN_PHOTOGRAPHS} photographs, and at "

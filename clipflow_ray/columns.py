@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from clipflow_ray.errors import ClipflowError
 
-Status = Literal["ok", "error", "skipped_duplicate", "skipped_sample"]
+Status = Literal["ok", "error", "skipped_duplicate", "skipped_not_image", "skipped_sample"]
 Stage = Literal["listing", "reading", "scoring", "finalizing"]
 Values: TypeAlias = Sequence[Any] | NDArray[Any] | pa.Array | pa.ChunkedArray
 
@@ -41,6 +41,7 @@ STATUSES: Final[dict[Status, str]] = {
     "ok": "The object has a score and a verdict.",
     "error": "The object has no score; `error_code` and `error_message` say why.",
     "skipped_duplicate": "`--dedupe sha256` is given and an earlier id has the same bytes; the row has no verdict.",
+    "skipped_not_image": "The object is no image and does not call itself one; `error_message` says what it is.",
     "skipped_sample": "The object is not in the sample of `--sample`; it was not read.",
 }
 
@@ -52,9 +53,28 @@ _FINALIZING: Final[tuple[Stage, ...]] = ("finalizing",)
 COLUMNS: Final = (
     Column("row_id", pa.string(), _LISTING, "Identity of the object: 32 hex digits, the same in every run."),
     Column("uri", pa.string(), _LISTING, "Absolute path or `s3://` URI of the file that holds the image."),
-    Column("member", pa.string(), _LISTING, "Member of a tar or row of a parquet file; empty for a plain file."),
+    Column(
+        "member",
+        pa.string(),
+        _LISTING,
+        "Member of an archive, or row of a parquet file: `12`, `12:a.jpg` with the path that the table gives, `12/0` "
+        "for the first image of a list. Empty for a plain file.",
+    ),
     Column("input_format", pa.string(), _LISTING, "Input format that listed the object and reads it.", "reading"),
-    Column("offset", pa.int64(), _LISTING, "First byte of a tar member, or row number in a parquet file.", "reading"),
+    Column(
+        "offset",
+        pa.int64(),
+        _LISTING,
+        "First byte of a tar member, number of a zip member, or row number in a parquet file.",
+        "reading",
+    ),
+    Column(
+        "problem",
+        pa.string(),
+        _LISTING,
+        "Why the object is not read: `CODE: MESSAGE` of its error, or `not_an_image: MESSAGE`; null if it is read.",
+        "reading",
+    ),
     Column("etag", pa.string(), _LISTING, "ETag of the file when it was listed; null on a local disk.", "reading"),
     Column("group", pa.string(), _LISTING, "Group for the rates in the report: the first folders, or an input column."),
     Column("sha256", pa.string(), _READING, "SHA-256 of the encoded image in hex; null if it was not read."),
@@ -81,10 +101,15 @@ COLUMNS: Final = (
         "status",
         pa.string(),
         ("reading", "scoring", "finalizing"),
-        "Outcome for the object: `ok`, `error`, `skipped_duplicate` or `skipped_sample`.",
+        "Outcome for the object: `ok`, `error`, `skipped_duplicate`, `skipped_not_image` or `skipped_sample`.",
     ),
     Column("error_code", pa.string(), ("reading", "scoring"), "Error code if `status` is `error`; else null."),
-    Column("error_message", pa.string(), ("reading", "scoring"), "The error in a sentence if `status` is `error`."),
+    Column(
+        "error_message",
+        pa.string(),
+        ("reading", "scoring"),
+        "Why there is no score, in a sentence, if `status` is `error` or `skipped_not_image`; else null.",
+    ),
     Column("view", pa.large_binary(), _READING, "Pixels of the encoder's view, uint8; null on error.", "scoring"),
     Column("log_likelihood", pa.float32(), _SCORING, "`log_base + log_det`, in nats; null if there is no score."),
     Column("log_base", pa.float32(), _SCORING, "Log-density of the flow's base distribution, in nats."),

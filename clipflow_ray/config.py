@@ -83,18 +83,21 @@ class S3Options(Config):
     endpoint_url: str | None = None
     region: str | None = None
     unsigned: bool = False
+    request_payer: bool = Field(False, description="whether to pay for the requests to a requester-pays bucket")
 
 
 class InventoryOptions(Config):
     """The format of the inputs, and the names of the columns in lists and parquet files."""
 
-    input_format: str = Field("auto", description="a name in `inputs/registry.py`; `auto` decides by file names")
+    input_format: str = Field("auto", description="a name in `inputs/registry.py`; `auto` recognises it")
     group_by: str = Field("prefix:1", pattern=r"^prefix:[1-9]\d?$", description="first N folders below the input")
     uri_column: str = "uri"
-    bytes_column: str | None = Field(None, description="by default the first column with bytes")
+    bytes_column: str | None = Field(None, description="by default the first column that holds images")
     group_column: str = "group"
     label_column: str = "label"
     generator_column: str = "generator"
+    include: tuple[str, ...] = Field((), description="patterns: only files that one of them fits are listed")
+    exclude: tuple[str, ...] = Field((), description="patterns: files that one of them fits are not listed")
 
     @field_validator("input_format")
     @classmethod
@@ -413,6 +416,9 @@ class AuditConfig(Config):
     keep_embeddings: bool = Field(
         False,
         description="whether to store the embeddings, so that `rescore` can judge the images by another checkpoint",
+    )
+    export: Literal["none", "csv", "csv-all"] = Field(
+        "none", description="csv writes the flagged rows to flagged.csv, csv-all all rows to ledger.csv"
     )
     max_error_rate: float = Field(
         1.0, ge=0, le=1, description="if a larger share of the objects fails, the exit code is 3"

@@ -23,11 +23,12 @@ ItemCode = Literal[
 ]
 # What each code means and what to do; docs/formats.md shows these sentences.
 ITEM_CODES: Final[dict[ItemCode, str]] = {
-    "bad_uri": "The URI is neither `s3://` nor a local path without `..`. Correct the input.",
+    "bad_uri": "The URI is empty, is not UTF-8, or is neither `s3://` nor a local path. Correct the input.",
     "not_found": "The object does not exist, or no longer. Correct the input, or list it again with a new output.",
     "access_denied": "The credentials do not allow reading the object. Grant access, or leave the object out.",
     "read_timeout": "The object did not arrive in time. Check the store and repeat the audit with a new output.",
-    "read_failed": "Every attempt to read the object failed. Check the store and repeat the audit with a new output.",
+    "read_failed": "The object, or the archive or table that holds it, cannot be read. Check it and the store, and "
+    "repeat the audit with a new output.",
     "changed": "The object changed after it was listed. Repeat the audit with a new output.",
     "empty": "The object has no bytes, or the row of the parquet file holds no image. Restore it or leave it out.",
     "unsupported_format": "The first bytes are not those of a JPEG, PNG, WebP or GIF. Convert the file or omit it.",
@@ -66,6 +67,16 @@ class ImageError(ItemError):
 
 class ReadError(ItemError):
     """The bytes could not be read from storage."""
+
+
+class NotAnImage(ReadError):
+    """The object is no image and does not call itself one. It is counted, but it is no error of the input."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("unsupported_format", message)
+
+    def __reduce__(self) -> tuple[type["NotAnImage"], tuple[str]]:  # type: ignore[override]
+        return (type(self), (str(self),))
 
 
 class ConfigError(ClipflowError):

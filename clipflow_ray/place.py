@@ -1,18 +1,20 @@
 """A place: a URI together with the options to reach it. Only this file uses the interfaces of a store.
 
 Objects on `s3://` are read and written by boto3, which takes any key and has typed errors. Objects on disk are read and
-written by the operating system. Parquet files and file objects use pyarrow's file systems, which Ray Data takes as
-well. Credentials come from the credential chains of boto3 and pyarrow and are never part of a place. URIs stay `str`,
+written by the operating system. The folders that a run writes use pyarrow's file systems, which Ray Data takes as well.
+Credentials come from the credential chains of boto3 and pyarrow and are never part of a place. URIs stay `str`,
 because a `Path` would drop the second slash of `s3://`.
 """
 
+import io
 import os
 import random
 import shutil
 import stat
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -35,13 +37,29 @@ from clipflow_ray.errors import InputError, ItemCode, ReadError
 READ_SECONDS: Final = 30.0
 _READ_ATTEMPTS: Final = 5
 _FIRST_PAUSE: Final = 0.1
+HIDDEN: Final = "hidden files or folders (leading dot)"
 _BODY_SECONDS: Final = 5.0
 _SLOWEST: Final = 1e6  # bytes per second; a slower body is given up
 _DENIED: Final = {"AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
-_BUSY: Final = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded"}
+# Codes of a busy store: of AWS, MinIO (SlowDownRead, SlowDownWrite), R2 (TooManyRequests) and Ceph.
+_BUSY: Final = {
+    "BandwidthLimitExceeded",
+    "RequestLimitExceeded",
+    "RequestThrottled",
+    "RequestTimeout",
+    "ServiceUnavailable",
+    "SlowDown",
+    "SlowDownRead",
+    "SlowDownWrite",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequests",
+}
 _MISSING: Final = {"NoSuchKey", "NoSuchBucket", "404", "NotFound"}
 # Codes of a store if the condition of a write does not hold; NoSuchKey if the object to be matched is gone.
 _UNMET: Final = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchKey", "404"}
+_BUFFER: Final = 2**16
+_STREAM_BUFFER: Final = 2**22
 _CLIENTS: Final = threading.Lock()
 _DEFAULT: Final = S3Options()
 
@@ -106,26 +124,53 @@ class Place:
 
     # Objects of an input. They are untrusted, so each read has a size limit and every failure has a code.
 
-    def objects(self, required: bool = True) -> Iterator["StoredObject"]:
+    def found(self) -> "Place | StoredObject | None":
+        """What the URI names: a folder, an object, or None if there is nothing.
+
+        On s3, `s3://b/images` names the object of that key, or else the folder `s3://b/images/`, or else every key that
+        begins so, such as `s3://b/images-1/a.jpg`. The URI of a folder on s3 ends with a slash. Raises InputError if
+        the store refuses to list.
+        """
+        if not self.is_local:
+            return _found_s3(self)
+        if os.path.isdir(self.uri):
+            return self
+        return _stored_local(self) if os.path.lexists(self.uri) else None
+
+    def objects(
+        self,
+        required: bool = True,
+        enters: Callable[[str], bool] | None = None,
+        left_out: Counter[str] | None = None,
+    ) -> Iterator["StoredObject"]:
         """Every object under a folder or a prefix, or the one object that the URI names; sorted within a folder.
 
-        Hidden names (leading dot) and empty folder markers are left out. Raises InputError if the store refuses the
-        listing, or if there is no object and `required` is true.
+        Hidden names (leading dot) and empty folder markers are left out, except for `._` files, which macOS writes
+        beside pictures. `enters` says whether a folder on disk, given by its path, is walked. `left_out` counts what is
+        left out, by its reason. A linked folder is walked if it lies outside. Raises InputError if the store refuses
+        the listing, or if there is no object and `required` is true.
         """
-        found = False
-        for item in _list_local(self) if self.is_local else _list_s3(self):
-            if not _hidden(item.uri.removeprefix(self.uri)) and not item.uri.endswith("/"):
-                found = True
-                yield item
-        if required and not found:
+        counted: Counter[str] = Counter() if left_out is None else left_out
+        some = False
+        found = self.found()
+        listed: Iterator[StoredObject] = iter(())
+        if isinstance(found, StoredObject):
+            listed = iter([found])
+        elif found is not None:
+            listed = _list_local(found, enters, counted) if self.is_local else _list_s3(found, counted)
+        for item in listed:
+            some = True
+            yield item
+        if required and not some:
             raise InputError(f"{self.uri} holds no objects: check the path, or the prefix and its bucket.")
 
-    def folders(self) -> list["Place"]:
+    def folders(self, left_out: Counter[str] | None = None) -> list["Place"]:
         """The first folders under an s3 prefix, to be listed in parallel; together they hold all its objects.
 
         Only the place itself on disk, if there are fewer than two folders, or if there are objects beside the folders.
+        `left_out` counts hidden folders.
         """
-        return [self] if self.is_local else _folders_s3(self)
+        return [self] if self.is_local else _folders_s3(self, Counter() if left_out is None else left_out)
 
     def read(self, max_bytes: int, etag: str | None = None, span: tuple[int, int] | None = None) -> bytes:
         """The object's bytes, or those of `span` (offset, size).
@@ -154,7 +199,7 @@ class Place:
             _write_local(Path(self.uri), content)
         else:
             with _failing_as_os_error(f"Cannot write {self.uri}"):
-                _client(self.options).put_object(**_address(self.uri), Body=content)
+                _client(self.options).put_object(**_address(self), Body=content)
 
     def delete(self) -> None:
         """Delete the object. Nothing happens if there is none."""
@@ -162,7 +207,7 @@ class Place:
             Path(self.uri).unlink(missing_ok=True)
         else:
             with _failing_as_os_error(f"Cannot delete {self.uri}"):
-                _client(self.options).delete_object(**_address(self.uri))
+                _client(self.options).delete_object(**_address(self))
 
     def exists(self) -> bool:
         """Whether the object exists. A folder is not an object."""
@@ -171,13 +216,15 @@ class Place:
 
     def open(self) -> BinaryIO:
         """A file object that can seek; the caller closes it."""
-        fs, path = self._file_system()
-        return cast(BinaryIO, fs.open_input_file(path))
+        if not self.is_local:
+            return io.BufferedReader(_S3File(self), _BUFFER)
+        return cast(BinaryIO, pafs.LocalFileSystem().open_input_file(self.uri))
 
     def stream(self) -> BinaryIO:
         """A file object for reading from start to end; the caller closes it."""
-        fs, path = self._file_system()
-        return cast(BinaryIO, fs.open_input_stream(path))
+        if not self.is_local:
+            return io.BufferedReader(_S3File(self), _STREAM_BUFFER)
+        return cast(BinaryIO, pafs.LocalFileSystem().open_input_stream(self.uri, compression=None))
 
     def names(self) -> list[str]:
         """The sorted names of the files and folders directly in this folder; none if the folder is missing."""
@@ -249,7 +296,7 @@ class Place:
         """A small object of an object store and its ETag, or None if there is none."""
         with _failing_as_os_error(f"Cannot read {self.uri}"):
             try:
-                response = _client(self.options).get_object(**_address(self.uri))
+                response = _client(self.options).get_object(**_address(self))
                 return response["Body"].read(), response["ETag"]
             except ClientError as error:
                 if _code(error) in {"NoSuchKey", "404"}:
@@ -264,7 +311,7 @@ class Place:
         condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
         with _failing_as_os_error(f"Cannot write {self.uri}"):
             try:
-                response = _client(self.options).put_object(**_address(self.uri), Body=data, **condition)
+                response = _client(self.options).put_object(**_address(self), Body=data, **condition)
                 return cast(str, response["ETag"])
             except ClientError as error:
                 if _code(error) in _UNMET:
@@ -330,17 +377,54 @@ def _resolved(options: S3Options) -> S3Options:
 
 
 def _hidden(below: str) -> bool:
-    return any(part.startswith(".") and part not in {".", ".."} for part in below.split("/"))
+    """Whether a path below an input has a hidden folder or name. A `._` file is not hidden, but listed and counted."""
+    *folders, name = below.split("/")
+    dotted = [part.startswith(".") and part not in {".", ".."} for part in (*folders, name)]
+    return any(dotted[:-1]) or (dotted[-1] and not name.startswith("._"))
 
 
-def _list_local(place: Place) -> Iterator[StoredObject]:
-    if os.path.isfile(place.uri):
-        yield StoredObject(place, os.path.getsize(place.uri), None)
-    for folder, folders, names in os.walk(place.uri):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+def _stored_local(place: Place) -> "StoredObject":
+    return StoredObject(place, os.path.getsize(place.uri) if os.path.exists(place.uri) else 0, None)
+
+
+def _list_local(place: Place, enters: Callable[[str], bool] | None, left_out: Counter[str]) -> Iterator["StoredObject"]:
+    """Walk a folder. A link to a folder is followed once, unless its target is listed anyway or holds the input."""
+    root = os.path.realpath(place.uri)
+    followed: set[str] = set()
+
+    def wanted(folder: str, name: str) -> bool:
+        path = os.path.join(folder, name)
+        if name.startswith("."):
+            left_out[HIDDEN] += 1
+            return False
+        if enters is not None and not enters(path):
+            return False
+        if os.path.islink(path):
+            target = os.path.realpath(path)
+            listed = [root, *followed]
+            if any(_below(other, target) for other in listed):
+                left_out["links to folders that are listed under another name"] += 1
+                return False
+            if any(_below(target, other) for other in listed):  # the walk would not end
+                left_out["links to folders that hold the input"] += 1
+                return False
+            followed.add(target)
+        return True
+
+    def unreadable(error: OSError) -> None:
+        left_out[f"folders that cannot be read ({error.strerror})"] += 1
+
+    for folder, folders, names in os.walk(place.uri, onerror=unreadable, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if wanted(folder, name)]
         for name in sorted(names):
-            path = f"{folder}/{name}"
-            yield StoredObject(place.with_uri(path), os.path.getsize(path) if os.path.exists(path) else 0, None)
+            if _hidden(name):
+                left_out[HIDDEN] += 1
+            else:
+                yield _stored_local(place.with_uri(os.path.join(folder, name)))
+
+
+def _below(folder: str, path: str) -> bool:
+    return f"{path}/".startswith(f"{folder.rstrip('/')}/")
 
 
 def _read_local(path: str, max_bytes: int, span: tuple[int, int] | None) -> bytes:
@@ -392,6 +476,8 @@ def _client(options: S3Options, attempts: int = 3) -> Any:
 @lru_cache(maxsize=8)
 def _new_client(options: S3Options, attempts: int) -> Any:
     config = BotoConfig(
+        # R2, Ceph and MinIO refuse a write with a checksum that they do not know.
+        request_checksum_calculation="when_required",
         connect_timeout=5,
         read_timeout=10,
         retries={"mode": "standard", "total_max_attempts": attempts},
@@ -399,7 +485,19 @@ def _new_client(options: S3Options, attempts: int) -> Any:
         signature_version=UNSIGNED if options.unsigned else None,
     )
     session = boto3.session.Session()  # the default session is not safe to share between threads
-    return session.client("s3", endpoint_url=options.endpoint_url, region_name=options.region, config=config)
+    client = session.client("s3", endpoint_url=options.endpoint_url, region_name=options.region, config=config)
+    if attempts > 1:
+        client.meta.events.register("needs-retry.s3", lambda **request: _pause_if_busy(attempts, **request))
+    return client
+
+
+def _pause_if_busy(most: int, response: Any, attempts: int, **_: Any) -> float | None:
+    """Seconds until a request is repeated, for codes of other stores than AWS that botocore does not repeat."""
+    code = "" if response is None else str(response[1].get("Error", {}).get("Code", ""))
+    status = 0 if response is None else response[0].status_code
+    if attempts >= most or not (code in _BUSY or status == 429):
+        return None
+    return float(random.uniform(0.5, 1.0) * _FIRST_PAUSE * 2**attempts)
 
 
 def _split_s3(uri: str) -> tuple[str, str]:
@@ -410,33 +508,133 @@ def _split_s3(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
-def _address(uri: str) -> dict[str, str]:
-    bucket, key = _split_s3(uri)
-    return {"Bucket": bucket, "Key": key}
+def _paying(options: S3Options) -> dict[str, str]:
+    return {"RequestPayer": "requester"} if options.request_payer else {}
 
 
-def _list_s3(place: Place) -> Iterator[StoredObject]:
-    bucket, prefix = _split_s3(place.uri)
+def _address(place: Place) -> dict[str, str]:
+    bucket, key = _split_s3(place.uri)
+    return {"Bucket": bucket, "Key": key, **_paying(place.options)}
+
+
+@contextmanager
+def _listing(place: Place) -> Iterator[None]:
     try:
-        pages = _client(place.options).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        for page in pages:
+        yield
+    except (ClientError, BotoCoreError) as error:
+        raise InputError(f"Cannot list {place.uri}: {error}. Check bucket, endpoint and credentials.") from error
+
+
+def _first_s3(place: Place) -> "StoredObject | None":
+    """The first object whose key begins with that of `place`."""
+    bucket, prefix = _split_s3(place.uri)
+    with _listing(place):
+        page = _client(place.options).list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1, **_paying(place.options))
+    found = page.get("Contents", ())
+    return _stored_s3(place, bucket, found[0]) if found else None
+
+
+def _stored_s3(place: Place, bucket: str, item: Mapping[str, Any]) -> "StoredObject":
+    return StoredObject(place.with_uri(f"s3://{bucket}/{item['Key']}"), int(item["Size"]), item["ETag"])
+
+
+def _found_s3(place: Place) -> "Place | StoredObject | None":
+    _, key = _split_s3(place.uri)
+    if place.uri.endswith("/"):
+        return place
+    folder = place.with_uri(f"{place.uri}/")
+    if not key:
+        return folder
+    first = _first_s3(place)  # the object of this very key comes first
+    if first is None:
+        return None
+    if first.uri == place.uri and first.bytes:
+        return first
+    if _first_s3(folder):
+        return folder
+    return first if first.uri == place.uri else place
+
+
+def _list_s3(place: Place, left_out: Counter[str]) -> Iterator["StoredObject"]:
+    bucket, prefix = _split_s3(place.uri)
+    pages = _client(place.options).get_paginator("list_objects_v2")
+    with _listing(place):
+        for page in pages.paginate(Bucket=bucket, Prefix=prefix, **_paying(place.options)):
             for item in page.get("Contents", ()):
-                found = place.with_uri(f"s3://{bucket}/{item['Key']}")
-                yield StoredObject(found, int(item["Size"]), item["ETag"])
-    except (ClientError, BotoCoreError) as error:
-        raise InputError(f"Cannot list {place.uri}: {error}. Check bucket, endpoint and credentials.") from error
+                if item["Key"].endswith("/"):
+                    continue  # a marker of an empty folder
+                if _hidden(_below_prefix(place, f"s3://{bucket}/{item['Key']}")):
+                    left_out[HIDDEN] += 1
+                else:
+                    yield _stored_s3(place, bucket, item)
 
 
-def _folders_s3(place: Place) -> list[Place]:
+def _below_prefix(place: Place, uri: str) -> str:
+    """The path below a folder. Below a prefix that is no folder, the first name is left out: the user has named it."""
+    below = uri.removeprefix(place.uri)
+    return below if place.uri.endswith("/") else below.partition("/")[2]
+
+
+def _folders_s3(place: Place, left_out: Counter[str]) -> list[Place]:
     bucket, prefix = _split_s3(place.uri)
-    try:
-        page = _client(place.options).list_objects_v2(Bucket=bucket, Prefix=prefix, Delimiter="/")
-    except (ClientError, BotoCoreError) as error:
-        raise InputError(f"Cannot list {place.uri}: {error}. Check bucket, endpoint and credentials.") from error
+    with _listing(place):
+        page = _client(place.options).list_objects_v2(
+            Bucket=bucket, Prefix=prefix, Delimiter="/", **_paying(place.options)
+        )
     folders = [f"s3://{bucket}/{item['Prefix']}" for item in page.get("CommonPrefixes", ())]
     if page.get("IsTruncated") or page.get("Contents") or len(folders) < 2:
         return [place]
-    return [place.with_uri(folder) for folder in folders if not _hidden(folder.removeprefix(place.uri))]
+    seen = [folder for folder in folders if not _hidden(_below_prefix(place, folder))]
+    left_out[HIDDEN] += len(folders) - len(seen)
+    return [place.with_uri(folder) for folder in seen]
+
+
+class _S3File(io.RawIOBase):
+    """An object as a file that can seek. Each read is one request for a range, with the retries of `Place.read`."""
+
+    def __init__(self, place: Place) -> None:
+        self._place, self._at = place, 0
+        with _failing_as_os_error(f"Cannot read {place.uri}"):
+            try:
+                facts = _client(place.options).head_object(**_address(place))
+            except ClientError as error:
+                if _code(error) in _MISSING:
+                    raise FileNotFoundError(f"{place.uri} does not exist") from error
+                raise
+        self._size, self._etag = int(facts["ContentLength"]), str(facts["ETag"])
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        return b"".join(iter(lambda: self._read(_STREAM_BUFFER), b""))
+
+    def _read(self, size: int) -> bytes:
+        size = min(size, self._size - self._at)
+        if size <= 0:
+            return b""
+        try:
+            data = _read_s3(self._place, size, self._etag, (self._at, size))
+        except ReadError as error:
+            kind = FileNotFoundError if error.item_code == "not_found" else OSError
+            raise kind(f"Cannot read {self._place.uri}: {error}") from error
+        self._at += len(data)
+        return data
 
 
 def _read_s3(place: Place, max_bytes: int, etag: str | None, span: tuple[int, int] | None) -> bytes:
@@ -466,7 +664,7 @@ def _get(place: Place, max_bytes: int, etag: str | None, span: tuple[int, int] |
     condition = {"IfMatch": etag} if etag else {}
     if span:
         condition["Range"] = f"bytes={span[0]}-{span[0] + span[1] - 1}"
-    response = client.get_object(**_address(place.uri), **condition)
+    response = client.get_object(**_address(place), **condition)
     body = response["Body"]
     with body as stream:  # the raw stream; `body` checks length and checksum
         if response["ContentLength"] > max_bytes:

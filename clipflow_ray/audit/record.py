@@ -83,10 +83,11 @@ class AuditRecord(Judged, FinishedRecord[AuditIdentity]):
     calibration: CalibrationCard = Field(description="What alpha means with this calibration.")
     ledger: str = Field(description="URI of the folder with the ledger's parquet files.")
     report: str = Field(description="URI of the report's page.")
+    exported: str | None = Field(None, description="URI of the csv file of `--export`; null if there is none.")
 
     @property
     def error_rate(self) -> float:
-        """Share of errors among the objects that were read."""
+        """Share of errors among the objects that are images or call themselves so, and are in the sample."""
         counts = self.by_status
         read = counts.get("error", 0) + counts.get("ok", 0) + counts.get("skipped_duplicate", 0)
         return counts.get("error", 0) / read if read else 0.0
@@ -96,7 +97,7 @@ class AuditPlan(Closed):
     """What `audit --dry-run` prints: the amount of work, and its duration at the speed of one batch."""
 
     objects: int = Field(description="Listed objects.")
-    to_score: int = Field(description="Objects in the sample.")
+    to_score: int = Field(description="Objects in the sample, without those that are known to be no images.")
     bytes: int = Field(
         description="Total bytes of the listed objects; an object whose size the listing does not give counts 0."
     )

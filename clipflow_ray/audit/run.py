@@ -9,10 +9,12 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from ray.data import Dataset
 
 from clipflow_ray import __version__
+from clipflow_ray.audit.export import export_csv
 from clipflow_ray.audit.judging import Judge, PValues
 from clipflow_ray.audit.ledger import EMBEDDINGS, LEDGER, SCORED, calibration_card, finalize, judged
 from clipflow_ray.audit.progress import reported
@@ -145,6 +147,7 @@ def judged_run(
         calibration=calibration_card(calibration, rule),
         ledger=(run.place / LEDGER).uri,
         report=(run.place / PAGE).uri,
+        exported=export_csv(run, config.export),
         **dict(totals.judged()),
     )
     write_report(run, record, totals, config.inventory)
@@ -160,6 +163,9 @@ def _judged_again(run: Run, record: AuditRecord, config: AuditConfig, calibratio
         config.dedupe,
     ):
         log.info("this audit is already finished")
+        if config.export != "none":
+            record = record.model_copy(update={"exported": export_csv(run, config.export)})
+            run.succeed(record)
         return record
     return judged_run(run, record, config, record.timing, calibration, record.config)
 
@@ -172,13 +178,14 @@ def plan(config: AuditConfig) -> AuditPlan:
     if not config.input:
         raise ConfigError("Name at least one --input to audit.")
     loaded = load_checkpoint(Place.at(config.checkpoint, config.s3))
-    objects, size, names = 0, 0, Counter[str]()
+    objects, readable, size, names = 0, 0, 0, Counter[str]()
     for row in rows(places(config.input, config.s3), config.inventory):
         objects += 1
+        readable += row["problem"] is None
         size += row["bytes"] or 0
         names[os.path.splitext(row["member"] or row["uri"])[1].lower() or "none"] += 1
     resources.connect()
-    scored = round(objects * config.sample)
+    scored = round(readable * config.sample)
     cluster = resources.Cluster.live()
     if cluster.can_add:  # nothing is asked for, so no node is added
         cluster = replace(cluster, can_add=lambda bundles: True)
@@ -229,7 +236,7 @@ def judge_again(changes: AuditConfig) -> AuditRecord:
 
 def _check_readable(config: AuditConfig, run: Run) -> None:
     """Raise InputError if access to the first few objects is denied, because all others would probably fail too."""
-    few = run.table(MANIFEST).head(_TRIED_FIRST)
+    few = run.table(MANIFEST).head(_TRIED_FIRST, filter=pc.field("problem").is_null())
     tried = read_bytes(few, run.place, config.limits, config.inventory)
     if all(isinstance(outcome, ReadError) and outcome.item_code == "access_denied" for outcome in tried):
         raise InputError(

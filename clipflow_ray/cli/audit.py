@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipflow_ray.cli.exits import TOO_MANY_ERRORS, TOO_MANY_FLAGGED
+from clipflow_ray.cli.exits import FAILED, TOO_MANY_ERRORS, TOO_MANY_FLAGGED
 from clipflow_ray.cli.options import (
     AcceleratorType,
     Alpha,
@@ -17,13 +17,16 @@ from clipflow_ray.cli.options import (
     Dedupe,
     Encoders,
     Endpoint,
+    Exclude,
     Format,
     GpusPerEncoder,
     GroupBy,
     GroupColumn,
+    Include,
     Inputs,
     LabelColumn,
     Output,
+    Payer,
     Precision,
     Region,
     Unsigned,
@@ -55,9 +58,12 @@ def audit(
     bytes_column: BytesColumn = None,
     group_column: GroupColumn = None,
     label_column: LabelColumn = None,
+    include: Include = None,
+    exclude: Exclude = None,
     endpoint_url: Endpoint = None,
     region: Region = None,
     unsigned: Unsigned = False,
+    request_payer: Payer = False,
     gallery: Annotated[
         int | None, typer.Option("--gallery", help="Images in each gallery of the report; default 24; 0 for none.")
     ] = None,
@@ -68,6 +74,10 @@ def audit(
     keep_embeddings: Annotated[
         bool, typer.Option("--keep-embeddings", help="Store the embeddings too, for `rescore` and `calibrate`.")
     ] = False,
+    export: Annotated[
+        str | None,
+        typer.Option("--export", help="csv: write the flagged rows to flagged.csv; csv-all: all rows to ledger.csv."),
+    ] = None,
     max_error_rate: Annotated[
         float | None, typer.Option("--max-error-rate", help="Exit with code 3 if a larger share fails; default 1.")
     ] = None,
@@ -97,13 +107,14 @@ def audit(
             "precision": precision,
             "alpha": alpha,
             "inventory": inventory_options(
-                input_format, group_by, uri_column, bytes_column, group_column, label_column
+                input_format, group_by, uri_column, bytes_column, group_column, label_column, include, exclude
             ),
-            "s3": s3_options(endpoint_url, region, unsigned),
+            "s3": s3_options(endpoint_url, region, unsigned, request_payer),
             "gallery": gallery,
             "sample": sample,
             "dedupe": dedupe,
             "keep_embeddings": keep_embeddings or None,
+            "export": export,
             "max_error_rate": max_error_rate,
             "pool": pool_options(encoders, gpus_per_encoder, accelerator_type, decoders),
             "batch_size": batch_size,
@@ -116,7 +127,7 @@ def audit(
         print(plan(settings).model_dump_json(indent=1))
         return
     record = run(settings)
-    print(record.model_dump_json(indent=1) if as_json else summary(record))
+    _print(record, as_json)
     if record.error_rate > settings.max_error_rate:
         print(
             f"{record.error_rate:.1%} of the objects failed; the limit is {settings.max_error_rate:.1%}.",
@@ -155,8 +166,7 @@ def rescore(
     )
     from clipflow_ray.audit.rescore import rescore as judge
 
-    record = judge(settings)
-    print(record.model_dump_json(indent=1) if as_json else summary(record))
+    _print(judge(settings), as_json)
 
 
 def finalize(
@@ -178,8 +188,15 @@ def finalize(
     )
     from clipflow_ray.audit.run import judge_again
 
-    record = judge_again(changes)
+    _print(judge_again(changes), as_json)
+
+
+def _print(record: "AuditRecord", as_json: bool) -> None:
+    """Print a record. Exit with FAILED if it has no score at all."""
     print(record.model_dump_json(indent=1) if as_json else summary(record))
+    if not record.by_status.get("ok"):
+        print(f"Nothing was scored: {record.rows} objects, {_counted(record.by_status)}.", file=sys.stderr)
+        sys.exit(FAILED)
 
 
 def summary(record: "AuditRecord") -> str:
@@ -198,7 +215,9 @@ def summary(record: "AuditRecord") -> str:
     if record.capped:
         lines.append(f"inconclusive for this reason alone, and not counted as flagged: {record.capped}")
     lines.append(f"{timing.objects_per_second:.1f} images/s over {timing.seconds:.0f} s, start-up included")
-    lines += [f"ledger: {record.ledger}", f"report: {record.report}", DISCLAIMER]
+    lines += [f"ledger: {record.ledger}", f"report: {record.report}"]
+    lines += [f"csv: {record.exported}"] if record.exported else []
+    lines.append(DISCLAIMER)
     return "\n".join(lines)
 
 

@@ -15,11 +15,14 @@ from clipflow_ray.cli.options import (
     Decoders,
     Encoders,
     Endpoint,
+    Exclude,
     Format,
     GpusPerEncoder,
     GroupBy,
     GroupColumn,
+    Include,
     Output,
+    Payer,
     Region,
     Unsigned,
     UriColumn,
@@ -45,6 +48,8 @@ def evaluate(
     uri_column: UriColumn = None,
     bytes_column: BytesColumn = None,
     group_column: GroupColumn = None,
+    include: Include = None,
+    exclude: Exclude = None,
     seeds: Annotated[
         list[str] | None, typer.Option("--seed-checkpoint", help="Same training with another seed; repeatable.")
     ] = None,
@@ -64,6 +69,7 @@ def evaluate(
     endpoint_url: Endpoint = None,
     region: Region = None,
     unsigned: Unsigned = False,
+    request_payer: Payer = False,
     encoders: Encoders = None,
     gpus_per_encoder: GpusPerEncoder = None,
     accelerator_type: AcceleratorType = None,
@@ -81,11 +87,13 @@ def evaluate(
                 "output": folder,
                 "checkpoint": checkpoint,
                 "alpha": alpha,
-                "inventory": inventory_options(input_format, group_by, uri_column, bytes_column, group_column),
+                "inventory": inventory_options(
+                    input_format, group_by, uri_column, bytes_column, group_column, include=include, exclude=exclude
+                ),
                 "seeds": tuple(seeds or ()),
                 "robustness": robustness,
                 "gallery": gallery,
-                "s3": s3_options(endpoint_url, region, unsigned),
+                "s3": s3_options(endpoint_url, region, unsigned, request_payer),
                 "pool": pool_options(encoders, gpus_per_encoder, accelerator_type, decoders),
             },
         )

@@ -8,7 +8,16 @@ from clipflow_ray.config import CHECKPOINTS, PrecisionChoice
 from clipflow_ray.inputs.registry import FORMATS
 
 Inputs = Annotated[
-    list[str] | None, typer.Option("--input", help="Folder, s3:// prefix, parquet file, tar or list; repeatable.")
+    list[str] | None,
+    typer.Option("--input", help="Folder, s3:// prefix, table, archive, list, or a pattern of these; repeatable."),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option("--include", help="List only files that this pattern fits, such as '*.jpg'; repeatable."),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", help="List no files that this pattern fits, such as 'thumbs/**'; repeatable."),
 ]
 Output = Annotated[str | None, typer.Option("--output", help="Folder or s3:// prefix to write to.")]
 Checkpoint = Annotated[
@@ -29,13 +38,14 @@ ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file with
 Endpoint = Annotated[str | None, typer.Option("--endpoint-url", help="S3 endpoint; default: AWS_ENDPOINT_URL.")]
 Region = Annotated[str | None, typer.Option("--region", help="S3 region.")]
 Unsigned = Annotated[bool, typer.Option("--unsigned", help="Read public buckets without credentials.")]
+Payer = Annotated[bool, typer.Option("--request-payer", help="Pay for the requests to a requester-pays bucket.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Alpha = Annotated[float | None, typer.Option("--alpha", help="False-positive rate to flag at; default 0.01.")]
 Format = Annotated[str | None, typer.Option("--input-format", help=f"One of auto, {', '.join(FORMATS)}; default auto.")]
 GroupBy = Annotated[str | None, typer.Option("--group-by", help="prefix:N: by the first N folders; default prefix:1.")]
 UriColumn = Annotated[str | None, typer.Option("--uri-column", help="Column with URIs; default uri.")]
 BytesColumn = Annotated[
-    str | None, typer.Option("--bytes-column", help="Column with image bytes; default: the first column of bytes.")
+    str | None, typer.Option("--bytes-column", help="Column with image bytes; default: the first that holds images.")
 ]
 GroupColumn = Annotated[str | None, typer.Option("--group-column", help="Column with groups; default group.")]
 Dedupe = Annotated[str | None, typer.Option("--dedupe", help="sha256: count equal files once; default none.")]
@@ -62,6 +72,8 @@ def inventory_options(
     bytes_column: str | None,
     group_column: str | None,
     label_column: str | None = None,
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
 ) -> dict[str, Any]:
     """The `inventory` settings that the flags give; None for a flag that was not given."""
     return {
@@ -71,12 +83,21 @@ def inventory_options(
         "bytes_column": bytes_column,
         "group_column": group_column,
         "label_column": label_column,
+        "include": tuple(include) if include else None,
+        "exclude": tuple(exclude) if exclude else None,
     }
 
 
-def s3_options(endpoint_url: str | None, region: str | None, unsigned: bool) -> dict[str, Any]:
+def s3_options(
+    endpoint_url: str | None, region: str | None, unsigned: bool, request_payer: bool = False
+) -> dict[str, Any]:
     """The `s3` settings that the flags give; None for a flag that was not given."""
-    return {"endpoint_url": endpoint_url, "region": region, "unsigned": unsigned or None}
+    return {
+        "endpoint_url": endpoint_url,
+        "region": region,
+        "unsigned": unsigned or None,
+        "request_payer": request_payer or None,
+    }
 
 
 def pool_options(

@@ -1,7 +1,8 @@
 """Ray Data tasks that read and decode images: manifest rows -> described rows with a view.
 
 Batches are Arrow tables. A row that cannot be read or decoded keeps its place with status `error`; its view is null.
-This module must not import torch, which would delay the first image of a worker process by seconds.
+A row that is no image and does not call itself one gets the status `skipped_not_image` in the same way. This module
+must not import torch, which would delay the first image of a worker process by seconds.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from clipflow_ray import sandbox
 from clipflow_ray.columns import Status, add_columns
 from clipflow_ray.config import ImageLimits, InventoryOptions, ViewSpec
-from clipflow_ray.errors import ItemError
+from clipflow_ray.errors import ItemError, NotAnImage
 from clipflow_ray.images import DecodedImage
 from clipflow_ray.inputs.reading import read_bytes
 from clipflow_ray.model.finding import FileFacts
@@ -79,7 +80,7 @@ def described(table: pa.Table, outcomes: Sequence[ReadImage], views: Sequence[by
         **{field.name: [f and getattr(f, field.name) for f in facts] for field in fields(FileFacts)},
         "stratum": [f and f.stratum for f in facts],
         "status": [_status(o.image) for o in outcomes],
-        "error_code": [e and e.item_code for e in errors],
+        "error_code": [None if isinstance(e, NotAnImage) else e and e.item_code for e in errors],
         "error_message": [e and str(e) for e in errors],
         VIEW: views,
     }
@@ -108,4 +109,6 @@ def read_and_decode(
 def _status(image: DecodedImage | ItemError | None) -> Status:
     if image is None:
         return "skipped_sample"
+    if isinstance(image, NotAnImage):
+        return "skipped_not_image"
     return "error" if isinstance(image, ItemError) else "ok"

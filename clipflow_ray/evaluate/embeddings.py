@@ -11,7 +11,7 @@ import pyarrow.dataset as pads
 from numpy.typing import NDArray
 
 from clipflow_ray.columns import manifest_table
-from clipflow_ray.config import CalibrateConfig, EvaluateConfig, Segment, stable_hash
+from clipflow_ray.config import CalibrateConfig, EvaluateConfig, InventoryOptions, Segment, stable_hash
 from clipflow_ray.data import resources
 from clipflow_ray.data.pipeline import read_then_encode
 from clipflow_ray.data.scoring import Embed

@@ -14,5 +14,7 @@ FORMATS: Final = {
     "manifest": "clipflow_ray.inputs.lists:Lists",
     "parquet": "clipflow_ray.inputs.parquet:Parquet",
     "webdataset": "clipflow_ray.inputs.webdataset:Webdataset",
+    "tarstream": "clipflow_ray.inputs.webdataset:Tarstream",
+    "zip": "clipflow_ray.inputs.zips:Zip",
     "hf": "clipflow_ray.inputs.imagefolder:Imagefolder",
 }

@@ -81,7 +81,11 @@ def extract(config: TrainConfig) -> Run:
         # Without the sizes, so that a run with more segments can be reused. The segments name their sizes.
         encoder_fingerprint=fingerprint(config.encoder, tower, tower.view.sizes),
         proxies=config.proxies,
-        parts=assigned(((row["row_id"], row["group"]) for row in listed), config.split, config.allow_small),
+        parts=assigned(
+            ((row["row_id"], row["group"]) for row in listed if row["problem"] is None),
+            config.split,
+            config.allow_small,
+        ),
         limits=config.limits,
         tool_version=__version__,
         segments=stored,

@@ -46,7 +46,7 @@ def test_help_names_every_command() -> None:
         (("audit", "--output", "x"), "--input"),
         (("audit", "--input", "x"), "output"),
         (("audit", "--input", "x", "--output", "y", "--alpha", "2"), "alpha"),
-        (("score", "/no/such/file.jpg"), "No such file"),
+        (("score", "x.jpg", "--csv", "--json"), "not both"),
         (("evaluate", "--natural", "x", "--output", "y"), "generated"),
         (("evaluate", "--natural", "x", "--generated", "x", "--output", "y"), "both labels"),
     ],
@@ -70,9 +70,9 @@ def test_score_prints_one_json_line_for_each_file_and_an_error_line_for_a_bad_on
     good.write_bytes(encoded(photo(1)))
     bad.write_bytes(b"text")
     done = run("score", str(good), str(bad), "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 3, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line["status"] for line in lines] == ["ok", "error"]
+    assert [(line["index"], line["status"]) for line in lines] == [(0, "ok"), (1, "error")]
     assert lines[1]["error"]["code"] == "unsupported_format"
     assert lines[0]["verdict"] in {"likely_ai", "inconclusive", "no_ai_signal"}
     assert "not proof" in done.stderr

@@ -1,7 +1,9 @@
 """The same images in every kind of input: as files, lists, parquet, tar shards and imagefolders, on disk and on S3."""
 
+import csv
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from clipflow_ray.inputs.format import Row
 from clipflow_ray.inputs.listing import sources
 from clipflow_ray.inputs.manifest import write_manifest
 from clipflow_ray.place import Place
+from tests.accounts import tar, write
 from tests.conftest import encoded, photo, s3_client
 
 IMAGES = {f"{label}/{at} +%2F'.jpg": encoded(photo(3000 + at)) for at, label in enumerate(("cat", "dog") * 4)}
@@ -90,8 +93,11 @@ def test_every_kind_of_input_gives_the_scores_of_the_files(
     on_disk = {kind: str(path) for kind, path in files.items() if kind != "txt"}
     sources = (*on_disk.values(), *stored.values())
     config = AuditConfig(input=sources, output=str(tmp_path / "run"), checkpoint=trained, alpha=0.1, s3=s3.options)
-    rows = ledger(audit(config))
-    assert len({row["row_id"] for row in rows}) == len(rows) == len(IMAGES) * len(sources)
+    listed_rows = ledger(audit(config))
+    rows = [row for row in listed_rows if row["status"] == "ok"]
+    assert Counter(row["status"] for row in listed_rows)["skipped_not_image"] == 2 * len(IMAGES)  # json in two tars
+    assert len({row["row_id"] for row in listed_rows}) == len(listed_rows) == len(rows) + 2 * len(IMAGES)
+    assert len(rows) == len(IMAGES) * len(sources)
     assert all(row["score"] == pytest.approx(reference[row["sha256"]], rel=1e-5) for row in rows)
     containers = {"tar": on_disk["tar"], "parquet": on_disk["parquet"]} | {
         f"stored {kind}": stored[kind] for kind in ("tar", "parquet")
@@ -152,7 +158,7 @@ def test_a_list_with_repeats_missing_files_and_bad_uris_gives_a_row_for_each_lin
     rows = ledger(record)
     assert len({row["row_id"] for row in rows}) == len(rows) == len(lines)
     assert record.by_status == {"error": 3, "ok": 2, "skipped_duplicate": 2}
-    assert record.by_error_code == {"bad_uri": 2, "not_found": 1}
+    assert record.by_error_code == {"bad_uri": 1, "not_found": 2}
     first = {row["row_id"] for row in rows if row["uri"] == good[0] and row["dup_of"] is None}
     repeats = [row for row in rows if row["dup_of"]]
     assert {row["dup_of"] for row in repeats} == first and len(repeats) == 2
@@ -187,10 +193,39 @@ def test_a_listing_made_again_after_the_input_shrank_leaves_no_old_part(
     assert sorted(path.name for path in manifest.iterdir()) == ["mine.txt", "part-00000-00000.parquet"]
 
 
-def test_an_input_that_does_not_read_is_an_input_error_and_not_a_traceback(cluster: None, tmp_path: Path) -> None:
+def test_inputs_that_hold_nothing_to_read_are_refused_in_one_sentence_before_work(
+    cluster: None, tmp_path: Path
+) -> None:
     (tmp_path / "broken.tar").write_bytes(b"this is not a tar" * 100)
-    with pytest.raises(InputError, match="does not read as an uncompressed tar"):
+    with pytest.raises(InputError, match=r"hold no images: read_failed: broken\.tar is not what its name says"):
         write_manifest([Place.at(tmp_path / "broken.tar")], Place.at(tmp_path / "m"))
+    write(tmp_path / "words", [("a.txt", b"x"), ("b.md", b"x")])
+    with pytest.raises(InputError, match=r"hold no images: Files whose names end in \.txt are no pictures"):
+        write_manifest([Place.at(tmp_path / "words")], Place.at(tmp_path / "m"))
+
+
+def test_a_mixed_folder_is_audited_whole_and_exported(
+    cluster: None, trained: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pictures, captions, a compressed shard, a broken one and a hidden file, through an audit."""
+    data = list(IMAGES.values())
+    write(tmp_path / "in", [("a.jpg", data[0]), ("a.txt", b"words"), ("broken.tar", b""), (".hidden.jpg", data[1])])
+    tar(tmp_path / "in/s.tar.gz", [(f"{at}.jpg", content) for at, content in enumerate(data)], "w:gz")
+    config = AuditConfig(
+        input=(str(tmp_path / "in"),), output=str(tmp_path / "run"), checkpoint=trained, alpha=0.1, export="csv-all"
+    )
+    with caplog.at_level(logging.INFO):
+        record = audit(config)
+    assert record.by_status == {"error": 1, "ok": len(data) + 1, "skipped_not_image": 1}
+    assert record.by_error_code == {"read_failed": 1} and record.error_rate == 1 / (len(data) + 2)
+    assert "input: 8 rows as tarstream, 2 rows as images, 1 rows as webdataset" in caplog.text
+    assert "left out: 1 hidden files or folders (leading dot)" in caplog.text
+    assert record.exported == str(tmp_path / "run/ledger.csv")
+    with open(record.exported, encoding="utf-8", newline="") as file:
+        exported = {row["row_id"]: row for row in csv.DictReader(file)}
+    assert {key: row["status"] for key, row in exported.items()} == {
+        row["row_id"]: row["status"] for row in ledger(record)
+    }
 
 
 class Endless(BaseHTTPRequestHandler):

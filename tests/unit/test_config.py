@@ -160,7 +160,7 @@ def test_the_command_line_of_a_report_gives_the_settings_of_its_audit(monkeypatc
         "checkpoint": "checkpoint",
         "precision": "bfloat16",
         "alpha": 0.0123456,
-        "s3": {"endpoint_url": "http://store", "region": "eu-north-1", "unsigned": True},
+        "s3": {"endpoint_url": "http://store", "region": "eu-north-1", "unsigned": True, "request_payer": True},
         "inventory": {
             "input_format": "parquet",
             "group_by": "prefix:2",
@@ -168,11 +168,14 @@ def test_the_command_line_of_a_report_gives_the_settings_of_its_audit(monkeypatc
             "bytes_column": "image",
             "group_column": "site",
             "label_column": "kind",
+            "include": ["*.jpg", "a b/**"],
+            "exclude": ["thumbs"],
         },
         "sample": 0.25,
         "dedupe": "sha256",
         "gallery": 0,
         "keep_embeddings": True,
+        "export": "csv-all",
         "max_error_rate": 0.5,
     }
     config = validated(AuditConfig, changed)

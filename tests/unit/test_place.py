@@ -7,10 +7,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import boto3
 import pyarrow as pa
@@ -20,7 +21,9 @@ import pytest
 
 from clipflow_ray.config import AuditConfig, EvaluateConfig
 from clipflow_ray.errors import ITEM_CODES, ImageError, InputError, ItemError, ReadError
-from clipflow_ray.place import Place, settled
+from clipflow_ray.inputs.listing import check_apart
+from clipflow_ray.place import HIDDEN, Place, settled
+from tests.accounts import PICTURES, account, counts, tar
 
 NASTY_KEYS = [
     "photos/plain.jpg",
@@ -297,6 +300,147 @@ def test_a_conditional_write_holds_only_for_the_etag_that_is_there(store: Place,
     assert place.read_with_etag() is None and place.write_if(b"5", second) is None
 
 
+def test_a_prefix_that_is_a_folder_takes_no_other_folder_and_another_one_loses_nothing(
+    store: Place, bucket: Any
+) -> None:
+    for key in ("images/a.jpg", "images-old/b.jpg", "images.jpg", "2024.01.02/x.jpg", "2024.01.03/.h.jpg"):
+        bucket.put_object(Bucket="shelf", Key=key, Body=b"x")
+
+    def under(prefix: str) -> list[str]:
+        return [item.uri.removeprefix("s3://shelf/") for item in store.with_uri(f"s3://shelf/{prefix}").objects()]
+
+    assert under("images") == under("images/") == ["images/a.jpg"]
+    assert under("2024") == ["2024.01.02/x.jpg"]
+    assert under("images.jpg") == ["images.jpg"]
+    assert under("images-") == ["images-old/b.jpg"]
+    found = [store.with_uri(f"s3://shelf/{name}").found() for name in ("images", "images.jpg", "2024", "nothing")]
+    assert [getattr(each, "uri", None) for each in found] == [
+        "s3://shelf/images/",
+        "s3://shelf/images.jpg",
+        "s3://shelf/2024",
+        None,
+    ]
+
+
+def test_what_is_hidden_is_counted(store: Place, bucket: Any, tmp_path: Path) -> None:
+    for name in ("counted/a.jpg", "counted/.h.jpg", "counted/.c/b.jpg", "counted/d/._a.jpg"):
+        bucket.put_object(Bucket="shelf", Key=name, Body=b"x")
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    for place in (store / "counted/", Place.at(tmp_path / "counted")):
+        left_out: Counter[str] = Counter()
+        names = [item.place.name for item in place.objects(left_out=left_out)]
+        assert sorted(names) == ["._a.jpg", "a.jpg"] and dict(left_out) == {HIDDEN: 2}
+
+
+def test_an_object_with_slashes_in_a_row_opens_as_a_file_and_ends_where_it_ends(store: Place, bucket: Any) -> None:
+    body = bytes(range(256)) * 1000
+    bucket.put_object(Bucket="shelf", Key="odd//a/./b", Body=body)
+    place = store.with_uri("s3://shelf/odd//a/./b")
+    with place.open() as file:
+        assert file.read(5) == body[:5]
+        file.seek(-3, os.SEEK_END)
+        assert file.read() == body[-3:] and file.read(1) == b""
+    with place.stream() as file:
+        assert file.read() == body
+    for missing in ("s3://shelf/odd/b", "s3://nowhere/b"):
+        with pytest.raises(FileNotFoundError):
+            store.with_uri(missing).open()
+
+
+class Picky(BaseHTTPRequestHandler):
+    """A store that is busy twice, and keeps what it was asked."""
+
+    protocol_version = "HTTP/1.1"  # answers `Expect: 100-continue`, for which boto3 would wait a second
+    asked: ClassVar[list[tuple[str, dict[str, str]]]] = []
+    answers: ClassVar[list[tuple[int, str]]] = []
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.asked.append((self.command, {name.lower(): value for name, value in self.headers.items()}))
+        status, code = self.answers.pop(0) if self.answers else (200, "")
+        body = f"<Error><Code>{code}</Code></Error>".encode() if code else b"<ListBucketResult></ListBucketResult>"
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", '"e"')
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_PUT = do_HEAD = do_GET
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def picky() -> Iterator[Place]:
+    Picky.asked.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Picky)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    s3 = {"endpoint_url": f"http://127.0.0.1:{server.server_port}", "region": "us-east-1", "request_payer": True}
+    yield Place("s3://shelf/key", AuditConfig(output="", s3=s3).s3)
+    server.shutdown()
+    server.server_close()
+
+
+def test_every_request_to_a_requester_pays_bucket_says_who_pays(picky: Place) -> None:
+    picky.read(10**6)
+    picky.write(b"x")
+    picky.write_if(b"x", None)
+    list((picky / "").objects(required=False))
+    picky.found()
+    picky.folders()
+    picky.open().close()
+    assert len(Picky.asked) == 7 and {method for method, _ in Picky.asked} == {"GET", "PUT", "HEAD"}
+    assert all(headers.get("x-amz-request-payer") == "requester" for _, headers in Picky.asked)
+
+
+def test_a_write_has_no_checksum_that_other_stores_refuse(picky: Place) -> None:
+    picky.write(b"x")
+    ((_, headers),) = Picky.asked
+    assert not [name for name in headers if name.startswith(("x-amz-checksum", "x-amz-sdk-checksum", "x-amz-trailer"))]
+
+
+@pytest.mark.parametrize("busy", [(503, "SlowDownWrite"), (429, "TooManyRequests"), (400, "RequestThrottled")])
+def test_a_busy_store_is_asked_again(picky: Place, busy: tuple[int, str]) -> None:
+    for ask in (lambda: picky.write(b"x"), lambda: picky.read(10**6), lambda: list((picky / "").objects(False))):
+        Picky.answers[:] = [busy]
+        ask()
+        assert not Picky.answers and len(Picky.asked) == 2
+        Picky.asked.clear()
+
+
+def test_an_output_inside_an_input_on_s3_is_refused_and_one_beside_it_is_not(store: Place, bucket: Any) -> None:
+    for key in ("taken/a.jpg", "takes.1/a.jpg"):
+        bucket.put_object(Bucket="shelf", Key=key, Body=b"x")
+    with pytest.raises(InputError, match="inside the input"):
+        check_apart([store / "taken"], store / "taken/out")
+    with pytest.raises(InputError, match="inside the input"):  # a prefix that is no folder would list the output
+        check_apart([store / "takes"], store / "takes-out")
+    check_apart([store / "taken", store / "nothing"], store / "taken-out")
+
+
+def test_tables_and_archives_are_read_from_keys_with_slashes_in_a_row(
+    store: Place, bucket: Any, tmp_path: Path
+) -> None:
+    pq.write_table(pa.table({"image": list(PICTURES)}), tmp_path / "a.parquet")
+    files = {
+        "a.parquet": (tmp_path / "a.parquet").read_bytes(),
+        "b.tar": tar(tmp_path / "b.tar").read_bytes(),
+        "c.tar.gz": tar(tmp_path / "c.tar.gz", mode="w:gz").read_bytes(),
+        "list.csv": b"uri\nx.jpg\n./x.jpg\n",
+        "x.jpg": PICTURES[0],
+    }
+    for name, content in files.items():
+        bucket.put_object(Bucket="shelf", Key=f"many//{name}", Body=content)
+    found = account(store / "many", store.with_uri("s3://shelf/many//list.csv"))
+    assert counts(found) == {"ok": 15, "skipped_not_image": 1}
+    assert {row["uri"] for row in found} == {f"s3://shelf/many//{name}" for name in files}
+    pattern = account(store.with_uri("s3://shelf/many//{a,b}.*"))
+    assert counts(pattern) == {"ok": 8}
+
+
 def test_folders_are_listed_apart_only_if_they_hold_everything(store: Place, bucket: Any, tmp_path: Path) -> None:
     for key in ("parted/a/1.jpg", "parted/b/2.jpg", "parted/.c/3.jpg", "mixed/a/1.jpg", "mixed/b/2.jpg", "mixed/3.jpg"):
         bucket.put_object(Bucket="shelf", Key=key, Body=b"x")
@@ -421,9 +565,10 @@ def test_options_take_the_environment_but_not_over_what_is_set(monkeypatch: pyte
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://general")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://special")
     monkeypatch.setenv("AWS_REGION", "eu-north-1")
-    chosen = {"endpoint_url": "http://mine", "region": "us-west-2", "unsigned": True}
+    chosen = {"endpoint_url": "http://mine", "region": "us-west-2", "unsigned": True, "request_payer": True}
+    environment = {"endpoint_url": "http://special", "region": "eu-north-1", "unsigned": False, "request_payer": False}
     for s3, expected in (
-        ({}, {"endpoint_url": "http://special", "region": "eu-north-1", "unsigned": False}),
+        ({}, environment),
         (chosen, chosen),
     ):
         config = EvaluateConfig(natural=("a",), output="s3://b/out/", s3=s3)
