@@ -55,11 +55,12 @@ class ImageLimits(Config):
     """Limits of one encoded image, checked before its pixels are decoded, and of the time to decode it."""
 
     max_bytes: int = 64 * 2**20
-    max_pixels: int = 50_000_000
-    max_side: int = 12_000
+    max_pixels: int = 120_000_000
+    max_side: int = 20_000
     min_side: int = 32
     max_jpeg_scans: int = 100
-    max_seconds: float = Field(2.0, gt=0, description="wall-clock time of one decoding")
+    max_seconds: float = Field(10.0, gt=0, description="processor time of one decoding, whatever else the machine does")
+    max_wall_seconds: float = Field(60.0, gt=0, description="time after which a decoding counts as hanging")
 
 
 class S3Options(Config):

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from typing import Final
 
 from clipflow_ray.config import DISCLAIMER, ServeConfig
+from clipflow_ray.containers import FORMATS
 from clipflow_ray.data.resources import cores
 from clipflow_ray.errors import ItemError
-from clipflow_ray.images import FORMATS, DecodedImage
+from clipflow_ray.images import DecodedImage
 from clipflow_ray.model.finding import FileFacts, Finding, judged, refused
 from clipflow_ray.serve import body
 from clipflow_ray.serve.body import Submission, Upload

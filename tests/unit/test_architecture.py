@@ -17,7 +17,7 @@ FLOORS = (
     ("config",),
     ("statistics", "columns", "compat"),
     ("place",),
-    ("images",),
+    ("containers", "images"),
     ("sandbox",),
     ("proxies",),
     ("model",),
