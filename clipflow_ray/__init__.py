@@ -3,14 +3,19 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from clipflow_ray.config import ImageLimits
     from clipflow_ray.model.detector import Detector
 
 __version__ = "0.1.0"
 __all__ = ["Detector", "__version__", "load_detector"]
 
 
-def load_detector(path: str | None = None, device: str | None = None) -> "Detector":
+def load_detector(
+    path: str | None = None, device: str | None = None, limits: "ImageLimits | None" = None
+) -> "Detector":
     """The detector of the checkpoint directory `path`, or of the packaged checkpoint, on a torch `device`.
+
+    An image beyond `limits` is not scored; the default is `ImageLimits()`.
 
     Fetches the encoder weights if this machine does not have them. Raises CheckpointError, CalibrationError,
     WeightsError or EncoderMismatchError if a part is unusable.
@@ -18,7 +23,7 @@ def load_detector(path: str | None = None, device: str | None = None) -> "Detect
     from clipflow_ray.config import DEFAULT_CHECKPOINT
     from clipflow_ray.model.detector import Detector
 
-    return Detector.from_checkpoint(path or DEFAULT_CHECKPOINT, device)
+    return Detector.from_checkpoint(path or DEFAULT_CHECKPOINT, device, limits)
 
 
 def __getattr__(name: str) -> Any:

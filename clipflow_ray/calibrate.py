@@ -207,7 +207,6 @@ def _photographs(
         alpha=alpha,
         s3=config.s3,
         inventory=config.inventory,
-        limits=checkpoint.limits,
         gallery=0,
     )
     if audit(run).manifest_rows != listed:

@@ -41,6 +41,11 @@ _OTHERS: Final = (
     (b"\x1a\x45\xdf\xa3", "a video"),
 )
 
+CLAIM_BYTES: Final = 256
+_SUFFIXES: Final = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif", ".heic", ".heif"),
+    *(".mpo", ".jxl", ".jp2", ".j2k", ".img", ".image"),
+)
 _BMP_HEADERS: Final = {struct.pack("<I", size) for size in (12, 40, 52, 56, 64, 108, 124)}  # bytes of known headers
 _MOST_PAGES: Final = 65_535
 _SUBFILE_TYPE: Final = 254
@@ -81,6 +86,17 @@ def sniff(data: bytes) -> Format:
         if brands & _HEIF_BRANDS:
             return "HEIF"
     _refuse(data)
+
+
+def claims_to_be_an_image(name: str, start: bytes) -> bool:
+    """Whether a file with this name and these first CLAIM_BYTES is an image, decoded here or not, or is called one."""
+    if name.lower().endswith(_SUFFIXES):
+        return True
+    try:
+        sniff(start)
+    except ImageError:
+        return start[:4] in (b"II*\x00", b"MM\x00*") or any(start.startswith(m) for m, n in _OTHERS if "image" in n)
+    return True
 
 
 def structure(data: bytes, image_format: Format) -> Structure:

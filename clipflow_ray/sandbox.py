@@ -316,7 +316,7 @@ def _send(connection: socket.socket, message: bytes, payload: bytes | memoryview
 
 def _all(connection: socket.socket, left: memoryview, watch: _Watch | None) -> None:
     while left:
-        connection.settimeout(watch and watch.seconds())
+        connection.settimeout(watch.seconds() if watch else None)
         with suppress(TimeoutError):
             left = left[connection.send(left) :]
 
@@ -332,7 +332,7 @@ def _exactly(connection: socket.socket, count: int, watch: _Watch | None) -> byt
     buffer = bytearray(count)
     left = memoryview(buffer)
     while left:
-        connection.settimeout(watch and watch.seconds())
+        connection.settimeout(watch.seconds() if watch else None)
         try:
             got = connection.recv_into(left)
         except TimeoutError:

@@ -19,11 +19,17 @@ from clipflow_ray.cli.options import (
     GroupColumn,
     Inputs,
     LabelColumn,
+    MaxBytes,
+    MaxPixels,
+    MaxSeconds,
+    MaxSide,
+    MinSide,
     Output,
     Region,
     Unsigned,
     UriColumn,
     inventory_options,
+    limit_options,
     s3_options,
 )
 from clipflow_ray.config import DISCLAIMER, AuditConfig, RescoreConfig, load_yaml
@@ -67,6 +73,11 @@ def audit(
     fail_above: Annotated[
         float | None, typer.Option("--fail-if-flag-rate-above", help="Exit with code 4 if a larger share is flagged.")
     ] = None,
+    max_pixels: MaxPixels = None,
+    max_side: MaxSide = None,
+    min_side: MinSide = None,
+    max_bytes: MaxBytes = None,
+    max_seconds: MaxSeconds = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the amount of work and its estimated duration; score nothing.")
     ] = False,
@@ -85,6 +96,7 @@ def audit(
                 input_format, group_by, uri_column, bytes_column, group_column, label_column
             ),
             "s3": s3_options(endpoint_url, region, unsigned),
+            "limits": limit_options(max_pixels, max_side, min_side, max_bytes, max_seconds),
             "gallery": gallery,
             "sample": sample,
             "dedupe": dedupe,

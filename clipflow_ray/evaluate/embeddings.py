@@ -133,7 +133,7 @@ def _encoded(
             plan,
             batch_size,
             read,
-            {"near": run.place, "limits": checkpoint.limits, "spec": checkpoint.view, "options": options},
+            {"near": run.place, "limits": detector.limits, "spec": checkpoint.view, "options": options},
             Embed,
             {
                 "encoder": checkpoint.encoder,
