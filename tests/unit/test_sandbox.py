@@ -106,7 +106,7 @@ def test_an_image_is_decoded_although_the_machine_gives_the_child_little_time(ch
     """The child is stopped for longer than `max_seconds` again and again, as on a machine with much to do."""
     limits = LIMITS.model_copy(update={"max_seconds": 0.3})
     child.decode(encoded("PNG"), LIMITS)
-    data = encoded("PNG", np.random.default_rng(1).integers(0, 256, (1500, 1500, 3), dtype=np.uint8))
+    data = encoded("PNG", np.random.default_rng(1).integers(0, 256, (800, 800, 3), dtype=np.uint8))
     assert child.pid is not None
     pid, done = child.pid, threading.Event()
 
