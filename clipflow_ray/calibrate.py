@@ -246,7 +246,6 @@ def _audited(config: CalibrateConfig, inputs: Sequence[Place], loaded: Checkpoin
         alpha=_alpha(checkpoint.calibration),
         s3=config.s3,
         inventory=config.inventory,
-        limits=checkpoint.limits,
         gallery=0,
         pool=config.pool,
     )

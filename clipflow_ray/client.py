@@ -15,33 +15,44 @@ import random
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 import httpx
 from pydantic import ValidationError
 
-from clipflow_ray.errors import ClientError, ConfigError
+from clipflow_ray.errors import ClientError, ConfigError, ItemCode, ItemError
+from clipflow_ray.pictures import Picture, encoded, is_picture, named, pictures
 from clipflow_ray.serve.schemas import DetectResponse, ItemFailure, ItemResult, ModelCard, Schema
 
 TOKEN_VARIABLE: Final = "CLIPFLOW_TOKEN"
 MAX_IMAGES: Final = 32
 MAX_BODY_BYTES: Final = 60 * 2**20  # below the 64 MiB of the endpoint, multipart's own lines included
 _PART_BYTES: Final = 1024
+_TOO_LARGE: Final = "The file is above {} bytes and was not sent."
 _ATTEMPTS: Final = 5
 _LONGEST_WAIT_SECONDS: Final = 30.0
 _TIMEOUT: Final = httpx.Timeout(45.0, connect=5.0)
 
-Image = bytes | str | os.PathLike[str]
 SchemaT = TypeVar("SchemaT", bound=Schema)
+
+
+_Parts = list[tuple[str, tuple[str, bytes]]]
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """A picture that is not sent: its result, and the exception if nothing at all can be sent."""
+
+    failure: ItemResult
+    refusal: ClientError | ConfigError
 
 
 @dataclass(frozen=True)
 class _Request:
     method: str
     path: str
-    files: list[tuple[str, tuple[str, bytes]]] | None = None
+    files: _Parts | None = None
     alpha: float | None = None
 
 
@@ -63,13 +74,15 @@ class Client:
     def __init__(self, url: str, token: str | None = None) -> None:
         self._http = httpx.Client(**_options(url, token))
 
-    def detect(self, images: Sequence[Image], alpha: float | None = None) -> DetectResponse:
-        """Judge images (bytes, or paths of files) at the false-positive rate `alpha`, by default the endpoint's.
+    def detect(self, images: Picture | Sequence[Picture], alpha: float | None = None) -> DetectResponse:
+        """Judge pictures at the false-positive rate `alpha`, by default the endpoint's.
 
-        Any number of images: the client sends them in requests of at most 32 images and 60 MiB. Results come in the
-        order of `images`, and `index` counts over all of them. The other fields are those of the first answer. An
-        image that cannot be scored, or is too large to send, has a result with `error`. Raises ConfigError if a file
-        cannot be read.
+        A picture is bytes, the path of a file, a binary file object, a PIL image, or a uint8 array [height, width, 3].
+        One picture is as a sequence of one. Any number: the client sends them in requests of at most 32 images and
+        60 MiB. Results come in the order of `images`, and `index` counts over all of them. The other fields are those
+        of the first answer. An image that cannot be read or scored, or is too large to send, has a result with
+        `error`. Raises TypeError at once if something else than pictures is given, and ConfigError if none of the files
+        can be read.
         """
         return self._run(_detect(images, alpha))
 
@@ -118,7 +131,7 @@ class AsyncClient:
     def __init__(self, url: str, token: str | None = None) -> None:
         self._http = httpx.AsyncClient(**_options(url, token))
 
-    async def detect(self, images: Sequence[Image], alpha: float | None = None) -> DetectResponse:
+    async def detect(self, images: Picture | Sequence[Picture], alpha: float | None = None) -> DetectResponse:
         """See `Client.detect`."""
         return await self._run(_detect(images, alpha))
 
@@ -163,28 +176,32 @@ class AsyncClient:
                 answer = None
 
 
-def _detect(images: Sequence[Image], alpha: float | None) -> _Conversation[DetectResponse]:
-    if not images:
+def _detect(images: Picture | Sequence[Picture], alpha: float | None) -> _Conversation[DetectResponse]:
+    given = [images] if is_picture(images) else pictures(images)
+    if not given:
         raise ConfigError("Name at least one image.")
     first: DetectResponse | None = None
-    refused: ClientError | None = None
+    refused: ClientError | ConfigError | None = None
     results: list[ItemResult] = []
-    for chunk in _chunks(images):
-        try:
-            if len(chunk[0][1][1]) > MAX_BODY_BYTES:
-                raise ClientError("file_too_large", f"The file is above {MAX_BODY_BYTES} bytes and was not sent.")
-            answer = yield from _asked(DetectResponse, _Request("POST", "/v1/detect", chunk, alpha))
-        except ClientError as error:
-            # In a request of several images, a file that is too large is one bad result. A file that was sent alone
-            # gets the same, although the endpoint refuses the request.
-            if len(chunk) > 1 or error.code not in ("file_too_large", "batch_too_large"):
-                raise
-            refused = error
-            failure = ItemFailure(code="too_large_bytes", message=str(error))
-            results.append(ItemResult(id=chunk[0][1][0], index=len(results), status="error", error=failure))
-            continue
-        first = first or answer
-        results += [r.model_copy(update={"index": at}) for at, r in enumerate(answer.results, len(results))]
+    for chunk in _chunks(given):
+        error: ClientError | ConfigError
+        if isinstance(chunk, _Unread):
+            error, failure = chunk.refusal, chunk.failure
+        else:
+            try:
+                answer = yield from _asked(DetectResponse, _Request("POST", "/v1/detect", chunk, alpha))
+            except ClientError as caught:
+                # In a request of several images, a file that is too large is one bad result. A file that was sent
+                # alone gets the same, although the endpoint refuses the request.
+                if len(chunk) > 1 or caught.code not in ("file_too_large", "batch_too_large"):
+                    raise
+                error, failure = caught, _failed(chunk[0][1][0], "too_large_bytes", str(caught))
+            else:
+                first = first or answer
+                results += [r.model_copy(update={"index": at}) for at, r in enumerate(answer.results, len(results))]
+                continue
+        refused = error
+        results.append(failure.model_copy(update={"index": len(results)}))
     if first is None:
         assert refused is not None
         raise refused
@@ -249,28 +266,43 @@ def _unexpected(answer: httpx.Response) -> ClientError:
     )
 
 
-def _chunks(images: Sequence[Image]) -> Iterator[list[tuple[str, tuple[str, bytes]]]]:
-    """The multipart parts of each request in turn; a file is read when its request is built."""
-    chunk: list[tuple[str, tuple[str, bytes]]] = []
+def _chunks(images: Sequence[Picture]) -> Iterator[_Parts | _Unread]:
+    """The multipart parts of each request in turn, and what cannot be sent; a file is read when its turn comes."""
+    chunk: _Parts = []
     size = 0
     for number, image in enumerate(images):
-        name, data = _named(number, image)
-        if chunk and (len(chunk) == MAX_IMAGES or size + len(data) + _PART_BYTES > MAX_BODY_BYTES):
+        name, data = named(image, number), _content(image)
+        unread = isinstance(data, ItemError)
+        length = 0 if isinstance(data, ItemError) else len(data)
+        if chunk and (unread or len(chunk) == MAX_IMAGES or size + length + _PART_BYTES > MAX_BODY_BYTES):
             yield chunk
             chunk, size = [], 0
-        chunk.append(("files", (name, data)))
-        size += len(data) + _PART_BYTES
-    yield chunk
+        if isinstance(data, ItemError):
+            yield _unread(name, data)
+        else:
+            chunk.append(("files", (name, data)))
+            size += length + _PART_BYTES
+    if chunk:
+        yield chunk
 
 
-def _named(number: int, image: Image) -> tuple[str, bytes]:
-    if isinstance(image, bytes):
-        return f"image-{number}", image
+def _content(image: Picture) -> bytes | ItemError:
     try:
-        # On Linux a file name may be bytes that are not valid text; in a request it must be text.
-        return Path(image).name.encode("utf-8", "replace").decode(), Path(image).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"Cannot read {error.filename}: {error.strerror}.") from error
+        data = encoded(image, MAX_BODY_BYTES)
+    except ItemError as error:
+        return error
+    return data if len(data) <= MAX_BODY_BYTES else ItemError("too_large_bytes", _TOO_LARGE.format(MAX_BODY_BYTES))
+
+
+def _unread(name: str, error: ItemError) -> _Unread:
+    if error.item_code == "too_large_bytes":
+        message = _TOO_LARGE.format(MAX_BODY_BYTES)
+        return _Unread(_failed(name, error.item_code, message), ClientError("file_too_large", message))
+    return _Unread(_failed(name, error.item_code, str(error)), ConfigError(f"Cannot read {name}: {error}"))
+
+
+def _failed(name: str, code: ItemCode, message: str) -> ItemResult:
+    return ItemResult(id=name, index=0, status="error", error=ItemFailure(code=code, message=message))
 
 
 def _fields(request: _Request) -> dict[str, str] | None:

@@ -70,11 +70,26 @@ class ImageLimits(Config):
     """Limits of one encoded image, checked before its pixels are decoded, and of the time to decode it."""
 
     max_bytes: int = 64 * 2**20
-    max_pixels: int = 50_000_000
-    max_side: int = 12_000
+    max_pixels: int = 120_000_000
+    max_side: int = 20_000
     min_side: int = 32
     max_jpeg_scans: int = 100
-    max_seconds: float = Field(2.0, gt=0, description="wall-clock time of one decoding")
+    max_seconds: float = Field(10.0, gt=0, description="processor time of one decoding, whatever else the machine does")
+    max_wall_seconds: float = Field(60.0, gt=0, description="time after which a decoding counts as hanging")
+
+
+class TrainingLimits(ImageLimits):
+    """Limits of training, which holds all pixels of a batch of images at a time, not only their views."""
+
+    max_pixels: int = 50_000_000
+    max_side: int = 12_000
+
+
+class ServeLimits(ImageLimits):
+    """Limits of the endpoint, where anybody's images take turns at the same decoders."""
+
+    max_bytes: int = 10 * 2**20
+    max_seconds: float = Field(5.0, gt=0, description="processor time of one decoding")
 
 
 class S3Options(Config):
@@ -349,7 +364,7 @@ class TrainConfig(Config):
     output: str
     s3: S3Options = S3Options()
     inventory: InventoryOptions = InventoryOptions()
-    limits: ImageLimits = ImageLimits()
+    limits: TrainingLimits = TrainingLimits()
     encoder: EncoderConfig = EncoderConfig()
     segments: tuple[Segment, ...] = Field((), description="by default three, chosen by the depth of the tower")
     extra_segments: tuple[Segment, ...] = Field(
@@ -498,7 +513,7 @@ class ServeConfig(Tuning):
         (), description="SHA-256 in hex of each accepted bearer token; if empty, no token is needed"
     )
     max_images: int = Field(32, ge=1, description="images in one request")
-    max_bytes: int = Field(10 * 2**20, ge=1, description="bytes of one file")
+    limits: ServeLimits = ServeLimits()
     max_body_bytes: int = Field(64 * 2**20, ge=1, description="bytes of one multipart request")
     max_json_bytes: int = Field(14 * 2**20, ge=1, description="bytes of one JSON request")
     timeout_seconds: float = Field(30.0, gt=0, description="time for one request")

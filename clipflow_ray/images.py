@@ -4,24 +4,27 @@ This module enforces the limits on bytes, sides, pixels and JPEG scans. `sandbox
 
 Colour rules: EXIF orientation is applied; transparency is composited on white; CMYK is converted by
 Pillow's plain formula; 16-bit grey is scaled to 8 bits; embedded ICC profiles are ignored, as CLIP's own
-preprocessing does. The first frame of an animation is scored.
+preprocessing does. The first frame of an animation and the first page of a TIFF are scored.
 """
 
 import io
-import re
-import struct
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import AvifImagePlugin, Image
 
 from clipflow_ray.config import ImageLimits, ViewSpec
+from clipflow_ray.containers import Format, Structure, sniff, structure
 from clipflow_ray.errors import ImageError
+
+try:
+    import pillow_heif  # an optional package: its codecs have licences of their own
+except ImportError:
+    pillow_heif = None
 
 Pixels = NDArray[np.uint8]
 
@@ -29,28 +32,33 @@ _STRATUM_SIDES: Final = (256, 512, 1024, 2048)
 BACKGROUND: Final = (255, 255, 255)
 _PILLOW_FILTER: Final = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _EXIF_ORIENTATION: Final = 0x0112
-_UPRIGHT: Final = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-# A JPEG marker inside entropy-coded data: 0xFF, then neither a stuffed zero, a restart marker nor a fill byte.
-_JPEG_MARKER: Final = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_BITS, _PHOTOMETRIC, _EXIF_OF_TIFF = 0x0102, 0x0106, 0x8769
+# Modes with a scale that is known. Floating point, 32 bits and CIELAB have none.
+_TIFF_MODES: Final = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L"}
 # Sum of the luminance quantization table of ITU-T T.81 Annex K.1, which is quality 50 on the IJG scale.
 _JPEG_LUMINANCE_Q50_SUM: Final = 3688
+# Up to this size a JPEG is always decoded in full, so that its score is that of earlier releases, which refused larger
+# ones. A larger JPEG is decoded at 1/2, 1/4 or 1/8 of its sides, but its shorter side stays four times that of the
+# largest view.
+REDUCED_ABOVE_PIXELS: Final = 50_000_000
+_LEAST_REDUCTION: Final = 4
+_BAND_PIXELS: Final = 2**22  # an image is converted in bands of so many pixels, which bounds the memory
+
+# One image is decoded on one core, and time on all threads counts.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+if pillow_heif is not None:
+    pillow_heif.options.DECODE_THREADS = 1
+    pillow_heif.register_heif_opener()
 
 
 @dataclass(frozen=True)
 class DecodedImage:
     """The pixels of an image and facts about its file.
 
-    `rgb` is uint8 [height, width, 3], upright. `width` and `height` are those of the upright image, in pixels.
-    After `sandbox.decode` with a ViewSpec, `rgb` holds the packed views; see `views`. `jpeg_quality` is on the IJG
-    scale from 1 to 100, and None if the file has no quantization table.
+    `rgb` is uint8 [height, width, 3], upright. `width` and `height` are those of the upright image, in pixels. If the
+    caller of `decode` gives a ViewSpec, `rgb` may be smaller. After `sandbox.decode` with a ViewSpec, `rgb` holds the
+    packed views; see `views`. `jpeg_quality` is on the IJG scale from 1 to 100, and None if the file has no
+    quantization table.
     """
 
     rgb: Pixels
@@ -63,8 +71,11 @@ class DecodedImage:
     has_exif: bool
 
 
-def decode(data: bytes, limits: ImageLimits) -> DecodedImage:
-    """Decode one JPEG, PNG, WebP or GIF within `limits`.
+def decode(data: bytes, limits: ImageLimits, spec: ViewSpec | None = None) -> DecodedImage:
+    """Decode one image of `containers.FORMATS` within `limits`.
+
+    With `spec`, a JPEG of more than REDUCED_ABOVE_PIXELS is decoded at a reduced scale if views of this kind need only
+    a small part of its pixels.
 
     Raises ImageError with the codes empty, too_large_bytes, unsupported_format, truncated, too_large_pixels,
     too_small or decode_failed. Only this function passes untrusted bytes to a decoder. Call it through
@@ -75,26 +86,16 @@ def decode(data: bytes, limits: ImageLimits) -> DecodedImage:
     if len(data) > limits.max_bytes:
         raise ImageError("too_large_bytes", f"{len(data)} bytes; the limit is {limits.max_bytes}.")
     image_format = sniff(data)
-    structure = _STRUCTURE[image_format](data)
-    if not structure.complete:
-        raise ImageError("truncated", f"The {image_format} ends before its end marker.")
-    if structure.scans > limits.max_jpeg_scans:
-        raise ImageError("decode_failed", f"{structure.scans} JPEG scans; the limit is {limits.max_jpeg_scans}.")
+    if image_format == "HEIF" and pillow_heif is None:
+        raise ImageError("unsupported_format", "This is a HEIC image; install `pillow-heif`, or convert it to JPEG.")
+    found = structure(data, image_format)
+    if not found.complete:
+        raise ImageError("truncated", f"The {image_format} is cut off before its end.")
+    if found.scans > limits.max_jpeg_scans:
+        raise ImageError("decode_failed", f"{found.scans} JPEG scans; the limit is {limits.max_jpeg_scans}.")
     try:
         with Image.open(io.BytesIO(data), formats=(image_format,)) as image:
-            _check_size(image.width, image.height, limits)
-            frames = min(structure.frames or int(getattr(image, "n_frames", 1)), 2**31 - 1)
-            mode, quality = image.mode, _jpeg_quality(image)
-            if image_format == "JPEG" and mode in ("RGB", "L"):  # same pixels as Pillow, half the time
-                height, width, *_ = simplejpeg.decode_jpeg_header(data)
-                _check_size(width, height, limits)  # Pillow may have read another size from a crafted header
-                rgb = _upright(simplejpeg.decode_jpeg(data, "RGB", strict=False), image)
-            else:
-                image.load()
-                if image_format == "PNG":
-                    _scale_transparency(image, data[24])
-                rgb = _upright(np.asarray(_to_rgb(image)), image)
-            has_exif = "exif" in image.info  # read after decoding: a PNG may store EXIF after its pixels
+            return _decoded(data, image, image_format, found, limits, spec)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("too_large_pixels", f"More than {limits.max_pixels} pixels.") from error
     except ImageError:
@@ -103,16 +104,59 @@ def decode(data: bytes, limits: ImageLimits) -> DecodedImage:
         raise ImageError("decode_failed", "Decoding needs more memory than is available.") from error
     except Exception as error:  # Pillow's plugins raise a dozen unrelated types on malformed input
         raise ImageError("decode_failed", f"The {image_format} cannot be decoded.") from error
+
+
+def _decoded(
+    data: bytes,
+    image: Image.Image,
+    image_format: Format,
+    found: Structure,
+    limits: ImageLimits,
+    spec: ViewSpec | None,
+) -> DecodedImage:
+    _check_size(image.width, image.height, limits)
+    frames = min(found.frames or int(getattr(image, "n_frames", 1)), 2**31 - 1)
+    mode, quality, (width, height) = image.mode, _jpeg_quality(image), image.size
+    if image_format == "TIFF" and (mode not in _TIFF_MODES or getattr(image, "tag_v2", {}).get(_BITS) == (12,)):
+        raise ImageError("unsupported_format", "Of TIFFs, those with 1, 8 or 16 bits a sample are decoded.")
+    if image_format == "JPEG" and mode in ("RGB", "L"):  # same pixels as Pillow, half the time
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+        _check_size(width, height, limits)  # Pillow may have read another size from a crafted header
+        least = _least_size(width, height, spec)
+        rgb = simplejpeg.decode_jpeg(data, "RGB", strict=False, min_width=least[0], min_height=least[1])
+    else:
+        if image_format == "JPEG":
+            image.draft(mode, _least_size(width, height, spec))
+        image.load()
+        if image_format == "PNG":
+            _scale_transparency(image, data[24])
+        rgb = _rgb(image)
+        if image_format == "TIFF" and mode.startswith("I") and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
+            rgb = 255 - rgb  # Pillow inverts 8 bits of white-is-zero itself, but not 16
+        if image_format != "JPEG":  # Pillow turns a TIFF upright, and a crafted file may hold another size
+            height, width = rgb.shape[:2]
+    rgb, turned = _upright(rgb, image)
+    if turned:
+        width, height = height, width
     return DecodedImage(
         rgb=rgb,
-        width=rgb.shape[1],
-        height=rgb.shape[0],
+        width=width,
+        height=height,
         format=image_format,
         mode=mode,
         frames=frames,
         jpeg_quality=quality,
-        has_exif=has_exif,
+        has_exif=_has_exif(image),  # read after decoding: a PNG may store EXIF after its pixels
     )
+
+
+def _least_size(width: int, height: int, spec: ViewSpec | None) -> tuple[int, int]:
+    """The smallest width and height at which a JPEG of this size may be decoded for the views of `spec`."""
+    if width * height > REDUCED_ABOVE_PIXELS and spec is not None and spec.kind == "resize":
+        for factor in (8, 4, 2):
+            if min(width, height) // factor >= _LEAST_REDUCTION * max(spec.sizes):
+                return -(-width // factor), -(-height // factor)
+    return width, height
 
 
 def views(rgb: Pixels, spec: ViewSpec) -> Pixels:
@@ -178,109 +222,6 @@ def stratum(image_format: str, width: int, height: int) -> str:
     return f"{image_format.lower()}|{low}-{high or ''}"
 
 
-Format = Literal["JPEG", "PNG", "WEBP", "GIF"]
-
-
-def sniff(data: bytes) -> Format:
-    """The format, recognised by the first bytes alone. Raises ImageError with unsupported_format if it is another."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WEBP"
-    if data[:6] in (b"GIF87a", b"GIF89a"):
-        return "GIF"
-    raise ImageError("unsupported_format", "Not a JPEG, PNG, WebP or GIF.")
-
-
-@dataclass(frozen=True)
-class _Structure:
-    """Facts that the container shows without decoding. If `frames` is 0, only the decoder knows the number."""
-
-    complete: bool
-    scans: int = 0
-    frames: int = 0
-
-
-def _jpeg_structure(data: bytes) -> _Structure:
-    """Walk the markers of the first image: count its scans and check for the end marker."""
-    position, scans = 2, 0
-    while position + 4 <= len(data):
-        if data[position] != 0xFF or data[position + 1] == 0x00:
-            break  # a marker was expected
-        marker = data[position + 1]
-        if marker == 0xD9:
-            return _Structure(True, scans)
-        if marker == 0xFF:
-            position += 1
-            continue
-        if marker == 0x01 or 0xD0 <= marker <= 0xD8:
-            position += 2
-            continue
-        position += 2 + int(struct.unpack_from(">H", data, position + 2)[0])
-        if marker == 0xDA:
-            scans += 1
-            found = _JPEG_MARKER.search(data, position)
-            if found is None:
-                return _Structure(False, scans)
-            position = found.start()
-    return _Structure(data.startswith(b"\xff\xd9", position), scans)
-
-
-def _png_structure(data: bytes) -> _Structure:
-    position = 8
-    while position + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, position)
-        if kind == b"IDAT" and position + 12 + length <= len(data):
-            (checksum,) = struct.unpack_from(">I", data, position + 8 + length)
-            if zlib.crc32(memoryview(data)[position + 4 : position + 8 + length]) != checksum:
-                raise ImageError("decode_failed", "The PNG's checksum does not match its data.")
-        position += 12 + length
-        if kind == b"IEND":
-            return _Structure(position <= len(data))
-    return _Structure(False)
-
-
-def _webp_structure(data: bytes) -> _Structure:
-    return _Structure(len(data) >= 12 and len(data) >= 8 + int(struct.unpack_from("<I", data, 4)[0]))
-
-
-def _gif_structure(data: bytes) -> _Structure:
-    """Walk the blocks to count frames: Pillow would decode each frame, which is slow for an animation bomb."""
-    if len(data) < 13:
-        return _Structure(False)
-    frames, position = 0, 13 + _gif_table_bytes(data[10])
-    while position < len(data):
-        kind = data[position]
-        if kind == 0x3B:
-            return _Structure(True, frames=frames)
-        if kind == 0x21:
-            position += 2
-        elif kind == 0x2C and position + 10 <= len(data):
-            frames += 1
-            position += 11 + _gif_table_bytes(data[position + 9])
-        else:
-            break
-        while position < len(data) and data[position]:
-            position += 1 + data[position]
-        position += 1
-    return _Structure(False, frames=frames)
-
-
-def _gif_table_bytes(flags: int) -> int:
-    return 3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0
-
-
-_STRUCTURE: Final = {
-    "JPEG": _jpeg_structure,
-    "PNG": _png_structure,
-    "WEBP": _webp_structure,
-    "GIF": _gif_structure,
-}
-FORMATS: Final = tuple(_STRUCTURE)
-
-
 def _check_size(width: int, height: int, limits: ImageLimits) -> None:
     if width * height > limits.max_pixels or max(width, height) > limits.max_side:
         raise ImageError(
@@ -300,20 +241,45 @@ def _scale_transparency(image: Image.Image, bits: int) -> None:
         image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
-def _upright(rgb: Pixels, image: Image.Image) -> Pixels:
-    """Turn `rgb` upright by the EXIF orientation of `image`. The result is writable, or torch would warn about it."""
+def _rgb(image: Image.Image) -> Pixels:
+    """uint8 [height, width, 3] of a loaded image, converted band by band."""
+    rows = max(1, _BAND_PIXELS // image.width)
+    if rows >= image.height:
+        return np.asarray(_to_rgb(image))
+    rgb = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, rows):
+        bottom = min(image.height, top + rows)
+        rgb[top:bottom] = np.asarray(_to_rgb(image.crop((0, top, image.width, bottom))))
+    return rgb
+
+
+def _upright(rgb: Pixels, image: Image.Image) -> tuple[Pixels, bool]:
+    """`rgb` turned upright by the EXIF orientation of `image`, and whether height and width changed places.
+
+    The pixels are writable, or torch would warn about them.
+    """
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION)
     except Exception:  # Pillow's EXIF parser raises many types on crafted metadata; no orientation is known then
         orientation = None
-    if orientation in _UPRIGHT:
-        return np.array(Image.fromarray(rgb).transpose(_UPRIGHT[orientation]))
-    return rgb if rgb.flags.writeable else np.array(rgb)
+    turned = orientation in (5, 6, 7, 8)
+    if turned:
+        rgb = rgb.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        rgb = rgb[::-1]
+    if orientation in (2, 3, 6, 7):
+        rgb = rgb[:, ::-1]
+    return (rgb if rgb.flags.writeable and rgb.flags.c_contiguous else np.array(rgb, order="C")), turned
+
+
+def _has_exif(image: Image.Image) -> bool:
+    tags: Any = getattr(image, "tag_v2", {})  # a TIFF is made of tags; those of EXIF are in a directory of their own
+    return image.info.get("exif") is not None or _EXIF_OF_TIFF in tags
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        # 16-bit grey, which convert("RGB") would clip to white. In these formats, 32-bit "I" holds 16-bit data too.
+        # 16-bit grey, which convert("RGB") would clip to white. In PNGs, 32-bit "I" holds 16-bit data too.
         wide = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         key = image.info.get("transparency")
         image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))

@@ -39,13 +39,15 @@ _ATTEMPTS: Final = 3
 _WINDOW: Final = 2  # images sent to a child process at a time: the one that it decodes and the next
 _MEMORY: Final = 2 * 2**30
 _CPU_SECONDS_BEYOND: Final = 2  # beyond max_seconds, the kernel ends a child process whose parent is dead
+_PROCESS_CLOCK: Final = 2  # CPUCLOCK_SCHED: with a pid it makes the number of that process's clock, as in glibc
+_LOOK_SECONDS: Final = 0.01
 
 
 def decode(data: bytes, limits: ImageLimits, spec: ViewSpec | None = None) -> DecodedImage:
     """Decode one image in the child process of this process. With `spec`, `rgb` holds its views; see `images.views`.
 
     Raises ImageError with the codes of `images.decode`, decode_timeout or decoder_crash. Raises ItemError with the code
-    internal if no child process can be started.
+    internal if no child process can be started. Raises TypeError if `data` is not of type bytes.
     """
     return _child().decode(data, limits, spec)
 
@@ -55,7 +57,8 @@ def decode_all(
 ) -> list[DecodedImage | ItemError]:
     """Decode several images, in their order. The error of an image is returned in its place and not raised.
 
-    While one image is decoded, the next one is already sent to the child process.
+    While one image is decoded, the next one is already sent to the child process. Raises TypeError before any image is
+    sent if one of them is not of type bytes.
     """
     return _child().decode_all(contents, limits, spec)
 
@@ -84,6 +87,10 @@ class DecodeChild:
         self, contents: Sequence[bytes], limits: ImageLimits, spec: ViewSpec | None = None
     ) -> list[DecodedImage | ItemError]:
         """See the module's `decode_all`."""
+        contents = list(contents)
+        for data in contents:
+            if not isinstance(data, bytes):
+                raise TypeError(f"An encoded image is bytes, not {type(data).__name__}.")
         request = json.dumps({"limits": limits.model_dump(), "view": spec and spec.model_dump()}).encode()
         outcomes: list[DecodedImage | ItemError] = []
         sent = attempts = 0
@@ -91,17 +98,15 @@ class DecodeChild:
             while len(outcomes) < len(contents):
                 try:
                     connection = self._socket or self._start()
-                    connection.settimeout(limits.max_seconds)
+                    watch = _Watch(self._pid, limits.max_seconds, limits.max_wall_seconds)
                     for data in contents[sent : len(outcomes) + _WINDOW]:
-                        _send(connection, request, data)
+                        _send(connection, request, data, watch)
                         sent += 1
-                    outcome: DecodedImage | ItemError = _outcome(
-                        *_receive(connection, time.monotonic() + limits.max_seconds)
-                    )
-                except TimeoutError:
+                    outcome: DecodedImage | ItemError = _outcome(*_receive(connection, watch))
+                except TimeoutError as error:
                     self._kill()
                     self._stop()
-                    outcome = ImageError("decode_timeout", f"Decoding took more than {limits.max_seconds:g} seconds.")
+                    outcome = ImageError("decode_timeout", str(error))
                 except (EOFError, ConnectionError):  # it died while decoding the first unanswered image
                     self._stop()
                     sent, attempts = len(outcomes), attempts + 1
@@ -141,6 +146,40 @@ class DecodeChild:
         self._pid, self._socket = None, None
 
 
+class _Watch:
+    """The patience with another process for one answer, which starts now.
+
+    Its time on a processor decides, so that an outcome does not depend on what else the machine does. The limit on the
+    wall-clock time is for a process that hangs without computing. Without a `pid` it is the only one.
+    """
+
+    def __init__(self, pid: int | None, max_seconds: float, max_wall_seconds: float) -> None:
+        self._pid = pid
+        self._most = max_seconds
+        self._most_wall = max_wall_seconds
+        self._used = self._processor_seconds()
+        self._start = time.monotonic()
+
+    def seconds(self) -> float:
+        """How long to wait until the limits must be looked at again. Raises TimeoutError if one is exceeded."""
+        left = self._most - (self._processor_seconds() - self._used)
+        if left <= 0:
+            raise TimeoutError(f"Decoding took more than {self._most:g} seconds of processor time.")
+        wall = self._most_wall - (time.monotonic() - self._start)
+        if wall <= 0:
+            raise TimeoutError(f"Decoding did not end within {self._most_wall:g} seconds.")
+        return min(wall, max(left, _LOOK_SECONDS))
+
+    def _processor_seconds(self) -> float:
+        """Processor time of the child process until now; 0 if it is dead, which its socket tells."""
+        if self._pid is None:
+            return 0.0
+        try:
+            return time.clock_gettime((~self._pid << 3) | _PROCESS_CLOCK)
+        except OSError:
+            return 0.0
+
+
 class _Zygote:
     """The zygote process, from which all child processes of this process are forked; replaced after it has died."""
 
@@ -157,7 +196,7 @@ class _Zygote:
                 theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
                 try:
                     socket.send_fds(control, [b"c"], [theirs.fileno()])
-                    (pid,) = _PID.unpack(_exactly(control, _PID.size, time.monotonic() + _START_SECONDS))
+                    (pid,) = _PID.unpack(_exactly(control, _PID.size, _Watch(None, _START_SECONDS, _START_SECONDS)))
                     return pid, ours
                 except (EOFError, OSError):  # the zygote process died or, with TimeoutError (an OSError), hangs
                     ours.close()
@@ -253,7 +292,7 @@ def _settings(request: bytes) -> tuple[ImageLimits, ViewSpec | None]:
 
 def _answer(data: bytes, limits: ImageLimits, spec: ViewSpec | None) -> tuple[bytes, bytes | memoryview]:
     try:
-        image = images.decode(data, limits)
+        image = images.decode(data, limits, spec)
     except ImageError as error:
         return json.dumps({"error_code": error.item_code, "message": str(error)}).encode(), b""
     rgb = np.ascontiguousarray(images.views(image.rgb, spec) if spec else image.rgb)
@@ -268,25 +307,36 @@ def _outcome(text: bytes, pixels: bytearray) -> DecodedImage | ImageError:
     return DecodedImage(rgb=np.frombuffer(pixels, np.uint8).reshape(answer.pop("shape")), **answer)
 
 
-def _send(connection: socket.socket, message: bytes, payload: bytes | memoryview) -> None:
-    connection.sendall(_HEADER.pack(len(message), len(payload)) + message)
-    connection.sendall(payload)
+def _send(connection: socket.socket, message: bytes, payload: bytes | memoryview, watch: _Watch | None = None) -> None:
+    """Send a message and a payload, framed by their bytes. Raises TimeoutError if `watch` has lost its patience."""
+    with memoryview(payload).cast("B") as body:
+        _all(connection, memoryview(_HEADER.pack(len(message), body.nbytes) + message), watch)
+        _all(connection, body, watch)
 
 
-def _receive(connection: socket.socket, deadline: float | None = None) -> tuple[bytes, bytearray]:
-    """Message and payload of one `_send`. Raises EOFError if the socket is closed, TimeoutError after `deadline`."""
-    length, size = _HEADER.unpack(_exactly(connection, _HEADER.size, deadline))
-    message = _exactly(connection, length, deadline)
-    return bytes(message), _exactly(connection, size, deadline)
+def _all(connection: socket.socket, left: memoryview, watch: _Watch | None) -> None:
+    while left:
+        connection.settimeout(watch.seconds() if watch else None)
+        with suppress(TimeoutError):
+            left = left[connection.send(left) :]
 
 
-def _exactly(connection: socket.socket, count: int, deadline: float | None) -> bytearray:
+def _receive(connection: socket.socket, watch: _Watch | None = None) -> tuple[bytes, bytearray]:
+    """Message and payload of one `_send`. Raises EOFError if the socket is closed, TimeoutError as `_send` does."""
+    length, size = _HEADER.unpack(_exactly(connection, _HEADER.size, watch))
+    message = _exactly(connection, length, watch)
+    return bytes(message), _exactly(connection, size, watch)
+
+
+def _exactly(connection: socket.socket, count: int, watch: _Watch | None) -> bytearray:
     buffer = bytearray(count)
     left = memoryview(buffer)
     while left:
-        if deadline is not None:
-            connection.settimeout(max(1e-3, deadline - time.monotonic()))
-        got = connection.recv_into(left)
+        connection.settimeout(watch.seconds() if watch else None)
+        try:
+            got = connection.recv_into(left)
+        except TimeoutError:
+            continue
         if got == 0:
             raise EOFError
         left = left[got:]

@@ -34,7 +34,9 @@ _FDR: Final = 0.05
 _UNLIKE_DISTANCE: Final = 0.25
 _UNLIKE_P: Final = 0.001
 # Settings that only a config file can change. Every other setting of an audit has a flag: its name with dashes.
-CONFIG_FILE_ONLY: Final = frozenset({"limits", "generator_column", "cap_prone_strata", "batch_size", "rows_per_task"})
+CONFIG_FILE_ONLY: Final = frozenset(
+    {"max_jpeg_scans", "max_wall_seconds", "generator_column", "cap_prone_strata", "batch_size", "rows_per_task"}
+)
 _ALWAYS_SHOWN: Final = ("output", "checkpoint", "alpha")
 _RESCORE_FLAGS: Final = frozenset({*_ALWAYS_SHOWN, "endpoint_url", "region", "unsigned"})
 

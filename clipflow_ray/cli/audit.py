@@ -25,6 +25,11 @@ from clipflow_ray.cli.options import (
     Include,
     Inputs,
     LabelColumn,
+    MaxBytes,
+    MaxPixels,
+    MaxSeconds,
+    MaxSide,
+    MinSide,
     Output,
     Payer,
     Precision,
@@ -32,6 +37,7 @@ from clipflow_ray.cli.options import (
     Unsigned,
     UriColumn,
     inventory_options,
+    limit_options,
     pool_options,
     s3_options,
 )
@@ -91,6 +97,11 @@ def audit(
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", help="Images that an encoder takes at a time; default 32.")
     ] = None,
+    max_pixels: MaxPixels = None,
+    max_side: MaxSide = None,
+    min_side: MinSide = None,
+    max_bytes: MaxBytes = None,
+    max_seconds: MaxSeconds = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the amount of work and its estimated duration; score nothing.")
     ] = False,
@@ -110,6 +121,7 @@ def audit(
                 input_format, group_by, uri_column, bytes_column, group_column, label_column, include, exclude
             ),
             "s3": s3_options(endpoint_url, region, unsigned, request_payer),
+            "limits": limit_options(max_pixels, max_side, min_side, max_bytes, max_seconds),
             "gallery": gallery,
             "sample": sample,
             "dedupe": dedupe,

@@ -49,6 +49,16 @@ BytesColumn = Annotated[
 ]
 GroupColumn = Annotated[str | None, typer.Option("--group-column", help="Column with groups; default group.")]
 Dedupe = Annotated[str | None, typer.Option("--dedupe", help="sha256: count equal files once; default none.")]
+MaxPixels = Annotated[int | None, typer.Option("--max-pixels", help="Most pixels of an image; default 120000000.")]
+MaxSide = Annotated[int | None, typer.Option("--max-side", help="Longest side of an image in pixels; default 20000.")]
+MinSide = Annotated[int | None, typer.Option("--min-side", help="Shortest side of an image in pixels; default 32.")]
+MaxBytes = Annotated[
+    int | None, typer.Option("--max-bytes", help="Most bytes of an encoded image; default 67108864, served 10485760.")
+]
+MaxSeconds = Annotated[
+    float | None,
+    typer.Option("--max-seconds", help="Processor time for decoding an image; default 10 seconds, served 5."),
+]
 LabelColumn = Annotated[str | None, typer.Option("--label-column", help="Column with labels; default label.")]
 Encoders = Annotated[
     str | None,
@@ -85,6 +95,23 @@ def inventory_options(
         "label_column": label_column,
         "include": tuple(include) if include else None,
         "exclude": tuple(exclude) if exclude else None,
+    }
+
+
+def limit_options(
+    max_pixels: int | None,
+    max_side: int | None,
+    min_side: int | None,
+    max_bytes: int | None,
+    max_seconds: float | None,
+) -> dict[str, Any]:
+    """The `limits` settings that the flags give; None for a flag that was not given."""
+    return {
+        "max_pixels": max_pixels,
+        "max_side": max_side,
+        "min_side": min_side,
+        "max_bytes": max_bytes,
+        "max_seconds": max_seconds,
     }
 
 

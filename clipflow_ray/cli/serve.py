@@ -5,7 +5,18 @@ from typing import Annotated
 
 import typer
 
-from clipflow_ray.cli.options import Alpha, Checkpoint, ConfigFile, Precision
+from clipflow_ray.cli.options import (
+    Alpha,
+    Checkpoint,
+    ConfigFile,
+    MaxBytes,
+    MaxPixels,
+    MaxSeconds,
+    MaxSide,
+    MinSide,
+    Precision,
+    limit_options,
+)
 from clipflow_ray.config import ServeConfig, load_yaml
 
 app = typer.Typer(help="Serve the detector over HTTP, with a web page.", invoke_without_command=True)
@@ -22,6 +33,11 @@ def serve(
     config: ConfigFile = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port. The next port is used too, on loopback only.")] = 8000,
+    max_pixels: MaxPixels = None,
+    max_side: MaxSide = None,
+    min_side: MinSide = None,
+    max_bytes: MaxBytes = None,
+    max_seconds: MaxSeconds = None,
     tokens: Annotated[
         str | None, typer.Option("--tokens", help="File with the hashes of accepted tokens; default: no token needed.")
     ] = None,
@@ -32,7 +48,8 @@ def serve(
     from clipflow_ray.serve.tokens import read_hashes
 
     hashes = read_hashes(tokens) if tokens else ()
-    flags = {"checkpoint": checkpoint, "precision": precision, "alpha": alpha, "tokens": hashes}
+    limits = limit_options(max_pixels, max_side, min_side, max_bytes, max_seconds)
+    flags = {"checkpoint": checkpoint, "precision": precision, "alpha": alpha, "tokens": hashes, "limits": limits}
     settings = load_yaml(ServeConfig, config, flags)
     from clipflow_ray.serve.launch import run
 

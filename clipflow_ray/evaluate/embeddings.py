@@ -11,7 +11,7 @@ import pyarrow.dataset as pads
 from numpy.typing import NDArray
 
 from clipflow_ray.columns import manifest_table
-from clipflow_ray.config import CalibrateConfig, EvaluateConfig, InventoryOptions, Segment, stable_hash
+from clipflow_ray.config import CalibrateConfig, EvaluateConfig, ImageLimits, InventoryOptions, Segment, stable_hash
 from clipflow_ray.data import resources
 from clipflow_ray.data.pipeline import read_then_encode
 from clipflow_ray.data.scoring import Embed
@@ -144,7 +144,7 @@ def encode(
             plan,
             batch_size,
             read,
-            {"near": run.place, "limits": checkpoint.limits, "spec": checkpoint.view, "options": config.inventory},
+            {"near": run.place, "limits": ImageLimits(), "spec": checkpoint.view, "options": config.inventory},
             Embed,
             {
                 "encoder": checkpoint.encoder,

@@ -80,7 +80,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationFigures:
     for name, table in tables.items():
         (output / f"{name}.parquet").write_parquet(table)
     (output / "figures.json").write(result.model_dump_json(indent=1) + "\n")
-    write_page(config, run, tables["scores"], result, first.checkpoint.limits)
+    write_page(config, run, tables["scores"], result, first.limits)
     return result
 
 

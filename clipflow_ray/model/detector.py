@@ -1,6 +1,8 @@
 """The only scoring path: bytes -> Finding. Audits and servers call the same methods on the same views."""
 
 import hashlib
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +10,9 @@ from typing import Final, overload
 
 import numpy as np
 
-from clipflow_ray import sandbox
-from clipflow_ray.config import CAP_PRONE_STRATA, PrecisionChoice
+from clipflow_ray import pictures, sandbox
+from clipflow_ray.config import CAP_PRONE_STRATA, ImageLimits, PrecisionChoice
+from clipflow_ray.containers import CLAIM_BYTES, claims_to_be_an_image
 from clipflow_ray.errors import EncoderMismatchError, ItemError
 from clipflow_ray.images import DecodedImage
 from clipflow_ray.model.calibration import Calibration, Rule
@@ -19,7 +22,9 @@ from clipflow_ray.model.extractor import F32, Extractor, Images, joined
 from clipflow_ray.model.finding import FileFacts, Finding, judged, refused
 from clipflow_ray.model.precision import at_precision, bfloat16_on
 from clipflow_ray.model.scorer import Scorer, Scores
+from clipflow_ray.pictures import Picture
 
+log = logging.getLogger(__name__)
 _BATCH: Final = 32
 
 
@@ -40,9 +45,9 @@ class Detector:
 
     `threads` is passed to the encoder. `precision` is that of the encoder; see `model.precision.at_precision` for
     `auto`. `checkpoint` is the given one at that precision, and p-values come from its calibration for it. Detectors
-    whose checkpoints have the same encoder can share one: pass it as `encoder`, and its precision is taken. Raises
-    EncoderMismatchError if the encoder differs from the one that the checkpoint was made with, and CalibrationError if
-    the checkpoint has no calibration for the precision.
+    whose checkpoints have the same encoder can share one: pass it as `encoder`, and its precision is taken. An image
+    beyond `limits` is not scored. Raises EncoderMismatchError if the encoder differs from the one that the checkpoint
+    was made with, and CalibrationError if the checkpoint has no calibration for the precision.
     """
 
     def __init__(
@@ -52,7 +57,9 @@ class Detector:
         threads: int | None = None,
         encoder: Extractor | None = None,
         precision: PrecisionChoice = "auto",
+        limits: ImageLimits | None = None,
     ) -> None:
+        self.limits = limits or ImageLimits()
         if encoder is None:
             checkpoint, _ = at_precision(checkpoint, precision, lambda: bfloat16_on(device_for(device)))
         else:
@@ -73,38 +80,69 @@ class Detector:
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, device: str | None = None, precision: PrecisionChoice = "auto"
+        cls,
+        path: str | Path,
+        device: str | None = None,
+        precision: PrecisionChoice = "auto",
+        limits: ImageLimits | None = None,
     ) -> "Detector":
         """Load a checkpoint directory and its encoder weights (fetched once per machine)."""
-        return cls(load_checkpoint(path), device, precision=precision)
+        return cls(load_checkpoint(path), device, precision=precision, limits=limits)
 
     @overload
-    def detect(self, data: bytes, alpha: float = 0.01, cap_prone_strata: bool = CAP_PRONE_STRATA) -> Finding: ...
+    def detect(  # type: ignore[overload-overlap]  # a str is a path here, although it is a sequence of str too
+        self, data: Picture, alpha: float = 0.01, cap_prone_strata: bool = CAP_PRONE_STRATA
+    ) -> Finding: ...
     @overload
     def detect(
-        self, data: Sequence[bytes], alpha: float = 0.01, cap_prone_strata: bool = CAP_PRONE_STRATA
+        self, data: Sequence[Picture], alpha: float = 0.01, cap_prone_strata: bool = CAP_PRONE_STRATA
     ) -> list[Finding]: ...
     def detect(
-        self, data: bytes | Sequence[bytes], alpha: float = 0.01, cap_prone_strata: bool = CAP_PRONE_STRATA
+        self, data: Picture | Sequence[Picture], alpha: float = 0.01, cap_prone_strata: bool = CAP_PRONE_STRATA
     ) -> Finding | list[Finding]:
-        """Judge encoded images at the false-positive rate `alpha`.
+        """Judge one picture or several at the false-positive rate `alpha`.
+
+        A picture is bytes, the path of a file, a binary file object, a PIL image, or a uint8 array [height, width, 3].
+        Pixels without a file are judged as a PNG of these pixels.
 
         With `cap_prone_strata`, an image whose format and size is prone to false alarms at `alpha` is at most
-        `inconclusive`; see `Calibration.prone_strata`. A bad image gives a Finding with status `error`, never an
-        exception. Raises CalibrationError if alpha is too small for the calibration.
+        `inconclusive`; see `Calibration.prone_strata`. A bad image or a file that cannot be read gives a Finding with
+        status `error`, never an exception. Raises CalibrationError if alpha is too small for the calibration, and
+        TypeError at once if something else than pictures is given.
         """
         rule = self.calibration.rule(alpha, cap_prone_strata)
-        if isinstance(data, bytes):
+        if pictures.is_picture(data):
             return next(self._findings([data], rule, 0))
-        chunks = (data[at : at + _BATCH] for at in range(0, len(data), _BATCH))
+        given = pictures.pictures(data)
+        chunks = (given[at : at + _BATCH] for at in range(0, len(given), _BATCH))
         return [f for at, chunk in enumerate(chunks) for f in self._findings(chunk, rule, at * _BATCH)]
 
-    def embed(self, data: Sequence[bytes]) -> Embeddings:
-        """N encoded images -> their embeddings. A bad image gives an error in the result, never an exception."""
-        values = np.full((len(data), sum(self.checkpoint.widths)), np.nan, np.float32)
+    def detect_folder(
+        self, folder: str | os.PathLike[str], alpha: float = 0.01, cap_prone_strata: bool = CAP_PRONE_STRATA
+    ) -> dict[Path, Finding]:
+        """Judge every image below `folder`, as `detect` does, in the order of the paths.
+
+        A file that neither is an image nor has the name of one is left out, and a warning is logged with the number of
+        these. Links to folders are not followed. Raises NotADirectoryError if `folder` is none.
+        """
+        if not Path(folder).is_dir():
+            raise NotADirectoryError(f"{os.fspath(folder)} is not a folder.")
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        images = [path for path in files if _claims_to_be_an_image(path)]
+        if len(images) < len(files):
+            log.warning("%d files below %s are no images and were left out.", len(files) - len(images), folder)
+        return dict(zip(images, self.detect(images, alpha, cap_prone_strata), strict=True))
+
+    def embed(self, data: Sequence[Picture]) -> Embeddings:
+        """N pictures, as `detect` takes them -> their embeddings.
+
+        A bad image gives an error in the result, never an exception. Raises TypeError as `detect` does.
+        """
+        given = pictures.pictures(data)
+        values = np.full((len(given), sum(self.checkpoint.widths)), np.nan, np.float32)
         errors: dict[int, ItemError] = {}
-        for start in range(0, len(data), _BATCH):
-            decoded = sandbox.decode_all(data[start : start + _BATCH], self.checkpoint.limits, self.checkpoint.view)
+        for start in range(0, len(given), _BATCH):
+            _, decoded = self._decoded(given[start : start + _BATCH])
             numbered = list(enumerate(decoded, start))
             errors |= {at: image for at, image in numbered if isinstance(image, ItemError)}
             views = {at: image.rgb for at, image in numbered if isinstance(image, DecodedImage)}
@@ -120,13 +158,33 @@ class Detector:
         """float32 [N, D] raw embeddings -> Scores. A row of NaN gives NaN."""
         return self._scorer(embeddings)
 
-    def _findings(self, chunk: Sequence[bytes], rule: Rule, start: int) -> Iterator[Finding]:
-        decoded = sandbox.decode_all(chunk, self.checkpoint.limits, self.checkpoint.view)
+    def _findings(self, chunk: Sequence[Picture], rule: Rule, start: int) -> Iterator[Finding]:
+        contents, decoded = self._decoded(chunk)
         good = [image.rgb for image in decoded if isinstance(image, DecodedImage)]
         numbers = iter(self.score_views(good).rows() if good else [])
-        for index, (data, image) in enumerate(zip(chunk, decoded, strict=True), start):
-            digest = hashlib.sha256(data).hexdigest()
+        for index, (data, image) in enumerate(zip(contents, decoded, strict=True), start):
+            digest = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else None
             if isinstance(image, ItemError):
                 yield refused(index, digest, image)
             else:
                 yield judged(index, digest, FileFacts.of(image), next(numbers), rule, max(self.checkpoint.view.sizes))
+
+    def _decoded(self, chunk: Sequence[Picture]) -> tuple[list[bytes | ItemError], list[DecodedImage | ItemError]]:
+        """Of each picture its encoded bytes and its views, or the error in their place."""
+        contents: list[bytes | ItemError] = []
+        for picture in chunk:
+            try:
+                contents.append(pictures.encoded(picture, self.limits.max_bytes))
+            except ItemError as error:
+                contents.append(error)
+        read = [data for data in contents if isinstance(data, bytes)]
+        decoded = iter(sandbox.decode_all(read, self.limits, self.checkpoint.view))
+        return contents, [next(decoded) if isinstance(data, bytes) else data for data in contents]
+
+
+def _claims_to_be_an_image(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return claims_to_be_an_image(path.name, file.read(CLAIM_BYTES))
+    except OSError:
+        return claims_to_be_an_image(path.name, b"")

@@ -80,7 +80,7 @@ class CheckpointRecord(Closed):
     segments: tuple[Segment, ...] = Field(description="The parts of the score: feature, size of the view, training.")
     widths: tuple[int, ...] = Field(description="Width of each segment.")
     flow: FlowConfig = Field(description="Settings of the flow.")
-    limits: ImageLimits = Field(description="Size and time limits for decoding an image.")
+    limits: ImageLimits = Field(description="Limits with which the training images were decoded.")
     objective: ObjectiveConfig = Field(description="Settings of the objective.")
     proxies: ProxyConfig = Field(description="Settings of views and proxies.")
     calibration_strata: tuple[str, ...] = Field(description="Stratum of each calibration score, in the scores' order.")

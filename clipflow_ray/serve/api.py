@@ -51,6 +51,8 @@ def build_api(service: Service) -> ASGIApp:
     )
 
     async def detect(request: Request) -> Response:
+        _refuse_parameters(request)
+
         async def read() -> Submission:
             submission = await body.read(request, config)
             request.scope["state"]["items"] = len(submission.uploads)
@@ -61,6 +63,7 @@ def build_api(service: Service) -> ASGIApp:
         return _json(await service.detect(size, read, request.scope["state"]["request_id"]))
 
     async def model(request: Request) -> Response:
+        _refuse_parameters(request)
         return _json(await service.model_card())
 
     async def healthz(request: Request) -> Response:
@@ -71,16 +74,24 @@ def build_api(service: Service) -> ASGIApp:
         return _json(Healthy())
 
     async def metrics(request: Request) -> Response:
+        _refuse_parameters(request)
         return Response(await exposition(), media_type="text/plain; version=0.0.4")
 
     _route(app, "/v1/detect", detect, "POST", DetectResponse, _DETECT_ERRORS, _detect_body(config))
-    _route(app, "/v1/model", model, "GET", ModelCard, ("overloaded", "not_ready"))
+    _route(app, "/v1/model", model, "GET", ModelCard, ("validation_error", "overloaded", "not_ready"))
     _route(app, "/healthz", healthz, "GET", Healthy, ())
     _route(app, "/readyz", readyz, "GET", Healthy, ("overloaded", "not_ready"))
     app.add_api_route("/metrics", metrics, methods=["GET"], summary=_SUMMARIES["/metrics"], response_class=Response)
     _add_pages(app)
     _add_refusals(app, config)
     return Boundary(app, config, service.metrics)
+
+
+def _refuse_parameters(request: Request) -> None:
+    """Raise RequestError if the address has a query: no route reads one, and what is asked must not be ignored."""
+    if request.url.query:
+        message = "The address takes no parameters after `?`; `alpha` is a field of the body of /v1/detect."
+        raise RequestError("validation_error", message)
 
 
 def _json(answer: Schema) -> Response:

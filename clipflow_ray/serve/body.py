@@ -13,6 +13,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
 from clipflow_ray.config import ServeConfig
+from clipflow_ray.errors import ItemError
 from clipflow_ray.serve.failures import RequestError
 from clipflow_ray.serve.schemas import DetectRequest
 
@@ -24,11 +25,10 @@ _KEYS: Final = {"images", "alpha", "id", "b64"}
 
 @dataclass
 class Upload:
-    """One image of a request. `data` is None if the file is larger than the limit; `size` is its size in bytes."""
+    """One image of a request: its bytes, or why they are not there."""
 
     id: str
-    data: bytes | None
-    size: int
+    data: bytes | ItemError
 
 
 @dataclass
@@ -58,13 +58,13 @@ async def read(request: Request, config: ServeConfig) -> Submission:
 def _check(submission: Submission, config: ServeConfig) -> None:
     if not submission.uploads:
         raise RequestError("validation_error", "files: send at least one image.")
-    if len(submission.uploads) == 1 and submission.uploads[0].data is None:
-        raise RequestError("file_too_large", too_large(submission.uploads[0].size, config))
+    only = submission.uploads[0].data if len(submission.uploads) == 1 else b""
+    if isinstance(only, ItemError) and only.item_code == "too_large_bytes":
+        raise RequestError("file_too_large", str(only))
 
 
-def too_large(size: int, config: ServeConfig) -> str:
-    """The error message of a file above the limit."""
-    return f"{size} bytes; the limit is {config.max_bytes}."
+def _too_large(size: int, config: ServeConfig) -> ItemError:
+    return ItemError("too_large_bytes", f"{size} bytes; the limit is {config.limits.max_bytes}.")
 
 
 async def _capped(request: Request, limit: int) -> AsyncIterator[bytes]:
@@ -91,18 +91,17 @@ def _json(body: bytes, config: ServeConfig) -> Submission:
         raise _refusal(error) from error
     if len(parsed.images) > config.max_images:
         raise _too_many(config)
-    uploads = [_from_base64(at, image.id, image.b64, config) for at, image in enumerate(parsed.images)]
-    return Submission(uploads, parsed.alpha)
+    return Submission([Upload(image.id, _from_base64(image.b64, config)) for image in parsed.images], parsed.alpha)
 
 
-def _from_base64(at: int, name: str, text: str, config: ServeConfig) -> Upload:
+def _from_base64(text: str, config: ServeConfig) -> bytes | ItemError:
     size = len(text) // 4 * 3 - text[-2:].count("=")
-    if size > config.max_bytes:
-        return Upload(name, None, size)
+    if size > config.limits.max_bytes:
+        return _too_large(size, config)
     try:
-        return Upload(name, base64.b64decode(text, validate=True), size)
-    except (binascii.Error, ValueError) as error:
-        raise RequestError("validation_error", f"images.{at}.b64: this is not standard base64.") from error
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return ItemError("decode_failed", "b64: this is not standard base64.")
 
 
 def _refusal(error: ValidationError) -> RequestError:
@@ -170,7 +169,7 @@ class _Form:
             raise RequestError("validation_error", "The fields are `files` and `alpha`, and no others.")
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
-        part, limit = self._part, _MAX_FIELD if self._part.name is None else self._config.max_bytes
+        part, limit = self._part, _MAX_FIELD if self._part.name is None else self._config.limits.max_bytes
         part.size += end - start
         if part.size <= limit:
             part.content += data[start:end]
@@ -180,8 +179,9 @@ class _Form:
     def _part_end(self) -> None:
         part = self._part
         if part.name is not None:
-            data = bytes(part.content) if part.size <= self._config.max_bytes else None
-            self.submission.uploads.append(Upload(part.name, data, part.size))
+            whole = part.size <= self._config.limits.max_bytes
+            data = bytes(part.content) if whole else _too_large(part.size, self._config)
+            self.submission.uploads.append(Upload(part.name, data))
             return
         if self.submission.alpha is not None:
             raise RequestError("validation_error", "alpha: give it once.")

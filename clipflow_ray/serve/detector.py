@@ -13,7 +13,7 @@ from clipflow_ray.errors import CalibrationError
 from clipflow_ray.images import Pixels
 from clipflow_ray.model.finding import Numbers
 from clipflow_ray.place import Place
-from clipflow_ray.serve.messages import Decoding, Description, Detectors, Refused, Scored
+from clipflow_ray.serve.messages import Description, Detectors, Refused, Scored
 from clipflow_ray.serve.metrics import DetectorMetrics
 from clipflow_ray.serve.probe import probe_view
 from clipflow_ray.serve.schemas import ModelInfo, Threshold
@@ -45,7 +45,7 @@ class DetectorReplica(Detectors):
             precision=self._detector.checkpoint.encoder.precision,
             tool_version=__version__,
         )
-        self._decoding = Decoding(checkpoint.limits, checkpoint.view)
+        self._view = checkpoint.view
         self._card = _card(config)
         self._tuning = Tuning()
         self._metrics = DetectorMetrics()
@@ -81,7 +81,7 @@ class DetectorReplica(Detectors):
         numbers = await asyncio.gather(*(self._scored(view) for view in views))
         return Scored(
             model=self._model,
-            decoding=self._decoding,
+            view=self._view,
             rule=rule,
             alpha_realised_95=calibration.false_positive_interval(alpha),
             unseen_source=calibration.unseen_source(alpha),
@@ -110,7 +110,7 @@ class DetectorReplica(Detectors):
         ]
         return Description(
             model=self._model,
-            decoding=self._decoding,
+            view=self._view,
             alpha=rule.alpha,
             alpha_realised_95=calibration.false_positive_interval(rule.alpha),
             unseen_source=calibration.unseen_source(rule.alpha),
@@ -123,7 +123,7 @@ class DetectorReplica(Detectors):
         )
 
     async def _scored(self, view: Pixels) -> Numbers:
-        if view.size != self._decoding.view.bytes:  # made for another checkpoint: the ingress sees that and asks again
+        if view.size != self._view.bytes:  # made for another checkpoint: the ingress sees that and asks again
             return Numbers(np.nan, np.nan, np.nan)
         arrived = time.monotonic()
         # Serve closes the next batch while the current one still runs. Images that wait here instead fill the next

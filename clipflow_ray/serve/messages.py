@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from clipflow_ray.config import ImageLimits, ViewSpec
+from clipflow_ray.config import ViewSpec
 from clipflow_ray.images import Pixels
 from clipflow_ray.model.calibration import Rule, SourceRange
 from clipflow_ray.model.finding import Numbers
@@ -11,22 +11,14 @@ from clipflow_ray.serve.schemas import ModelInfo, Threshold
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """What the ingress must know of the checkpoint in order to decode for it."""
-
-    limits: ImageLimits
-    view: ViewSpec
-
-
-@dataclass(frozen=True)
 class Scored:
     """Numbers of the views of one request in their order, all by one model, and the rule to judge by.
 
-    `decoding` is that of the model, which an update may have changed since the views were made.
+    `view` is that of the model, which an update may have changed since the views were made.
     """
 
     model: ModelInfo
-    decoding: Decoding
+    view: ViewSpec
     rule: Rule
     alpha_realised_95: tuple[float, float]
     unseen_source: SourceRange | None
@@ -46,7 +38,7 @@ class Description:
     """What a detector knows of its checkpoint and settings: most of GET /v1/model, and how to decode."""
 
     model: ModelInfo
-    decoding: Decoding
+    view: ViewSpec
     alpha: float
     alpha_realised_95: tuple[float, float]
     unseen_source: SourceRange | None

@@ -9,16 +9,16 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from clipflow_ray.config import DISCLAIMER, ServeConfig
+from clipflow_ray.config import DISCLAIMER, ImageLimits, ServeConfig, ViewSpec
+from clipflow_ray.containers import FORMATS
 from clipflow_ray.data.resources import cores
 from clipflow_ray.errors import ItemError
-from clipflow_ray.images import FORMATS, DecodedImage
+from clipflow_ray.images import DecodedImage
 from clipflow_ray.model.finding import FileFacts, Finding, judged, refused
-from clipflow_ray.serve import body
 from clipflow_ray.serve.body import Submission, Upload
 from clipflow_ray.serve.decoding import DecoderPool
 from clipflow_ray.serve.failures import RequestError
-from clipflow_ray.serve.messages import Decoding, Detectors, Refused, Scored
+from clipflow_ray.serve.messages import Detectors, Refused, Scored
 from clipflow_ray.serve.metrics import IngressMetrics
 from clipflow_ray.serve.probe import probe_png
 from clipflow_ray.serve.schemas import DetectResponse, ItemFailure, ItemResult, ModelCard, ServiceLimits
@@ -42,7 +42,7 @@ class Service:
         self._detectors = detectors
         self._admission = Admission(config)
         self._decoders = DecoderPool(config.decoders or cores(), self.metrics)
-        self._decoding: Decoding | None = None
+        self._view: ViewSpec | None = None
 
     async def detect(
         self, declared: int | None, read: Callable[[], Awaitable[Submission]], request_id: str
@@ -67,8 +67,7 @@ class Service:
         """Have the probe image decoded and scored; raises RequestError `not_ready` if its score is not reproduced."""
         try:
             async with asyncio.timeout(_READY_SECONDS):
-                decoding = await self._learn()
-                _, image = await self._decoders.decode(probe_png(), decoding.limits, decoding.view)
+                _, image = await self._decoders.decode(probe_png(), ImageLimits(), await self._learn())
                 reproduced = isinstance(image, DecodedImage) and await self._detectors.reproduces(image.rgb)
         except TimeoutError as error:
             raise RequestError("not_ready", "The detector does not answer yet; try again soon.") from error
@@ -80,9 +79,9 @@ class Service:
         facts = await self._detectors.describe()
         limits = ServiceLimits(
             max_images=self.config.max_images,
-            max_bytes=min(self.config.max_bytes, facts.decoding.limits.max_bytes),
+            max_bytes=self.config.limits.max_bytes,
             max_body_bytes=self.config.max_body_bytes,
-            max_pixels=facts.decoding.limits.max_pixels,
+            max_pixels=self.config.limits.max_pixels,
             formats=list(FORMATS),
         )
         return ModelCard(
@@ -107,11 +106,11 @@ class Service:
 
     async def _answer(self, submission: Submission, request_id: str) -> DetectResponse:
         start = time.monotonic()
-        decoding = self._decoding or await self._learn()
-        decoded, scored = await self._score(submission, decoding)
-        if scored.decoding != decoding:  # an update brought a checkpoint that needs other limits or another view
-            self._decoding = scored.decoding
-            decoded, scored = await self._score(submission, scored.decoding)
+        view = self._view or await self._learn()
+        decoded, scored = await self._score(submission, view)
+        if scored.view != view:  # an update brought a checkpoint that needs another view
+            self._view = scored.view
+            decoded, scored = await self._score(submission, scored.view)
         latency = round(1000.0 * (time.monotonic() - start), 1)
         results = [
             _item(upload, finding, latency)
@@ -132,22 +131,22 @@ class Service:
             disclaimer=DISCLAIMER + " See /v1/model.",
         )
 
-    async def _score(self, submission: Submission, decoding: Decoding) -> tuple[list[Decoded], Scored]:
-        decoded = await asyncio.gather(*(self._decode(upload, decoding) for upload in submission.uploads))
+    async def _score(self, submission: Submission, view: ViewSpec) -> tuple[list[Decoded], Scored]:
+        decoded = await asyncio.gather(*(self._decode(upload, view) for upload in submission.uploads))
         views = [image.rgb for _, image in decoded if isinstance(image, DecodedImage)]
         scored = await self._detectors.score(views, submission.alpha)
         if isinstance(scored, Refused):
             raise RequestError("validation_error", f"alpha: {scored.message}")
         return decoded, scored
 
-    async def _decode(self, upload: Upload, decoding: Decoding) -> Decoded:
-        if upload.data is None:
-            return None, ItemError("too_large_bytes", body.too_large(upload.size, self.config))
-        return await self._decoders.decode(upload.data, decoding.limits, decoding.view)
+    async def _decode(self, upload: Upload, view: ViewSpec) -> Decoded:
+        if isinstance(upload.data, ItemError):
+            return None, upload.data
+        return await self._decoders.decode(upload.data, self.config.limits, view)
 
-    async def _learn(self) -> Decoding:
-        self._decoding = (await self._detectors.describe()).decoding
-        return self._decoding
+    async def _learn(self) -> ViewSpec:
+        self._view = (await self._detectors.describe()).view
+        return self._view
 
 
 class Admission:
@@ -187,7 +186,7 @@ def _findings(decoded: list[Decoded], scored: Scored) -> Iterator[Finding]:
             yield refused(index, digest, image)
         else:
             facts = FileFacts.of(image)
-            yield judged(index, digest, facts, next(numbers), scored.rule, max(scored.decoding.view.sizes))
+            yield judged(index, digest, facts, next(numbers), scored.rule, max(scored.view.sizes))
 
 
 def _item(upload: Upload, finding: Finding, latency_ms: float) -> ItemResult:

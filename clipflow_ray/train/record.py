@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from clipflow_ray.config import Closed, ImageLimits, InventoryOptions, ProxyConfig, Segment
+from clipflow_ray.config import Closed, InventoryOptions, ProxyConfig, Segment, TrainingLimits
 from clipflow_ray.runs.record import FinishedRecord
 from clipflow_ray.train.parts import Parts
 
@@ -16,7 +16,7 @@ class FeaturesIdentity(Closed):
     encoder_fingerprint: str = Field(description="Fingerprint of the encoder.")
     proxies: ProxyConfig = Field(description="Settings of views and proxies.")
     parts: Parts = Field(description="Sources or images that are kept out of training.")
-    limits: ImageLimits = Field(description="Size and time limits for decoding an image.")
+    limits: TrainingLimits = Field(description="Size and time limits for decoding an image.")
     tool_version: str = Field(description="Version of this package.")
     segments: tuple[Segment, ...] = Field(description="Segments whose embeddings are stored.")
 

@@ -1,6 +1,7 @@
 """The client against a small HTTP server with scripted answers."""
 
 import asyncio
+import io
 import json
 import logging
 import socket
@@ -13,12 +14,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from clipflow_ray import client as module
 from clipflow_ray.client import AsyncClient, Client
 from clipflow_ray.errors import ClientError, ConfigError
 from clipflow_ray.serve.schemas import DetectResponse
+from tests.conftest import encoded, photo
 
 TOKEN = "canary-token-81"
 
@@ -232,5 +236,30 @@ def test_a_mistake_of_the_caller_is_a_config_error(endpoint: Endpoint, tmp_path:
     with Client(endpoint.url) as client:
         with pytest.raises(ConfigError, match="at least one"):
             client.detect([])
-        with pytest.raises(ConfigError, match="Cannot read"):
+        with pytest.raises(ConfigError, match="Cannot read none"):
             client.detect([tmp_path / "none.jpg"])
+        for wrong in (7, None, [b"x", 7], {"a": b"x"}, np.zeros((8, 8)), io.StringIO("x")):
+            with pytest.raises(TypeError, match="A picture is bytes"):
+                client.detect(wrong)  # type: ignore[arg-type]
+    assert endpoint.asked == []
+
+
+def test_each_kind_of_picture_is_sent_as_its_file_and_a_missing_one_is_a_result_of_its_own(
+    detect: Detect, endpoint: Endpoint, tmp_path: Path
+) -> None:
+    rgb = photo(1, (40, 50))
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(rgb, "PNG"))
+    data = path.read_bytes()
+    given = [path, str(path), data, io.BytesIO(data), tmp_path / "gone.png", Image.open(io.BytesIO(data)), rgb]
+    results = detect(given).results
+    assert [result.id for result in results] == ["a.png"] * 2 + ["image-2", "image-3", "gone.png", "image-5", "image-6"]
+    assert [result.error.code if result.error else "ok" for result in results] == ["ok"] * 4 + ["not_found"] + [
+        "ok"
+    ] * 2
+    assert [result.index for result in results] == list(range(7))
+    sent = [data for asked in endpoint.asked for _, data in asked.files]
+    assert sent[:4] == [data] * 4
+    for each in sent:
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(each))), rgb)
+    assert detect(path).results[0].id == "a.png"

@@ -171,6 +171,7 @@ def test_the_command_line_of_a_report_gives_the_settings_of_its_audit(monkeypatc
             "include": ["*.jpg", "a b/**"],
             "exclude": ["thumbs"],
         },
+        "limits": {"max_bytes": 9, "max_pixels": 8, "max_side": 7, "min_side": 6, "max_seconds": 5.5},
         "sample": 0.25,
         "dedupe": "sha256",
         "gallery": 0,

@@ -1,5 +1,6 @@
 """The scoring path end to end on the test tower, compared with scores that this file computes independently."""
 
+import array
 import dataclasses
 import io
 import json
@@ -8,11 +9,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image
 from torchvision.transforms.functional import normalize, to_tensor
@@ -93,14 +98,13 @@ def checkpoint(flow: Flow) -> Checkpoint:
         widths=(32,),
         flow_config=FlowConfig(blocks=3, hidden=16),
         flow_state=flow.state_dict(),
-        limits=ImageLimits(max_bytes=2_000_000),
         calibration=Calibration.fit(spread, ["png|0-256"] * CALIBRATION_SIZE),
     )
 
 
 @pytest.fixture(scope="module")
 def detector(checkpoint: Checkpoint) -> Detector:
-    return Detector(checkpoint, device="cpu")
+    return Detector(checkpoint, device="cpu", limits=ImageLimits(max_bytes=2_000_000))
 
 
 def test_the_score_is_the_negative_log_likelihood_per_dimension_of_the_pixels(detector: Detector, flow: Flow) -> None:
@@ -151,6 +155,94 @@ def test_scores_and_embeddings_do_not_depend_on_batch_mates_on_an_older_processo
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, env=os.environ | switches, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout[-3000:]
+
+
+def test_each_kind_of_picture_gets_the_finding_of_its_bytes(detector: Detector, tmp_path: Path) -> None:
+    image = picture(1, 300, 200)
+    data, path = encoded(image, "JPEG"), tmp_path / "a.jpg"
+    path.write_bytes(data)
+    found = detector.detect(data)
+    assert found.status == "ok"
+    for held in (path, str(path), bytearray(data), memoryview(data), io.BytesIO(data)):
+        assert detector.detect(held) == found
+    with path.open("rb") as file:
+        assert detector.detect([file]) == [found]
+    png = detector.detect(encoded(image))
+    for pixels in (image, np.asarray(image), np.asarray(image)[::-1].copy()[::-1], image.convert("RGBA")):
+        finding = detector.detect(pixels)
+        assert (finding.format, finding.stratum, finding.warnings) == ("PNG", png.stratum, png.warnings)
+        np.testing.assert_allclose(finding.score, png.score, rtol=1e-6)  # type: ignore[arg-type]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = Image.open(io.BytesIO(encoded(image.transpose(Image.Transpose.ROTATE_90), exif=exif)))
+    np.testing.assert_allclose(detector.detect(turned).score, png.score, rtol=1e-6)  # type: ignore[arg-type]
+    embeddings = detector.embed([path, image])
+    assert np.isfinite(embeddings.values).all() and not embeddings.errors
+
+
+def test_a_file_that_cannot_be_read_is_an_error_at_its_own_position(detector: Detector, tmp_path: Path) -> None:
+    cut = Image.open(io.BytesIO(encoded(picture(1, 300, 200), "JPEG")[:900]))
+    (tmp_path / "large.jpg").write_bytes(bytes(2000))
+    small = Detector(detector.checkpoint, "cpu", encoder=detector.encoder, limits=ImageLimits(max_bytes=1999))
+    held = [tmp_path / "gone.jpg", tmp_path, "a\0b", "https://example.org/a.jpg", cut, tmp_path / "large.jpg"]
+    found = small.detect(held)
+    codes = [finding.error and finding.error["code"] for finding in found]
+    assert codes == ["not_found", "read_failed", "read_failed", "bad_uri", "decode_failed", "too_large_bytes"]
+    assert [finding.index for finding in found] == list(range(6))
+
+
+def test_a_folder_gives_a_finding_for_each_file_that_is_or_claims_to_be_an_image(
+    detector: Detector, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("b.png", "sub/a", "sub/c.txt"):
+        (tmp_path / name).write_bytes(encoded(picture(1)))
+    (tmp_path / "bad.jpg").write_text("no image")
+    (tmp_path / "caption.txt").write_text("a caption")
+    (tmp_path / "README.md").write_text("# card")
+    found = detector.detect_folder(tmp_path, alpha=0.1)
+    names = [path.relative_to(tmp_path).as_posix() for path in found]
+    assert names == ["b.png", "bad.jpg", "sub/a", "sub/c.txt"]
+    assert [finding.status for finding in found.values()] == ["ok", "error", "ok", "ok"]
+    assert "2 files" in caplog.text and "no images" in caplog.text
+    with pytest.raises(NotADirectoryError):
+        detector.detect_folder(tmp_path / "b.png")
+
+
+class OddBytes(bytes):
+    """Bytes that lie about their length."""
+
+    def __len__(self) -> int:
+        return 3
+
+
+WRONG = st.one_of(
+    *(st.none(), st.integers(), st.floats(), st.booleans(), st.complex_numbers(), st.dates(), st.just(object())),
+    st.builds(array.array, st.just("i"), st.lists(st.integers(0, 9))),
+    st.builds(np.zeros, st.tuples(st.integers(0, 4), st.integers(0, 4)), st.sampled_from(["u1", "f4", "O"])),
+    st.builds(io.StringIO, st.text()),
+    st.sets(st.integers()),
+    st.dictionaries(st.text(), st.binary()),
+    st.builds(lambda text: iter([text]), st.binary()),
+    st.builds(OddBytes, st.binary(max_size=40)),
+    st.builds(Image.new, st.just("F"), st.just((40, 40))),
+    st.just(bytes),
+    st.just(Path),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.one_of(WRONG, st.lists(st.one_of(WRONG, st.binary(max_size=40), st.text()), max_size=4)))
+def test_whatever_is_given_the_next_call_is_not_affected(detector: Detector, given: Any) -> None:
+    expected = _EXPECTED.setdefault("finding", detector.detect(_GOOD))
+    for call in (detector.detect, detector.embed):
+        with suppress(TypeError):
+            call(given)
+    assert detector.detect(_GOOD) == expected
+
+
+_GOOD = encoded(picture(3, 64, 64))
+_EXPECTED: dict[str, Any] = {}
 
 
 def test_bad_bytes_among_good_ones_are_errors_at_their_own_position(detector: Detector) -> None:

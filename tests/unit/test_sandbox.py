@@ -1,5 +1,6 @@
 """Decoding in a child process that may be killed: same pixels, same errors, and a timeout if the decoder hangs."""
 
+import array
 import errno
 import io
 import json
@@ -45,10 +46,10 @@ def encoded(image_format: str, pixels: np.ndarray = PIXELS, **options: object) -
 
 
 BOMB = scan_bomb()
-NO_SCAN_LIMIT = LIMITS.model_copy(update={"max_jpeg_scans": 10_000})
+NO_SCAN_LIMIT = LIMITS.model_copy(update={"max_jpeg_scans": 10_000, "max_seconds": 1.0})
 
 
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF"])
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"])
 def test_the_child_returns_the_same_image_as_decoding_in_this_process(child: DecodeChild, image_format: str) -> None:
     data = encoded(image_format)
     here, there = images.decode(data, LIMITS), child.decode(data, LIMITS)
@@ -92,14 +93,65 @@ def test_a_scan_bomb_is_cut_off_and_the_next_image_decodes(child: DecodeChild) -
 def test_images_beside_a_scan_bomb_and_a_broken_one_all_decode_in_their_order(child: DecodeChild) -> None:
     pictures = [np.full((64, 48 + at, 3), at, np.uint8) for at in range(6)]
     contents = [encoded("PNG", pixels) for pixels in pictures]
-    limits = NO_SCAN_LIMIT.model_copy(update={"max_seconds": 1.0})
-    outcomes = child.decode_all([*contents[:3], BOMB, b"text", *contents[3:]], limits)
+    outcomes = child.decode_all([*contents[:3], BOMB, b"text", *contents[3:]], NO_SCAN_LIMIT)
     assert [o.item_code for o in outcomes if isinstance(o, ImageError)] == ["decode_timeout", "unsupported_format"]
     assert [isinstance(o, ImageError) for o in outcomes] == [False] * 3 + [True] * 2 + [False] * 3
     for outcome, pixels in zip(outcomes[:3] + outcomes[5:], pictures, strict=True):
         assert isinstance(outcome, DecodedImage)
         np.testing.assert_array_equal(outcome.rgb, pixels)
     assert child.decode_all([], LIMITS) == []
+
+
+def test_an_image_is_decoded_although_the_machine_gives_the_child_little_time(child: DecodeChild) -> None:
+    """The child is stopped for longer than `max_seconds` again and again, as on a machine with much to do."""
+    limits = LIMITS.model_copy(update={"max_seconds": 0.3})
+    child.decode(encoded("PNG"), LIMITS)
+    data = encoded("PNG", np.random.default_rng(1).integers(0, 256, (800, 800, 3), dtype=np.uint8))
+    assert child.pid is not None
+    pid, done = child.pid, threading.Event()
+
+    def hinder() -> None:
+        while not done.is_set():
+            os.kill(pid, signal.SIGSTOP)
+            done.wait(0.4)
+            os.kill(pid, signal.SIGCONT)
+            done.wait(0.02)
+
+    hinderer = threading.Thread(target=hinder)
+    hinderer.start()
+    try:
+        began = time.monotonic()
+        images_found = child.decode_all([data, data], limits)
+        assert time.monotonic() - began > limits.max_seconds
+    finally:
+        done.set()
+        hinderer.join()
+    assert [type(image) for image in images_found] == [DecodedImage] * 2
+    assert child.pid == pid
+
+
+def test_a_child_that_hangs_without_computing_is_cut_off_by_the_wall_clock(child: DecodeChild) -> None:
+    child.decode(encoded("PNG"), LIMITS)
+    assert child.pid is not None
+    first = child.pid
+    os.kill(first, signal.SIGSTOP)
+    with pytest.raises(ImageError, match="did not end within") as caught:
+        child.decode(encoded("PNG"), LIMITS.model_copy(update={"max_wall_seconds": 0.3}))
+    assert caught.value.item_code == "decode_timeout"
+    np.testing.assert_array_equal(child.decode(encoded("PNG"), LIMITS).rgb, PIXELS)
+    assert not alive(first)
+
+
+@pytest.mark.parametrize("wrong", [PIXELS, array.array("i", [1, 2]), Path("a.jpg"), "a.jpg", None, memoryview(b"x")])
+def test_what_is_not_bytes_is_refused_before_anything_is_sent(child: DecodeChild, wrong: Any) -> None:
+    good = encoded("PNG")
+    child.decode(good, LIMITS)
+    first = child.pid
+    for contents in ([wrong], [good, good, good, wrong]):
+        with pytest.raises(TypeError, match="An encoded image is bytes"):
+            child.decode_all(contents, LIMITS)
+    np.testing.assert_array_equal(child.decode(good, LIMITS).rgb, PIXELS)
+    assert child.pid == first
 
 
 def test_images_sent_to_a_child_that_is_killed_are_decoded_by_the_next_one(child: DecodeChild) -> None:
@@ -203,6 +255,13 @@ def unusual() -> dict[str, bytes]:
         "animated.webp": (frames[0], {"format": "WEBP", "save_all": True, "append_images": frames[1:]}),
         "animated.png": (frames[0], {"format": "PNG", "save_all": True, "append_images": frames[1:]}),
         "animated.gif": (frames[0], {"format": "GIF", "save_all": True, "append_images": frames[1:]}),
+        "exif.tiff": (image.copy(), {"exif": exif, "format": "TIFF", "compression": "tiff_lzw"}),
+        "jpeg.tiff": (image.copy(), {"format": "TIFF", "compression": "jpeg"}),
+        "deflate.tiff": (image.convert("L"), {"format": "TIFF", "compression": "tiff_deflate"}),
+        "pages.tiff": (image.copy(), {"format": "TIFF", "save_all": True, "append_images": [image.rotate(90)]}),
+        "palette.bmp": (transparent, {"format": "BMP"}),
+        "exif.avif": (image, {"exif": exif, "format": "AVIF", "speed": 10}),
+        "animated.avif": (frames[0], {"format": "AVIF", "save_all": True, "append_images": frames[1:], "speed": 10}),
         "transparent.gif": (transparent, {"format": "GIF", "transparency": 3}),
     }
     result = {}
@@ -223,7 +282,7 @@ def test_a_child_that_can_open_no_file_decodes_unusual_images_too(child: DecodeC
 def test_the_child_can_open_no_file_and_no_socket() -> None:
     code = (
         "import os, socket, sys\nfrom clipflow_ray import images, sandbox\n"
-        "def tried(data, limits):\n"
+        "def tried(data, limits, spec):\n"
         "    for attempt in (lambda: open(os.devnull), socket.socket, lambda: socket.create_server(('127.0.0.1', 0)),\n"
         "                    os.pipe):\n"
         "        try: attempt()\n"
