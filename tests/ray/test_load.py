@@ -182,7 +182,8 @@ def test_scan_bombs_do_not_fail_other_requests(site: Site, count: int, seconds: 
     assert set(codes) <= {"decode_failed", "timeout"} and codes.total() >= count
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.stress)])
+@pytest.mark.stress  # test_serve.py compares HTTP, and test_audit.py an audit, with the detector on a few images
+@pytest.mark.parametrize("count", [1000])
 def test_http_an_audit_and_the_detector_give_the_same_scores(
     site: Site, trained: str, tmp_path: Path, count: int
 ) -> None:

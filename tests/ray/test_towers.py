@@ -127,6 +127,7 @@ def shallow(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
     return tuple(segment.model_copy(update={"feature": name}) for segment, name in zip(segments, features, strict=True))
 
 
+@pytest.mark.stress
 def test_a_tower_without_segments_trains_those_of_the_rule_of_depth(
     endpoint: str, pictures: Path, album: Path, tmp_path: Path
 ) -> None:
