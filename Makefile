@@ -39,7 +39,8 @@ test: setup
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e tests/unit --numprocesses 2 --dist loadfile
 	# These tests wait much of the time for processes to start, so mypy runs beside them.
-	nice $(BIN)/mypy & mypy=$$!; $(BIN)/python -m pytest tests/ray; tests=$$?; wait $$mypy && exit $$tests
+	nice $(BIN)/mypy & mypy=$$!; $(BIN)/python -m pytest tests/ray --numprocesses 2 --dist loadfile; tests=$$?; \
+	  wait $$mypy && exit $$tests
 
 # The long tests: chaos, listing, jobs on three nodes, two training workers, hostile input through the edge.
 stress: setup

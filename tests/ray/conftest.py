@@ -33,6 +33,10 @@ def cluster(s3: Place) -> Iterator[None]:
 
     The environment is that of `clipflow-ray serve`."""
     os.environ.update(SWITCHES)
+    # Two processes test at a time, each with its own cluster. The replicas of both need ports of this machine.
+    first = 30000 + 500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"] = str(first)
+    os.environ["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] = str(first + 499)
     resources.connect()
     yield
     ray.shutdown()
