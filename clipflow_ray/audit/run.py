@@ -56,8 +56,18 @@ def audit(config: AuditConfig) -> AuditRecord:
     if not config.input:
         raise ConfigError("Name at least one --input to audit.")
     config = settled(config, "input", "output")
-    loaded = load_checkpoint(Place.at(config.checkpoint, config.s3))
     run = Run(Place.at(config.output, config.s3))
+    checkpoint = _at_precision(load_checkpoint(Place.at(config.checkpoint, config.s3)), config, run)
+    calibration = usable_calibration(checkpoint, config.alpha)
+    identity = AuditIdentity(
+        input=config.input,
+        encoder_fingerprint=checkpoint.encoder_fingerprint,
+        inventory=config.inventory,
+        limits=config.limits,
+        sample=config.sample,
+        keep_embeddings=config.keep_embeddings,
+        **made_by(checkpoint, calibration),
+    )
 
     def list_inputs() -> int:
         resources.connect()
@@ -66,17 +76,6 @@ def audit(config: AuditConfig) -> AuditRecord:
         return count
 
     with exclusive(run.place):
-        checkpoint = _at_precision(loaded, config, run)
-        calibration = usable_calibration(checkpoint, config.alpha)
-        identity = AuditIdentity(
-            input=config.input,
-            encoder_fingerprint=checkpoint.encoder_fingerprint,
-            inventory=config.inventory,
-            limits=config.limits,
-            sample=config.sample,
-            keep_embeddings=config.keep_embeddings,
-            **made_by(checkpoint, calibration),
-        )
         record = run.completed(AuditRecord, identity)
         if record is not None:
             return _judged_again(run, record, config, calibration)
