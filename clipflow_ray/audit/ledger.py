@@ -122,8 +122,9 @@ def _write(run: Run, pieces: Iterator[pa.Table], totals: Totals) -> None:
 
     def counted() -> Iterator[pa.Table]:
         for table in pieces:
-            totals.add(table)
-            yield table
+            if len(table):
+                totals.add(table)
+                yield table
 
     tables = counted()
 

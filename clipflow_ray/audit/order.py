@@ -50,18 +50,19 @@ class Sorter:
         is_cut = order >= len(table)
         ends = np.r_[0, np.flatnonzero(is_cut) - np.arange(self.pieces - 1), len(table)]
         table = table.combine_chunks().take(pa.array(order[~is_cut]))
+        batch = _batch(table)
         with (
             temporary_files(),
             pa.OSFile(self._path(self._tables), "wb") as file,
             pa.ipc.new_file(file, table.schema) as writer,
         ):
             for start, end in pairwise(ends.tolist()):
-                writer.write_batch(_batch(table.slice(start, end - start)))
+                writer.write_batch(batch.slice(start, end - start))
         self._tables += 1
         return table, np.repeat(np.arange(self.pieces), np.diff(ends))
 
     def piece(self, at: int) -> pa.Table:
-        """The rows of piece number `at`, sorted. Safe to call from several threads."""
+        """The rows of piece number `at`, sorted; there may be none."""
         batches = []
         for number in range(self._tables):
             with pa.OSFile(self._path(number)) as file:
@@ -81,6 +82,4 @@ def _order(keys: pa.Table) -> Places:
 
 def _batch(table: pa.Table) -> pa.RecordBatch:
     """The table as one batch. Arrow sorts a batch faster than a table."""
-    return pa.RecordBatch.from_arrays(
-        [pa.concat_arrays(column.chunks) for column in table.columns], schema=table.schema
-    )
+    return pa.RecordBatch.from_arrays([column.combine_chunks() for column in table.columns], schema=table.schema)

@@ -127,13 +127,11 @@ def _drift(scores: Distribution) -> Drift | None:
 
 def _gallery(run: Run, record: AuditRecord, totals: Totals, options: InventoryOptions) -> dict[str, list[Picture]]:
     """Thumbnails as data URIs: the most suspicious images, and as many unflagged ones by row id."""
-    limits = record.identity.limits
-
-    def pictured(table: pa.Table) -> list[Picture]:
-        wanted = [Picture(note=row.pop("verdict"), **row) for row in table.to_pylist()]
-        return pages.pictured(run, wanted, limits, options)
-
-    return {"Most suspicious": pictured(totals.suspicious), "Not flagged, at random": pictured(totals.unflagged)}
+    both = pa.concat_tables([totals.suspicious, totals.unflagged]).to_pylist()
+    wanted = [Picture(note=row.pop("verdict"), **row) for row in both]
+    pictures = pages.pictured(run, wanted, record.identity.limits, options)  # at once, because it reads the manifest
+    first = len(totals.suspicious)
+    return {"Most suspicious": pictures[:first], "Not flagged, at random": pictures[first:]}
 
 
 def _charts(report: AuditReport) -> dict[str, str]:

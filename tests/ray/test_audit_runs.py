@@ -88,6 +88,16 @@ def test_judging_again_needs_no_encoder_and_counts_equal_files_once(record: Audi
     assert judge_again(AuditConfig(output=config.output, alpha=0.1, dedupe="none")).flagged == record.flagged
 
 
+def test_a_judgement_that_was_cut_off_is_repeated(record: AuditRecord, config: AuditConfig) -> None:
+    """As if a call at another alpha had been killed while it wrote the ledger."""
+    before = ledger(config.output)
+    Path(config.output, "_SUCCESS").unlink()
+    for file in Path(config.output, "ledger").iterdir():
+        file.write_bytes(b"")
+    assert judge_again(AuditConfig(output=config.output)) == record
+    assert ledger(config.output) == before and Path(config.output, "_SUCCESS").exists()
+
+
 def test_judging_again_shows_pictures_from_the_store_that_the_audit_named(
     cluster: None, config: AuditConfig, s3: Place, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from clipflow_ray.audit import ledger, order
 from clipflow_ray.audit.judging import Judge, PValues
 from clipflow_ray.audit.ledger import finalize
+from clipflow_ray.audit.order import ORDER, Sorter
 from clipflow_ray.audit.repeats import Repeats
 from clipflow_ray.audit.totals import MOST_RATES, Rates, Totals
 from clipflow_ray.columns import LEDGER_SCHEMA, SCORED_SCHEMA
@@ -204,6 +205,16 @@ def test_a_ledger_does_not_depend_on_the_order_of_the_scores_and_replaces_the_on
     assert not run.finished, "until its record is written"
     finalized(written(scored[::-1], tmp_path / "b", 31))
     assert pq.read_table(tmp_path / "a" / "ledger").equals(pq.read_table(tmp_path / "b" / "ledger"))
+
+
+def test_a_sample_that_is_unlike_the_rows_gives_pieces_of_other_sizes_and_the_same_order(tmp_path: Path) -> None:
+    keys = pa.table({name: [f"{at:03d}" for at in range(100)] for name in ORDER})
+    sorter = Sorter(tmp_path / "order", keys.slice(40, 1), pieces=5)
+    numbers = [sorter.add(keys.take(np.arange(start, 100, 3)))[1] for start in range(3)]
+    pieces = [sorter.piece(at) for at in range(5)]
+    assert [len(piece) for piece in pieces] == np.bincount(np.concatenate(numbers), minlength=5).tolist()
+    assert sum(len(piece) == 0 for piece in pieces) == 3
+    assert pa.concat_tables(pieces).equals(keys)
 
 
 def test_a_missing_row_is_an_error(scored: list[Row], tmp_path: Path) -> None:
