@@ -62,6 +62,7 @@ def fake_cluster(
     provider = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
     config: dict[str, Any] = {
         "cluster_name": "fake",
+        **{f"{when}setup_commands": [] for when in ("", "head_", "worker_")},
         "max_workers": 16,
         "idle_timeout_minutes": 0.5,
         "provider": {
@@ -85,7 +86,7 @@ def fake_cluster(
     }
     file = folder / "autoscaler.json"
     file.write_text(json.dumps(config))
-    command = [Path(sys.executable).parent / "ray", "start", "--head", f"--port={port}", f"--temp-dir={folder}"]
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", f"--port={port}", f"--temp-dir={folder}"]
     command += [f"--num-cpus={head['CPU']}", f"--num-gpus={head.get('GPU', 0)}", f"--autoscaling-config={file}"]
     command += ["--include-dashboard=false", "--object-store-memory=200000000", "--disable-usage-stats"]
     switches = {

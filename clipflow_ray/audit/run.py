@@ -71,6 +71,7 @@ def audit(config: AuditConfig) -> AuditRecord:
 
     def list_inputs() -> int:
         resources.connect()
+        resources.check_reading()
         count = write_manifest(places(config.input, config.s3), run.place / MANIFEST, config.inventory)
         _check_readable(config, run)
         return count

@@ -123,6 +123,20 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
+def check_reading(cluster: Cluster | None = None) -> None:
+    """Raise ResourceError if no node has a CPU, and none that the autoscaler can add, so that no task would ever start.
+
+    A run lists its input in a task, before the number of objects is known and a plan can be made.
+    """
+    cluster = cluster or Cluster.live()
+    if not (_total(cluster.nodes, "CPU") or (cluster.can_add and cluster.can_add([{"CPU": 1.0}]))):
+        raise ResourceError(
+            f"The cluster has no logical CPU on its {len(cluster.nodes)} nodes"
+            f"{', and its autoscaler can add none' if cluster.can_add else ''}, so nothing would ever start. "
+            "Start Ray with a larger `--num-cpus`, or add a node."
+        )
+
+
 def plan_scoring(
     rows: int, batch_size: int, pool: PoolConfig, resumed: bool, cluster: Cluster | None = None
 ) -> ScoringPlan:

@@ -95,6 +95,7 @@ def extract(config: TrainConfig) -> Run:
         return run
 
     def list_inputs() -> int:
+        resources.check_reading()
         return write_manifest(inputs, run.place / MANIFEST, config.inventory)
 
     begun = run.begin(RunRecord[FeaturesIdentity], identity, list_inputs)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipflow_ray.config import PoolConfig, validated
-from clipflow_ray.data.resources import Cluster, Resources, ScoringPlan, plan_scoring, plan_training
+from clipflow_ray.data.resources import Cluster, Resources, ScoringPlan, check_reading, plan_scoring, plan_training
 from clipflow_ray.errors import ConfigError, ResourceError
 from tests.autoscaling import adds
 
@@ -201,10 +201,26 @@ def test_what_the_autoscaler_cannot_add_is_refused(pool: dict[str, Any]) -> None
         plan(cpus(0), can_add=adds([GPU_NODES, CPU_NODES]), **({"gpus_per_encoder": 1} | pool))
 
 
+def test_a_cluster_on_which_no_task_would_start_is_refused_before_the_input_is_listed() -> None:
+    check_reading(Cluster(cpus(0, 1)))
+    check_reading(Cluster(cpus(0), adds([CPU_NODES])))
+    with pytest.raises(ResourceError, match="no logical CPU on its 2 nodes"):
+        check_reading(Cluster([{"CPU": 0}, {"GPU": 1}]))
+    with pytest.raises(ResourceError, match="can add none"):
+        check_reading(Cluster(cpus(0), adds([({"GPU": 1}, 2)])))
+
+
 def test_an_autoscaler_is_not_asked_for_what_lives() -> None:
     asked: list[Sequence[Resources]] = []
-    plan([{"CPU": 8, "GPU": 1}], can_add=lambda bundles: not asked.append(bundles))
+
+    def can_add(bundles: Sequence[Resources]) -> bool:
+        asked.append(bundles)
+        return True
+
+    plan([{"CPU": 8, "GPU": 1}], can_add=can_add)
     assert asked == []
+    plan(cpus(8), can_add=can_add)
+    assert asked[0] == [{"GPU": 1.0}, {"CPU": 1.0}]
 
 
 @pytest.mark.parametrize(
