@@ -280,8 +280,9 @@ def _path(value: pa.Scalar, column: ImageColumn, index: int) -> str | None:
         elif steps:
             value = value[steps.pop(0)]
         else:
-            found = value.as_py()
-            return str(found.get("path") or "") or None if isinstance(found, dict) else None
+            found: Any = value.as_py()
+            path = found.get("path") if isinstance(found, dict) else None
+            return str(path) if path else None
     return None
 
 

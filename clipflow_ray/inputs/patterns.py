@@ -14,7 +14,7 @@ from clipflow_ray.errors import InputError
 _WILD: Final = re.compile(r"[*?[]")
 _BRACES: Final = re.compile(r"\{([^{}]*)\}")
 _NUMBERS: Final = re.compile(r"(\d+)\.\.(\d+)")
-_MOST: Final = 1_000_000
+_MOST: Final = 100_000
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Selection:
 
 
 def selection(uri: str) -> Selection:
-    """What a URI with wildcards or braces selects. Raises InputError for more than a million alternatives."""
+    """What a URI with wildcards or braces selects. Raises InputError for more than 100,000 alternatives."""
     each = expanded(uri)
     return Selection(
         frozenset(name.rstrip("/") for name in each if not _WILD.search(name)),
@@ -84,7 +84,7 @@ def expanded(text: str) -> list[str]:
             waiting += [each[: found.start()] + option + each[found.end() :] for option in reversed(options)]
         if len(done) + len(waiting) > _MOST:
             raise InputError(f"{text} stands for more than {_MOST} names; use * instead.")
-    return done
+    return list(dict.fromkeys(done))
 
 
 def fits_any(patterns: Iterable[str], below: str) -> bool:
