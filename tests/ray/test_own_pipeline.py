@@ -1,0 +1,47 @@
+"""The detector as a stage of somebody's own Ray Data pipeline, as docs/operating.md shows it."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from clipflow_ray.model.detector import Detector
+from clipflow_ray.ray import Detect
+from tests.conftest import encoded, photo
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "operating.md"
+
+
+@pytest.mark.real_weights
+def test_the_example_of_the_documents_runs(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for at in range(3):
+        (tmp_path / "photos" / f"{at}.jpg").write_bytes(encoded(photo(at, (240, 320)), quality=90))
+    monkeypatch.chdir(tmp_path)
+    (example,) = [
+        block for block in re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL) if "Detect" in block
+    ]
+    exec(compile(example, str(DOCUMENT), "exec"), {"__name__": "example"})
+    assert capsys.readouterr().out.count(".jpg") == 3
+
+
+def test_each_row_is_kept_and_has_the_finding_that_the_detector_gives(cluster: None, trained: str) -> None:
+    pictures = [encoded(photo(at, (240, 256 + at)), quality=80) for at in range(5)]
+    rows = [{"score": at, "bytes": data} for at, data in enumerate([*pictures, b"text"])]
+    arguments = {"checkpoint": trained, "alpha": 0.1}
+    data = ray.data.from_items(rows).map_batches(Detect, fn_constructor_kwargs=arguments, concurrency=1, batch_size=4)
+    found = sorted(data.take_all(), key=lambda row: row["score"])
+    assert [row["bytes"] for row in found] == [row["bytes"] for row in rows]
+    expected = Detector.from_checkpoint(trained, "cpu").detect(pictures, 0.1)
+    for row, finding in zip(found, expected, strict=False):
+        assert (row["clipflow_verdict"], row["clipflow_stratum"]) == (finding.verdict, finding.stratum)
+        assert row["clipflow_error_code"] is None and row["clipflow_error_message"] is None
+        np.testing.assert_allclose(row["clipflow_score"], finding.score, rtol=1e-5)
+        np.testing.assert_allclose(row["clipflow_p_value"], finding.p_value, rtol=1e-5)
+    bad = found[-1]
+    assert bad["clipflow_error_code"] == "unsupported_format" and bad["clipflow_verdict"] is None
+    assert np.isnan(bad["clipflow_score"]) and "no image" in bad["clipflow_error_message"]
