@@ -8,8 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from clipflow_ray.cli.options import AsJson, Checkpoint
-from clipflow_ray.config import DISCLAIMER
+from clipflow_ray.cli.options import (
+    AsJson,
+    Checkpoint,
+    MaxBytes,
+    MaxPixels,
+    MaxSeconds,
+    MaxSide,
+    MinSide,
+    given_limits,
+    limit_options,
+)
+from clipflow_ray.config import DISCLAIMER, ImageLimits
 from clipflow_ray.errors import ConfigError
 
 _Result = tuple[dict[str, Any], str]  # of one image: what is printed with --json, and without
@@ -25,18 +35,27 @@ def score(
     url: Annotated[
         str | None, typer.Option("--url", help="Score on this server. Its token is read from CLIPFLOW_TOKEN.")
     ] = None,
+    max_pixels: MaxPixels = None,
+    max_side: MaxSide = None,
+    min_side: MinSide = None,
+    max_bytes: MaxBytes = None,
+    max_seconds: MaxSeconds = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a few image files on this machine without Ray, or on a server."""
-    if url and checkpoint:
-        raise ConfigError("Give --url or --checkpoint, not both: a server has its own checkpoint.")
-    results, floor = _score_on_server(url, files, alpha) if url else _score_here(files, checkpoint, alpha)
+    flags = limit_options(max_pixels, max_side, min_side, max_bytes, max_seconds)
+    if url and (checkpoint or any(value is not None for value in flags.values())):
+        raise ConfigError("Give --url without --checkpoint and without limits: a server has its own.")
+    limits = given_limits(flags)
+    results, floor = _score_on_server(url, files, alpha) if url else _score_here(files, checkpoint, alpha, limits)
     for path, (record, sentence) in zip(files, results, strict=True):
         print(json.dumps({"file": str(path), **record}) if as_json else f"{path}: {sentence}")
     print(f"{DISCLAIMER} {floor}", file=sys.stderr)
 
 
-def _score_here(files: list[Path], checkpoint: str | None, alpha: float | None) -> tuple[list[_Result], str]:
+def _score_here(
+    files: list[Path], checkpoint: str | None, alpha: float | None, limits: ImageLimits
+) -> tuple[list[_Result], str]:
     from clipflow_ray import load_detector
     from clipflow_ray.model.calibration import floor_in_words
 
@@ -44,7 +63,7 @@ def _score_here(files: list[Path], checkpoint: str | None, alpha: float | None) 
         data = [path.read_bytes() for path in files]
     except OSError as error:
         raise ConfigError(f"Cannot read {error.filename}: {error.strerror}.") from error
-    detector = load_detector(checkpoint)
+    detector = load_detector(checkpoint, limits=limits)
     findings = detector.detect(data) if alpha is None else detector.detect(data, alpha)
     results = [
         (
