@@ -31,7 +31,7 @@ def test_the_example_of_the_documents_runs(
 
 def test_each_row_is_kept_and_has_the_finding_that_the_detector_gives(cluster: None, trained: str) -> None:
     pictures = [encoded(photo(at, (240, 256 + at)), quality=80) for at in range(5)]
-    rows = [{"score": at, "bytes": data} for at, data in enumerate([*pictures, b"text"])]
+    rows = [{"score": at, "bytes": data} for at, data in enumerate([*pictures, b"text", None])]
     arguments = {"checkpoint": trained, "alpha": 0.1}
     data = ray.data.from_items(rows).map_batches(Detect, fn_constructor_kwargs=arguments, concurrency=1, batch_size=4)
     found = sorted(data.take_all(), key=lambda row: row["score"])
@@ -40,8 +40,9 @@ def test_each_row_is_kept_and_has_the_finding_that_the_detector_gives(cluster: N
     for row, finding in zip(found, expected, strict=False):
         assert (row["clipflow_verdict"], row["clipflow_stratum"]) == (finding.verdict, finding.stratum)
         assert row["clipflow_error_code"] is None and row["clipflow_error_message"] is None
-        np.testing.assert_allclose(row["clipflow_score"], finding.score, rtol=1e-5)
-        np.testing.assert_allclose(row["clipflow_p_value"], finding.p_value, rtol=1e-5)
-    bad = found[-1]
+        assert row["clipflow_score"] == pytest.approx(finding.score, rel=1e-5)
+        assert row["clipflow_p_value"] == pytest.approx(finding.p_value, rel=1e-5)
+    bad, null = found[-2:]
+    assert null["clipflow_error_code"] == "empty"
     assert bad["clipflow_error_code"] == "unsupported_format" and bad["clipflow_verdict"] is None
     assert np.isnan(bad["clipflow_score"]) and "no image" in bad["clipflow_error_message"]

@@ -4,7 +4,7 @@ import importlib.util
 import io
 import struct
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def refusal(data: bytes, limits: ImageLimits = LIMITS) -> tuple[str, str]:
     return caught.value.item_code, str(caught.value)
 
 
-def tiff(rows: np.ndarray, tags: dict[int, tuple[int, list[int]]], order: str = "<") -> bytes:
+def tiff(rows: np.ndarray, tags: dict[int, tuple[int, list[int]]], order: Literal["<", ">"] = "<") -> bytes:
     """A TIFF of one uncompressed strip, written by hand; `tags` are (type, values) by number."""
     height, width = rows.shape[:2]
     bits, samples = rows.dtype.itemsize * 8, rows.size // (height * width)
@@ -83,7 +83,7 @@ def test_a_tiff_has_the_pixels_of_the_png_of_the_same_image(mode: str, compressi
 
 @pytest.mark.parametrize("order", "<>")
 @pytest.mark.parametrize("channels", [1, 3])
-def test_sixteen_bits_of_a_tiff_are_scaled_and_not_clipped(channels: int, order: str) -> None:
+def test_sixteen_bits_of_a_tiff_are_scaled_and_not_clipped(channels: int, order: Literal["<", ">"]) -> None:
     wide = PHOTO.astype(np.uint16) * 257
     rows = wide if channels == 3 else wide[..., 1]
     found = decode(tiff(rows, {}, order), LIMITS)
@@ -93,7 +93,7 @@ def test_sixteen_bits_of_a_tiff_are_scaled_and_not_clipped(channels: int, order:
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_a_tiff_in_which_white_is_zero_is_not_inverted(dtype: type) -> None:
-    rows = (255 - GREY).astype(dtype) * (257 if dtype is np.uint16 else 1)
+    rows: np.ndarray = (255 - GREY).astype(dtype) * (257 if dtype is np.uint16 else 1)
     found = decode(tiff(rows.astype(dtype), {262: (3, [0])}), LIMITS)
     np.testing.assert_allclose(found.rgb[..., 0].astype(int), GREY.astype(int), atol=2)
 
