@@ -3,7 +3,6 @@
 ray.data.read_images("photos/").map_batches(Detect, fn_constructor_kwargs={"column": "image"}, concurrency=2)
 """
 
-from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -60,12 +59,12 @@ class Detect:
         cells = list(batch[self._column])
         found = iter(self._detector.detect([cell for cell in cells if cell is not None], self._alpha, self._cap))
         findings = [refused(at, None, _EMPTY) if cell is None else next(found) for at, cell in enumerate(cells)]
-        errors: list[Mapping[str, str]] = [finding.error or {} for finding in findings]
+        errors = [finding.error for finding in findings]
         texts = {
             "verdict": [finding.verdict for finding in findings],
             "stratum": [finding.stratum for finding in findings],
-            "error_code": [error.get("code") for error in errors],
-            "error_message": [error.get("message") for error in errors],
+            "error_code": [error and error["code"] for error in errors],
+            "error_message": [error and error["message"] for error in errors],
         }
         return {
             **batch,

@@ -292,7 +292,7 @@ def _settings(request: bytes) -> tuple[ImageLimits, ViewSpec | None]:
 
 def _answer(data: bytes, limits: ImageLimits, spec: ViewSpec | None) -> tuple[bytes, bytes | memoryview]:
     try:
-        image = images.decode(data, limits, spec)
+        image = images.decode(data, limits)
     except ImageError as error:
         return json.dumps({"error_code": error.item_code, "message": str(error)}).encode(), b""
     rgb = np.ascontiguousarray(images.views(image.rgb, spec) if spec else image.rgb)

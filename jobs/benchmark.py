@@ -43,7 +43,7 @@ def sandbox(rounds: Rounds = 41, as_json: AsJson = False) -> None:
 
 @app.command()
 def decode(rounds: Rounds = 7, as_json: AsJson = False) -> None:
-    """Rate of decoding large JPEGs to views in the sandbox, relative to plain Pillow, and the change of a score."""
+    """Rate of decoding large JPEGs to views in the sandbox, relative to plain Pillow."""
     _print(lambda: decoding_large_jpegs(rounds), as_json)
 
 

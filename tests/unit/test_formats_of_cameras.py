@@ -1,4 +1,4 @@
-"""TIFF, BMP, AVIF and HEIC, what is named instead of decoded, and large JPEGs at a reduced scale."""
+"""TIFF, BMP, AVIF and HEIC, what is named instead of decoded, and photographs of large sensors."""
 
 import importlib.util
 import io
@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipflow_ray import images
+from clipflow_ray import images, sandbox
 from clipflow_ray.config import OPENAI_VIEW, ImageLimits
 from clipflow_ray.containers import claims_to_be_an_image, sniff
 from clipflow_ray.errors import ImageError
-from clipflow_ray.images import Pixels, decode
+from clipflow_ray.images import decode
 from tests.conftest import encoded, photo
 
 LIMITS = ImageLimits()
@@ -205,35 +205,20 @@ def test_files_are_told_from_images_by_name_or_content() -> None:
         assert not claims_to_be_an_image(name, start)
 
 
-@pytest.fixture(scope="module")
-def large() -> Pixels:
-    """A photo-like image of 50.4 megapixels."""
-    return np.asarray(Image.fromarray(photo(3, (875, 900))).resize((7200, 7000), Image.Resampling.BICUBIC))
-
-
-def test_a_large_jpeg_is_decoded_at_a_reduced_scale_with_the_facts_of_the_whole_and_nearly_the_same_view(
-    large: Pixels,
-) -> None:
+def test_a_jpeg_of_sixty_megapixels_and_a_panorama_get_a_view_within_bounded_memory() -> None:
+    """In the sandbox, whose memory is limited, with the orientation of a portrait."""
+    small = Image.fromarray(photo(3, (792, 1188)))
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = encoded(large, "JPEG", quality=90, exif=exif.tobytes())
-    whole, reduced = decode(data, LIMITS), decode(data, LIMITS, OPENAI_VIEW)
-    assert whole.rgb.shape == (7200, 7000, 3) and reduced.rgb.shape == (1800, 1750, 3)
-    assert (reduced.width, reduced.height, reduced.jpeg_quality) == (7000, 7200, whole.jpeg_quality)
-    assert (whole.width, whole.height) == (7000, 7200)
-    full, small = (images.views(each.rgb, OPENAI_VIEW).astype(int) for each in (whole, reduced))
-    again = decode(encoded(large, "JPEG", quality=95, exif=exif.tobytes()), LIMITS)
-    spread = np.abs(full - images.views(again.rgb, OPENAI_VIEW))
-    assert np.abs(full - small).max() <= max(2, spread.max())
-    crop = OPENAI_VIEW.model_copy(update={"kind": "crop"})
-    assert decode(data, LIMITS, crop).rgb.shape == whole.rgb.shape
-
-
-def test_up_to_the_size_of_earlier_releases_a_jpeg_is_decoded_in_full(large: Pixels) -> None:
-    data = encoded(large[:6900], "JPEG", quality=60)
-    assert large[:6900].size // 3 <= images.REDUCED_ABOVE_PIXELS
-    found = decode(data, LIMITS, OPENAI_VIEW)
-    assert found.rgb.shape == (6900, 7200, 3)
+    for size in ((9504, 6336), (16_382, 3_932)):
+        data = encoded(
+            np.asarray(small.resize(size, Image.Resampling.BILINEAR)), "JPEG", quality=80, exif=exif.tobytes()
+        )
+        found = sandbox.decode(data, LIMITS, OPENAI_VIEW)
+        assert (found.width, found.height) == size[::-1]
+        turned = np.asarray(small.resize(size).transpose(Image.Transpose.ROTATE_270))
+        expected = images.views(turned, OPENAI_VIEW).astype(int)
+        assert np.abs(found.rgb - expected).mean() < 2
 
 
 def test_the_decoders_of_the_sandbox_use_one_thread() -> None:
