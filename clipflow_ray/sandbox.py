@@ -260,6 +260,7 @@ def run_zygote(descriptor: int) -> None:
 
 def _serve(connection: socket.socket) -> None:
     """Main loop of a child process: answer requests until the socket is closed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # libtiff writes a line for each fault in a file
     memory = _MEMORY + int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
