@@ -286,10 +286,16 @@ class FitConfig(Config):
 
 
 class SplitConfig(Config):
-    """Sources (groups) that are kept out of training. If both lists are empty, each gets one in five, by hash."""
+    """Sources (groups) that are kept out of training. If both lists are empty, each gets one in five, by hash.
+
+    More sources help a flow; more photographs of a source do not (docs/research.md).
+    """
 
     validation: tuple[str, ...] = ()
     calibration: tuple[str, ...] = ()
+    per_source: int | None = Field(
+        None, ge=1, description="most photographs of a source that train; the others are not read; by default all train"
+    )
     held_out_family: str | None = Field(
         None, description="proxy family that is never trained on; used to choose the epoch"
     )

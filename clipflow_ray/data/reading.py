@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from clipflow_ray import sandbox
 from clipflow_ray.columns import Status, add_columns
@@ -21,6 +22,8 @@ from clipflow_ray.inputs.reading import read_bytes
 from clipflow_ray.model.finding import FileFacts
 from clipflow_ray.place import Place
 
+Mask = NDArray[np.bool_]
+
 VIEW: Final = "view"
 
 
@@ -29,7 +32,7 @@ class ReadImage:
     """One object after reading and decoding.
 
     `sha256` and `bytes` are the hash and number of its bytes, or None if they were not read. `image` is the decoded
-    image or the error, or None if the object is not in the sample.
+    image or the error, or None if the object is not read.
     """
 
     sha256: str | None
@@ -43,20 +46,24 @@ def read_images(
     limits: ImageLimits,
     spec: ViewSpec | None = None,
     options: InventoryOptions | None = None,
+    chosen: Mask | None = None,
 ) -> list[ReadImage]:
-    """Read and decode the objects of manifest rows, in their order. Reads run in parallel; decoding uses one core.
+    """Read and decode the objects of N manifest rows, in their order. Reads run in parallel; decoding uses one core.
 
     `near` is any place that is reached with the same options as the rows' URIs. With `spec`, the `rgb` of an image is
-    its view. `options` are the options with which the rows were listed.
+    its view. `options` are the options with which the rows were listed. Only the objects that `chosen` [N] selects are
+    read; by default all are.
     """
-    contents = read_bytes(table, near, limits, options)
+    chosen = np.ones(len(table), bool) if chosen is None else chosen
+    contents = read_bytes(table.filter(chosen), near, limits, options)
     decoded = iter(sandbox.decode_all([c for c in contents if isinstance(c, bytes)], limits, spec))
-    return [
-        ReadImage(hashlib.sha256(content).hexdigest(), len(content), next(decoded))
-        if isinstance(content, bytes)
-        else ReadImage(None, None, content)
-        for content in contents
-    ]
+    outcomes = [ReadImage(None, None, None)] * len(table)
+    for at, content in zip(np.flatnonzero(chosen), contents, strict=True):
+        if isinstance(content, bytes):
+            outcomes[at] = ReadImage(hashlib.sha256(content).hexdigest(), len(content), next(decoded))
+        else:
+            outcomes[at] = ReadImage(None, None, content)
+    return outcomes
 
 
 def described(table: pa.Table, outcomes: Sequence[ReadImage], views: Sequence[bytes | None]) -> pa.Table:
@@ -93,11 +100,7 @@ def read_and_decode(
     sample includes a smaller one. The other rows get the status skipped_sample.
     """
     chosen = np.array([int(identity[:8], 16) < sample * 2**32 for identity in table["row_id"].to_pylist()], bool)
-    outcomes = [ReadImage(None, None, None)] * len(table)
-    for at, outcome in zip(
-        np.flatnonzero(chosen), read_images(table.filter(chosen), near, limits, spec, options), strict=True
-    ):
-        outcomes[at] = outcome
+    outcomes = read_images(table, near, limits, spec, options, chosen)
     views = [o.image.rgb.tobytes() if isinstance(o.image, DecodedImage) else None for o in outcomes]
     return described(table, outcomes, views)
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, Literal
 
@@ -15,7 +15,7 @@ from clipflow_ray.errors import ConfigError, TrainingError
 
 log = logging.getLogger(__name__)
 
-Part = Literal["training", "validation", "calibration"]
+Part = Literal["training", "validation", "calibration", "unused"]
 SplitBy = Literal["source", "image"]
 # With fewer sources, one in five would be a single source.
 _MIN_SOURCES: Final = 7
@@ -29,12 +29,19 @@ class Parts(Closed):
     by: SplitBy = Field(description="`source` if the two lists name sources, `image` if they name row ids.")
     validation: tuple[str, ...] = Field(description="Kept for validation, in alphabetical order.")
     calibration: tuple[str, ...] = Field(description="Kept for calibration, in alphabetical order.")
+    last: dict[str, str] = Field(
+        {}, description="For each source with more photographs than may train, the last row id that trains."
+    )
 
     def of(self, row_ids: Sequence[str], groups: Sequence[str]) -> NDArray[np.str_]:
         """The Part of each of N images, [N]."""
         keys = np.array(groups if self.by == "source" else row_ids, dtype=np.str_)
         kept_out = [np.isin(keys, np.array(names, np.str_)) for names in (self.validation, self.calibration)]
-        return np.select(kept_out, ["validation", "calibration"], "training")
+        surplus = [
+            row_id > self.last.get(group, row_id)  # row ids are hashes, so their order is random
+            for row_id, group in zip(row_ids, groups, strict=True)
+        ]
+        return np.select([*kept_out, np.array(surplus, bool)], ["validation", "calibration", "unused"], "training")
 
 
 def assigned(images: Iterable[tuple[str, str]], config: SplitConfig, allow_small: bool) -> Parts:
@@ -69,7 +76,27 @@ def assigned(images: Iterable[tuple[str, str]], config: SplitConfig, allow_small
             len(sources),
         )
     _check_calibration(parts, source_of, allow_small)
-    return parts
+    return parts.model_copy(update={"last": _last(parts, source_of, config.per_source)})
+
+
+def _last(parts: Parts, source_of: dict[str, str], most: int | None) -> dict[str, str]:
+    """`Parts.last` if at most this many photographs of a source train."""
+    if most is None:
+        return {}
+    training: defaultdict[str, list[str]] = defaultdict(list)
+    for (row_id, source), part in zip(
+        source_of.items(), parts.of(list(source_of), list(source_of.values())), strict=True
+    ):
+        if part == "training":
+            training[source].append(row_id)
+    last = {source: sorted(row_ids)[most - 1] for source, row_ids in training.items() if len(row_ids) > most}
+    log.info(
+        "%d photographs train, at most %d of each source; %d more are not read",
+        sum(min(most, len(row_ids)) for row_ids in training.values()),
+        most,
+        sum(max(0, len(row_ids) - most) for row_ids in training.values()),
+    )
+    return last
 
 
 def _check_calibration(parts: Parts, source_of: dict[str, str], allow_small: bool) -> None:

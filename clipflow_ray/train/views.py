@@ -31,13 +31,14 @@ def read_and_distort(
 
     M is `natural_views * (1 + proxies_per_view)`. Each of the M images has the views of `slots(segments)`. Images of
     the calibration part give one image, plain in all views: the one that inference uses. An unreadable image keeps its
-    row and gives none.
+    row and gives none. An image of no part keeps its row and is not read.
     """
-    outcomes = read_images(table, near, limits, options=options)
+    ids = table["row_id"].to_pylist()
+    part_of = parts.of(ids, table["group"].to_pylist())
+    outcomes = read_images(table, near, limits, options=options, chosen=part_of != "unused")
     views: list[bytes] = []
     families: list[list[str]] = []
-    ids = table["row_id"].to_pylist()
-    for identity, part, outcome in zip(ids, parts.of(ids, table["group"].to_pylist()), outcomes, strict=True):
+    for identity, part, outcome in zip(ids, part_of, outcomes, strict=True):
         made: list[tuple[str, Pixels]] = []
         if isinstance(outcome.image, DecodedImage):
             if part == "calibration":
