@@ -87,7 +87,7 @@ COLUMNS: Final = (
     Column("dup_of", pa.string(), _FINALIZING, "`row_id` of the first row, by id, with the same bytes; else null."),
     Column("width", pa.int32(), _READING, "Width in pixels, upright; null if the image was not decoded."),
     Column("height", pa.int32(), _READING, "Height in pixels, upright; null if the image was not decoded."),
-    Column("format", pa.string(), _READING, "`JPEG`, `PNG`, `WEBP` or `GIF`, by the first bytes of the file."),
+    Column("format", pa.string(), _READING, "Format by the first bytes of the file, such as `JPEG`."),
     Column("mode", pa.string(), _READING, "Pillow's pixel mode of the file, such as `RGB`, `L` or `P`."),
     Column("frames", pa.int32(), _READING, "Number of frames; the first one is scored."),
     Column(

@@ -50,6 +50,8 @@ _BMP_HEADERS: Final = {struct.pack("<I", size) for size in (12, 40, 52, 56, 64, 
 _MOST_PAGES: Final = 65_535
 _SUBFILE_TYPE: Final = 254
 _DNG_VERSION: Final = 50706
+_TIFF_PRIVATE: Final = 1000  # tags below are those of the standard
+_TIFF_BYTES: Final = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}  # by type
 _TIFF_TAGS: Final = {_SUBFILE_TYPE, 273, 279, 324, 325}  # and offsets and lengths of strips, and of tiles
 
 
@@ -237,11 +239,11 @@ def _tiff_page_is_whole(data: bytes, order: str, start: int, count: int) -> bool
     found: dict[int, list[int]] = {}
     for at in range(start, start + 12 * count, 12):
         tag, kind, number = struct.unpack_from(order + "HHI", data, at)
+        size = number * _TIFF_BYTES.get(kind, 0)
+        place = at + 8 if size <= 4 else int(struct.unpack_from(order + "I", data, at + 8)[0])
+        if tag < _TIFF_PRIVATE and place + size > len(data):
+            return False
         if tag in _TIFF_TAGS and kind in (3, 4):
-            size = number * (2 if kind == 3 else 4)
-            place = at + 8 if size <= 4 else int(struct.unpack_from(order + "I", data, at + 8)[0])
-            if place + size > len(data):
-                return False
             found[tag] = list(struct.unpack_from(f"{order}{number}{'H' if kind == 3 else 'I'}", data, place))
         elif tag == _DNG_VERSION:
             found[tag] = []
@@ -253,19 +255,22 @@ def _tiff_page_is_whole(data: bytes, order: str, start: int, count: int) -> bool
 
 def _boxes(data: bytes) -> Structure:
     """Walk the top boxes of a file in the ISO base media format. The decoder counts the frames."""
-    at = 0
+    at, kinds = 0, set()
     while at + 8 <= len(data):
-        size = int(struct.unpack_from(">I", data, at)[0])
+        size, kind = struct.unpack_from(">I4s", data, at)
+        kinds.add(kind)
         if size == 1:
             if at + 16 > len(data):
                 return Structure(False)
             size = int(struct.unpack_from(">Q", data, at + 8)[0])
         if size == 0:  # the last box reaches to the end of the file
-            return Structure(True)
+            at = len(data)
+            break
         if size < 8:
             raise ImageError("decode_failed", "The file has a box of an impossible size.")
         at += size
-    return Structure(at == len(data) or at + 8 > len(data) >= at)
+    described, stored = bool(kinds & {b"meta", b"moov"}), b"mdat" in kinds or b"idat" in data
+    return Structure(at <= len(data) and not any(data[at:]) and described and stored)
 
 
 _WALKS: Final = {

@@ -37,11 +37,6 @@ _BITS, _PHOTOMETRIC, _EXIF_OF_TIFF = 0x0102, 0x0106, 0x8769
 _TIFF_MODES: Final = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L"}
 # Sum of the luminance quantization table of ITU-T T.81 Annex K.1, which is quality 50 on the IJG scale.
 _JPEG_LUMINANCE_Q50_SUM: Final = 3688
-# Up to this size a JPEG is always decoded in full, so that its score is that of earlier releases, which refused larger
-# ones. A larger JPEG is decoded at 1/2, 1/4 or 1/8 of its sides, but its shorter side stays four times that of the
-# largest view.
-REDUCED_ABOVE_PIXELS: Final = 50_000_000
-_LEAST_REDUCTION: Final = 4
 _BAND_PIXELS: Final = 2**22  # an image is converted in bands of so many pixels, which bounds the memory
 
 # One image is decoded on one core, and time on all threads counts.
@@ -55,10 +50,9 @@ if pillow_heif is not None:
 class DecodedImage:
     """The pixels of an image and facts about its file.
 
-    `rgb` is uint8 [height, width, 3], upright. `width` and `height` are those of the upright image, in pixels. If the
-    caller of `decode` gives a ViewSpec, `rgb` may be smaller. After `sandbox.decode` with a ViewSpec, `rgb` holds the
-    packed views; see `views`. `jpeg_quality` is on the IJG scale from 1 to 100, and None if the file has no
-    quantization table.
+    `rgb` is uint8 [height, width, 3], upright. `width` and `height` are those of the upright image, in pixels.
+    After `sandbox.decode` with a ViewSpec, `rgb` holds the packed views; see `views`. `jpeg_quality` is on the IJG
+    scale from 1 to 100, and None if the file has no quantization table.
     """
 
     rgb: Pixels
@@ -71,11 +65,8 @@ class DecodedImage:
     has_exif: bool
 
 
-def decode(data: bytes, limits: ImageLimits, spec: ViewSpec | None = None) -> DecodedImage:
+def decode(data: bytes, limits: ImageLimits) -> DecodedImage:
     """Decode one image of `containers.FORMATS` within `limits`.
-
-    With `spec`, a JPEG of more than REDUCED_ABOVE_PIXELS is decoded at a reduced scale if views of this kind need only
-    a small part of its pixels.
 
     Raises ImageError with the codes empty, too_large_bytes, unsupported_format, truncated, too_large_pixels,
     too_small or decode_failed. Only this function passes untrusted bytes to a decoder. Call it through
@@ -95,7 +86,7 @@ def decode(data: bytes, limits: ImageLimits, spec: ViewSpec | None = None) -> De
         raise ImageError("decode_failed", f"{found.scans} JPEG scans; the limit is {limits.max_jpeg_scans}.")
     try:
         with Image.open(io.BytesIO(data), formats=(image_format,)) as image:
-            return _decoded(data, image, image_format, found, limits, spec)
+            return _decoded(data, image, image_format, found, limits)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("too_large_pixels", f"More than {limits.max_pixels} pixels.") from error
     except ImageError:
@@ -107,56 +98,37 @@ def decode(data: bytes, limits: ImageLimits, spec: ViewSpec | None = None) -> De
 
 
 def _decoded(
-    data: bytes,
-    image: Image.Image,
-    image_format: Format,
-    found: Structure,
-    limits: ImageLimits,
-    spec: ViewSpec | None,
+    data: bytes, image: Image.Image, image_format: Format, found: Structure, limits: ImageLimits
 ) -> DecodedImage:
     _check_size(image.width, image.height, limits)
     frames = min(found.frames or int(getattr(image, "n_frames", 1)), 2**31 - 1)
-    mode, quality, (width, height) = image.mode, _jpeg_quality(image), image.size
-    if image_format == "TIFF" and (mode not in _TIFF_MODES or getattr(image, "tag_v2", {}).get(_BITS) == (12,)):
+    mode, quality = image.mode, _jpeg_quality(image)
+    tags: Any = getattr(image, "tag_v2", {})  # those of a TIFF
+    if image_format == "TIFF" and (mode not in _TIFF_MODES or tags.get(_BITS) == (12,)):
         raise ImageError("unsupported_format", "Of TIFFs, those with 1, 8 or 16 bits a sample are decoded.")
     if image_format == "JPEG" and mode in ("RGB", "L"):  # same pixels as Pillow, half the time
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
         _check_size(width, height, limits)  # Pillow may have read another size from a crafted header
-        least = _least_size(width, height, spec)
-        rgb = simplejpeg.decode_jpeg(data, "RGB", strict=False, min_width=least[0], min_height=least[1])
+        rgb = simplejpeg.decode_jpeg(data, "RGB", strict=False)
     else:
-        if image_format == "JPEG":
-            image.draft(mode, _least_size(width, height, spec))
         image.load()
         if image_format == "PNG":
             _scale_transparency(image, data[24])
         rgb = _rgb(image)
-        if image_format == "TIFF" and mode.startswith("I") and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
+        if image_format == "TIFF" and mode.startswith("I") and tags.get(_PHOTOMETRIC) == 0:
             rgb = 255 - rgb  # Pillow inverts 8 bits of white-is-zero itself, but not 16
-        if image_format != "JPEG":  # Pillow turns a TIFF upright, and a crafted file may hold another size
-            height, width = rgb.shape[:2]
-    rgb, turned = _upright(rgb, image)
-    if turned:
-        width, height = height, width
+    rgb = _upright(rgb, image)
     return DecodedImage(
         rgb=rgb,
-        width=width,
-        height=height,
+        width=rgb.shape[1],
+        height=rgb.shape[0],
         format=image_format,
         mode=mode,
         frames=frames,
         jpeg_quality=quality,
-        has_exif=_has_exif(image),  # read after decoding: a PNG may store EXIF after its pixels
+        # Read after decoding: a PNG may store EXIF after its pixels. A TIFF has a directory of its own for it.
+        has_exif=image.info.get("exif") is not None or _EXIF_OF_TIFF in tags,
     )
-
-
-def _least_size(width: int, height: int, spec: ViewSpec | None) -> tuple[int, int]:
-    """The smallest width and height at which a JPEG of this size may be decoded for the views of `spec`."""
-    if width * height > REDUCED_ABOVE_PIXELS and spec is not None and spec.kind == "resize":
-        for factor in (8, 4, 2):
-            if min(width, height) // factor >= _LEAST_REDUCTION * max(spec.sizes):
-                return -(-width // factor), -(-height // factor)
-    return width, height
 
 
 def views(rgb: Pixels, spec: ViewSpec) -> Pixels:
@@ -253,28 +225,19 @@ def _rgb(image: Image.Image) -> Pixels:
     return rgb
 
 
-def _upright(rgb: Pixels, image: Image.Image) -> tuple[Pixels, bool]:
-    """`rgb` turned upright by the EXIF orientation of `image`, and whether height and width changed places.
-
-    The pixels are writable, or torch would warn about them.
-    """
+def _upright(rgb: Pixels, image: Image.Image) -> Pixels:
+    """Turn `rgb` upright by the EXIF orientation of `image`. The result is writable, or torch would warn about it."""
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION)
     except Exception:  # Pillow's EXIF parser raises many types on crafted metadata; no orientation is known then
         orientation = None
-    turned = orientation in (5, 6, 7, 8)
-    if turned:
+    if orientation in (5, 6, 7, 8):
         rgb = rgb.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         rgb = rgb[::-1]
     if orientation in (2, 3, 6, 7):
         rgb = rgb[:, ::-1]
-    return (rgb if rgb.flags.writeable and rgb.flags.c_contiguous else np.array(rgb, order="C")), turned
-
-
-def _has_exif(image: Image.Image) -> bool:
-    tags: Any = getattr(image, "tag_v2", {})  # a TIFF is made of tags; those of EXIF are in a directory of their own
-    return image.info.get("exif") is not None or _EXIF_OF_TIFF in tags
+    return rgb if rgb.flags.writeable and rgb.flags.c_contiguous else np.array(rgb, order="C")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -11,11 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from clipflow_ray.config import CAP_PRONE_STRATA, DEFAULT_CHECKPOINT, ImageLimits
+from clipflow_ray.errors import ItemError
 from clipflow_ray.model.checkpoint import load_checkpoint
 from clipflow_ray.model.detector import Detector
-from clipflow_ray.model.finding import Finding
+from clipflow_ray.model.finding import Finding, refused
 
 PREFIX: Final = "clipflow_"
+_EMPTY: Final = ItemError("empty", "The cell is null.")
 Batch = dict[str, NDArray[Any]]
 
 
@@ -31,7 +33,7 @@ class Detect:
 
     Give `concurrency`, the number of instances. An instance computes on the CPUs of its `num_cpus`, by default one, or
     on a GPU if `num_gpus` gives it one. Raises CalibrationError at the start if `alpha` is too small for the
-    calibration, KeyError if the batch has no such column, and TypeError if a cell holds no picture.
+    calibration, KeyError if the batch has no such column, and TypeError if a cell is neither null nor a picture.
     """
 
     def __init__(
@@ -49,17 +51,20 @@ class Detect:
         self._detector = Detector(load_checkpoint(checkpoint), device, threads, limits=limits)
         self._detector.calibration.rule(alpha, cap_prone_strata)
         self._column = column
-        self._judge = {"alpha": alpha, "cap_prone_strata": cap_prone_strata}
+        self._alpha = alpha
+        self._cap = cap_prone_strata
 
     def __call__(self, batch: Batch) -> Batch:
         """A batch of N rows as numpy arrays, Ray Data's default format -> the same with the columns of the findings."""
-        findings = self._detector.detect(list(batch[self._column]), **self._judge)
-        errors = [finding.error or {} for finding in findings]
+        cells = list(batch[self._column])
+        found = iter(self._detector.detect([cell for cell in cells if cell is not None], self._alpha, self._cap))
+        findings = [refused(at, None, _EMPTY) if cell is None else next(found) for at, cell in enumerate(cells)]
+        errors = [finding.error for finding in findings]
         texts = {
             "verdict": [finding.verdict for finding in findings],
             "stratum": [finding.stratum for finding in findings],
-            "error_code": [error.get("code") for error in errors],
-            "error_message": [error.get("message") for error in errors],
+            "error_code": [error and error["code"] for error in errors],
+            "error_message": [error and error["message"] for error in errors],
         }
         return {
             **batch,

@@ -260,6 +260,7 @@ def run_zygote(descriptor: int) -> None:
 
 def _serve(connection: socket.socket) -> None:
     """Main loop of a child process: answer requests until the socket is closed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # libtiff writes a line for each fault in a file
     memory = _MEMORY + int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -292,7 +293,7 @@ def _settings(request: bytes) -> tuple[ImageLimits, ViewSpec | None]:
 
 def _answer(data: bytes, limits: ImageLimits, spec: ViewSpec | None) -> tuple[bytes, bytes | memoryview]:
     try:
-        image = images.decode(data, limits, spec)
+        image = images.decode(data, limits)
     except ImageError as error:
         return json.dumps({"error_code": error.item_code, "message": str(error)}).encode(), b""
     rgb = np.ascontiguousarray(images.views(image.rgb, spec) if spec else image.rgb)

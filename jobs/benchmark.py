@@ -10,6 +10,7 @@ import typer
 from clipflow_ray.config import PrecisionChoice
 from clipflow_ray.lab.benchmark.audit import audit_against_bare_encoder
 from clipflow_ray.lab.benchmark.common import Benchmark
+from clipflow_ray.lab.benchmark.decode import decoding_large_jpegs
 from clipflow_ray.lab.benchmark.finalize import finalizing
 from clipflow_ray.lab.benchmark.listing import listing as long_list
 from clipflow_ray.lab.benchmark.pipeline import pipeline_against_plain_loops
@@ -40,6 +41,12 @@ def pipeline(objects: int = 8192, rounds: Rounds = 5, as_json: AsJson = False) -
 def sandbox(rounds: Rounds = 41, as_json: AsJson = False) -> None:
     """Rate of decoding in the sandbox process, relative to decoding in this process."""
     _print(lambda: sandboxed_decoding(rounds), as_json)
+
+
+@app.command()
+def decode(rounds: Rounds = 7, as_json: AsJson = False) -> None:
+    """Rate of decoding large JPEGs to views in the sandbox, relative to plain Pillow."""
+    _print(lambda: decoding_large_jpegs(rounds), as_json)
 
 
 @app.command()

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from clipflow_ray.config import CHECKPOINTS, PrecisionChoice
+from clipflow_ray.config import CHECKPOINTS, ImageLimits, PrecisionChoice, validated
 from clipflow_ray.inputs.registry import FORMATS
 
 Inputs = Annotated[
@@ -113,6 +113,11 @@ def limit_options(
         "max_bytes": max_bytes,
         "max_seconds": max_seconds,
     }
+
+
+def given_limits(flags: dict[str, Any]) -> ImageLimits:
+    """The limits with what `limit_options` gives; raises ConfigError if a value is wrong."""
+    return validated(ImageLimits, {name: value for name, value in flags.items() if value is not None})
 
 
 def s3_options(

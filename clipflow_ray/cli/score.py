@@ -14,8 +14,19 @@ from typing import Annotated, Any, Final
 import typer
 
 from clipflow_ray.cli.exits import FAILED, TOO_MANY_ERRORS
-from clipflow_ray.cli.options import AsJson, Checkpoint, Precision
-from clipflow_ray.config import DISCLAIMER, PrecisionChoice
+from clipflow_ray.cli.options import (
+    AsJson,
+    Checkpoint,
+    MaxBytes,
+    MaxPixels,
+    MaxSeconds,
+    MaxSide,
+    MinSide,
+    Precision,
+    given_limits,
+    limit_options,
+)
+from clipflow_ray.config import DISCLAIMER, ImageLimits, PrecisionChoice
 from clipflow_ray.errors import ClipflowError, ConfigError
 
 _AT_ONCE: Final = 32
@@ -49,20 +60,27 @@ def score(
     url: Annotated[
         str | None, typer.Option("--url", help="Score on this server. Its token is read from CLIPFLOW_TOKEN.")
     ] = None,
+    max_pixels: MaxPixels = None,
+    max_side: MaxSide = None,
+    min_side: MinSide = None,
+    max_bytes: MaxBytes = None,
+    max_seconds: MaxSeconds = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print a csv table with one row an image.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Score images on this machine without Ray, or on a server. An image that fails does not stop the others."""
-    if url and (checkpoint or precision):
-        raise ConfigError("Give --url without --checkpoint and --precision: a server has its own.")
+    flags = limit_options(max_pixels, max_side, min_side, max_bytes, max_seconds)
+    if url and (checkpoint or precision or any(value is not None for value in flags.values())):
+        raise ConfigError("Give --url without --checkpoint, --precision and limits: a server has its own.")
+    limits = given_limits(flags)
     if as_csv and as_json:
         raise ConfigError("Give --csv or --json, not both.")
     table = csv.DictWriter(sys.stdout, _COLUMNS, extrasaction="ignore", lineterminator="\n")
     if as_csv:
         table.writeheader()
     flagged, scored, failed, others = Counter[str](), Counter[str](), 0, Counter[str]()
-    with _server(url, alpha) if url else _this_machine(checkpoint, precision, alpha) as (judge, floor):
-        for image, record in _judged(_images(files, others), judge):
+    with _server(url, alpha) if url else _this_machine(checkpoint, precision, alpha, limits) as (judge, floor):
+        for image, record in _judged(_images(files, limits, others), judge):
             failed += record["status"] != "ok"
             scored[image.group] += record["status"] == "ok"
             flagged[image.group] += record.get("verdict") == "likely_ai"
@@ -90,15 +108,15 @@ def score(
         sys.exit(TOO_MANY_ERRORS)
 
 
-def _images(names: Sequence[str], others: Counter[str]) -> Iterator[_Image]:
+def _images(names: Sequence[str], limits: ImageLimits, others: Counter[str]) -> Iterator[_Image]:
     """The images that the names stand for; `others` counts what is no image and does not call itself one."""
-    from clipflow_ray.config import ImageLimits, InventoryOptions
+    from clipflow_ray.config import InventoryOptions
     from clipflow_ray.errors import NotAnImage
     from clipflow_ray.inputs.listing import rows
     from clipflow_ray.inputs.reading import read_row
     from clipflow_ray.place import Place
 
-    options, limits = InventoryOptions(), ImageLimits()
+    options = InventoryOptions()
     for name in names:
         try:
             place = Place.at(name)
@@ -130,12 +148,12 @@ def _judged(images: Iterator[_Image], judge: _Judge) -> Iterator[tuple[_Image, d
 
 @contextmanager
 def _this_machine(
-    checkpoint: str | None, precision: PrecisionChoice | None, alpha: float | None
+    checkpoint: str | None, precision: PrecisionChoice | None, alpha: float | None, limits: ImageLimits
 ) -> Iterator[tuple[_Judge, str]]:
     from clipflow_ray import load_detector
     from clipflow_ray.model.calibration import floor_in_words
 
-    detector = load_detector(checkpoint, precision=precision or "auto")
+    detector = load_detector(checkpoint, precision=precision or "auto", limits=limits)
     print(f"encoded in {detector.checkpoint.encoder.precision}", file=sys.stderr)
 
     def judge(contents: list[bytes]) -> list[dict[str, Any]]:

@@ -66,7 +66,7 @@ class ItemResult(Schema):
     sha256: str | None = Field(None, description="SHA-256 of the file in hex; absent if the file is too large.")
     width: int | None = Field(None, description="Width in pixels, upright.")
     height: int | None = Field(None, description="Height in pixels, upright.")
-    format: str | None = Field(None, description="`JPEG`, `PNG`, `WEBP` or `GIF`, by the first bytes of the file.")
+    format: str | None = Field(None, description="Format by the first bytes of the file, such as `JPEG`.")
     score: float | None = Field(
         None,
         description="Sum of the segments' standardised negative log-likelihoods; higher is more suspicious. Specific "

@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(nginx_path() is None, reason="no nginx: install Debian's `nginx` to test the edge"),
 ]
 
-KINDS = ("JPEG", "PNG", "WEBP", "GIF")
+KINDS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")
 SLOWEST_SECONDS = 2.5
 GROWTH = 64 * 2**20
 PER_REQUEST = 32

@@ -184,7 +184,14 @@ def test_a_file_that_cannot_be_read_is_an_error_at_its_own_position(detector: De
     cut = Image.open(io.BytesIO(encoded(picture(1, 300, 200), "JPEG")[:900]))
     (tmp_path / "large.jpg").write_bytes(bytes(2000))
     small = Detector(detector.checkpoint, "cpu", encoder=detector.encoder, limits=ImageLimits(max_bytes=1999))
-    held = [tmp_path / "gone.jpg", tmp_path, "a\0b", "https://example.org/a.jpg", cut, tmp_path / "large.jpg"]
+    held: list[Any] = [
+        tmp_path / "gone.jpg",
+        tmp_path,
+        "a\0b",
+        "https://example.org/a.jpg",
+        cut,
+        tmp_path / "large.jpg",
+    ]
     found = small.detect(held)
     codes = [finding.error and finding.error["code"] for finding in found]
     assert codes == ["not_found", "read_failed", "read_failed", "bad_uri", "decode_failed", "too_large_bytes"]

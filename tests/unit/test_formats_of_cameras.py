@@ -1,20 +1,20 @@
-"""TIFF, BMP, AVIF and HEIC, what is named instead of decoded, and large JPEGs at a reduced scale."""
+"""TIFF, BMP, AVIF and HEIC, what is named instead of decoded, and photographs of large sensors."""
 
 import importlib.util
 import io
 import struct
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from clipflow_ray import images
+from clipflow_ray import images, sandbox
 from clipflow_ray.config import OPENAI_VIEW, ImageLimits
 from clipflow_ray.containers import claims_to_be_an_image, sniff
 from clipflow_ray.errors import ImageError
-from clipflow_ray.images import Pixels, decode
+from clipflow_ray.images import decode
 from tests.conftest import encoded, photo
 
 LIMITS = ImageLimits()
@@ -35,7 +35,7 @@ def refusal(data: bytes, limits: ImageLimits = LIMITS) -> tuple[str, str]:
     return caught.value.item_code, str(caught.value)
 
 
-def tiff(rows: np.ndarray, tags: dict[int, tuple[int, list[int]]], order: str = "<") -> bytes:
+def tiff(rows: np.ndarray, tags: dict[int, tuple[int, list[int]]], order: Literal["<", ">"] = "<") -> bytes:
     """A TIFF of one uncompressed strip, written by hand; `tags` are (type, values) by number."""
     height, width = rows.shape[:2]
     bits, samples = rows.dtype.itemsize * 8, rows.size // (height * width)
@@ -83,7 +83,7 @@ def test_a_tiff_has_the_pixels_of_the_png_of_the_same_image(mode: str, compressi
 
 @pytest.mark.parametrize("order", "<>")
 @pytest.mark.parametrize("channels", [1, 3])
-def test_sixteen_bits_of_a_tiff_are_scaled_and_not_clipped(channels: int, order: str) -> None:
+def test_sixteen_bits_of_a_tiff_are_scaled_and_not_clipped(channels: int, order: Literal["<", ">"]) -> None:
     wide = PHOTO.astype(np.uint16) * 257
     rows = wide if channels == 3 else wide[..., 1]
     found = decode(tiff(rows, {}, order), LIMITS)
@@ -93,7 +93,7 @@ def test_sixteen_bits_of_a_tiff_are_scaled_and_not_clipped(channels: int, order:
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_a_tiff_in_which_white_is_zero_is_not_inverted(dtype: type) -> None:
-    rows = (255 - GREY).astype(dtype) * (257 if dtype is np.uint16 else 1)
+    rows: np.ndarray = (255 - GREY).astype(dtype) * (257 if dtype is np.uint16 else 1)
     found = decode(tiff(rows.astype(dtype), {262: (3, [0])}), LIMITS)
     np.testing.assert_allclose(found.rgb[..., 0].astype(int), GREY.astype(int), atol=2)
 
@@ -205,35 +205,15 @@ def test_files_are_told_from_images_by_name_or_content() -> None:
         assert not claims_to_be_an_image(name, start)
 
 
-@pytest.fixture(scope="module")
-def large() -> Pixels:
-    """A photo-like image of 50.4 megapixels."""
-    return np.asarray(Image.fromarray(photo(3, (875, 900))).resize((7200, 7000), Image.Resampling.BICUBIC))
-
-
-def test_a_large_jpeg_is_decoded_at_a_reduced_scale_with_the_facts_of_the_whole_and_nearly_the_same_view(
-    large: Pixels,
-) -> None:
+def test_a_turned_panorama_of_64_megapixels_gets_its_view_within_the_memory_of_the_sandbox() -> None:
+    small = Image.fromarray(photo(3, (491, 2047)))
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = encoded(large, "JPEG", quality=90, exif=exif.tobytes())
-    whole, reduced = decode(data, LIMITS), decode(data, LIMITS, OPENAI_VIEW)
-    assert whole.rgb.shape == (7200, 7000, 3) and reduced.rgb.shape == (1800, 1750, 3)
-    assert (reduced.width, reduced.height, reduced.jpeg_quality) == (7000, 7200, whole.jpeg_quality)
-    assert (whole.width, whole.height) == (7000, 7200)
-    full, small = (images.views(each.rgb, OPENAI_VIEW).astype(int) for each in (whole, reduced))
-    again = decode(encoded(large, "JPEG", quality=95, exif=exif.tobytes()), LIMITS)
-    spread = np.abs(full - images.views(again.rgb, OPENAI_VIEW))
-    assert np.abs(full - small).max() <= max(2, spread.max())
-    crop = OPENAI_VIEW.model_copy(update={"kind": "crop"})
-    assert decode(data, LIMITS, crop).rgb.shape == whole.rgb.shape
-
-
-def test_up_to_the_size_of_earlier_releases_a_jpeg_is_decoded_in_full(large: Pixels) -> None:
-    data = encoded(large[:6900], "JPEG", quality=60)
-    assert large[:6900].size // 3 <= images.REDUCED_ABOVE_PIXELS
-    found = decode(data, LIMITS, OPENAI_VIEW)
-    assert found.rgb.shape == (6900, 7200, 3)
+    large = np.asarray(small.resize((16_382, 3_932), Image.Resampling.BILINEAR))
+    found = sandbox.decode(encoded(large, "JPEG", quality=80, exif=exif.tobytes()), LIMITS, OPENAI_VIEW)
+    assert (found.width, found.height) == (3_932, 16_382)
+    expected = images.views(np.array(small.transpose(Image.Transpose.ROTATE_270)), OPENAI_VIEW).astype(int)
+    assert np.abs(found.rgb - expected).mean() < 2
 
 
 def test_the_decoders_of_the_sandbox_use_one_thread() -> None:

@@ -52,6 +52,7 @@ from clipflow_ray.config import (
     ProxyConfig,
     Record,
     Segment,
+    TrainingLimits,
 )
 from clipflow_ray.evaluate.record import (
     CellFigures,
@@ -192,7 +193,7 @@ def features_record() -> FeaturesRecord:
             encoder_fingerprint="e" * 16,
             proxies=ProxyConfig(pairs=0.25),
             parts=Parts(by="source", validation=("lake",), calibration=("harbour",)),
-            limits=ImageLimits(),
+            limits=TrainingLimits(),
             tool_version="0.1.0",
             segments=SEGMENTS,
         ),

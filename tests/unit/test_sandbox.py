@@ -282,7 +282,7 @@ def test_a_child_that_can_open_no_file_decodes_unusual_images_too(child: DecodeC
 def test_the_child_can_open_no_file_and_no_socket() -> None:
     code = (
         "import os, socket, sys\nfrom clipflow_ray import images, sandbox\n"
-        "def tried(data, limits, spec):\n"
+        "def tried(data, limits):\n"
         "    for attempt in (lambda: open(os.devnull), socket.socket, lambda: socket.create_server(('127.0.0.1', 0)),\n"
         "                    os.pipe):\n"
         "        try: attempt()\n"
