@@ -288,7 +288,7 @@ def _path(value: pa.Scalar, column: ImageColumn, index: int) -> str | None:
 
 def _leaf_of_paths(parquet: pq.ParquetFile, column: ImageColumn) -> str | None:
     """The part of the image column to read for its listing: the paths, which are small, or all of a list of bytes."""
-    leaves = [parquet.schema.column(at).path for at in range(len(parquet.schema))]
+    leaves: list[str] = [parquet.schema.column(at).path for at in range(len(parquet.schema))]
     own = [leaf for leaf in leaves if leaf == column.path[0] or leaf.startswith(f"{column.path[0]}.")]
     if column.described and (paths := [leaf for leaf in own if leaf.endswith(".path")]):
         prefix = ".".join(column.path) + "."
