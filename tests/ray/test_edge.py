@@ -174,6 +174,11 @@ def test_paths_that_are_not_public_are_not_found(site: Site, path: str) -> None:
     assert (answer.status, answer.error["code"]) == (404, "not_found")
 
 
+def test_the_edge_passes_metrics_on(site: Site) -> None:
+    answer = site.raw(b"GET /metrics HTTP/1.1\r\n" + HOST + b"\r\n")
+    assert (answer.status, answer.headers["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+
+
 def test_trace_is_not_allowed_and_a_long_address_is_refused(site: Site) -> None:
     answer = site.raw(b"TRACE / HTTP/1.1\r\n" + HOST + b"\r\n")
     assert (answer.status, answer.error["code"]) == (405, "method_not_allowed")
