@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save, save_file
 from scipy import stats
 
 from clipflow_ray.config import (
-    DEFAULT_CHECKPOINT,
+    CHECKPOINTS,
     OPENAI_VIEW,
     TEST_TOWER,
+    AuditConfig,
     EncoderConfig,
     FitConfig,
     FlowConfig,
@@ -467,13 +468,18 @@ def test_a_copied_checkpoint_is_the_same_checkpoint(saved: Path, tmp_path: Path)
     assert plain(load_checkpoint(tmp_path / "elsewhere")) == plain(load_checkpoint(saved))
 
 
-def test_the_config_of_the_packaged_training_is_what_the_packaged_checkpoint_was_made_with() -> None:
+@pytest.mark.parametrize(("name", "segments"), [("default", 3), ("fast", 2)])
+def test_the_config_of_the_packaged_training_is_what_a_packaged_checkpoint_was_made_with(
+    name: str, segments: int
+) -> None:
     config = load_yaml(TrainConfig, str(ROOT / "jobs/train_default.yaml"), {"output": "anywhere"})
-    packaged = load_checkpoint(DEFAULT_CHECKPOINT)
+    packaged = load_checkpoint(name)
     assert config.encoder == packaged.encoder and config.proxies == packaged.proxies
-    (own,) = packaged.view.sizes
-    named = tuple(each.model_copy(update={"size": each.size or own}) for each in config.segments)
-    assert named == packaged.segments
+    assert config.segments[:segments] == packaged.segments and len(packaged.segments) == segments
+    assert set(packaged.precisions) == {"float32", "bfloat16"}
+    assert packaged.calibration is not None
+    assert packaged.calibration.source_count == len(config.split.calibration) >= 75
+    assert len(packaged.calibration.scores) >= 600
     assert config.flow == packaged.flow_config and config.objective == packaged.objective
     assert packaged.training is not None
     assert config.split == packaged.training.split
@@ -492,11 +498,28 @@ def test_a_record_with_an_unknown_field_is_refused_even_with_the_right_hash(save
             load_checkpoint(elsewhere)
 
 
-def test_the_packaged_checkpoint_does_not_change_if_it_is_written_again(tmp_path: Path) -> None:
-    packaged = load_checkpoint(DEFAULT_CHECKPOINT)
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_packaged_checkpoint_does_not_change_if_it_is_written_again(tmp_path: Path, name: str) -> None:
+    packaged = load_checkpoint(name)
     save_checkpoint(packaged, tmp_path / "model")
     assert plain(load_checkpoint(tmp_path / "model")) == plain(packaged)
-    assert packaged.model_id == json.loads(Path(DEFAULT_CHECKPOINT, "checkpoint.json").read_text())["model_id"]
+    assert packaged.model_id == json.loads(Path(CHECKPOINTS[name], "checkpoint.json").read_text())["model_id"]
+
+
+def test_both_packaged_checkpoints_together_stay_below_ten_megabytes() -> None:
+    files = [file for folder in CHECKPOINTS.values() for file in Path(folder).iterdir()]
+    assert sum(file.stat().st_size for file in files) < 10_000_000
+
+
+def test_the_name_of_a_packaged_checkpoint_comes_before_a_folder_of_that_name(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(saved, tmp_path / "fast")
+    monkeypatch.chdir(tmp_path)
+    assert AuditConfig(output="out", checkpoint="fast").checkpoint == CHECKPOINTS["fast"]
+    assert load_checkpoint("fast").model_id == load_checkpoint(CHECKPOINTS["fast"]).model_id
+    assert AuditConfig(output="out", checkpoint="./fast").checkpoint == "./fast"
+    assert load_checkpoint("./fast").model_id == load_checkpoint(saved).model_id
 
 
 def test_the_outputs_of_a_checkpoint_name_each_feature_and_size_once() -> None:

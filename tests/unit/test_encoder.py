@@ -20,7 +20,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, to_tensor
 
-from clipflow_ray.config import DEFAULT_CHECKPOINT, OPENAI_VIEW, TEST_TOWER, EncoderConfig, Segment, ViewSpec
+from clipflow_ray.config import OPENAI_VIEW, TEST_TOWER, EncoderConfig, Segment, ViewSpec
 from clipflow_ray.errors import ConfigError, WeightsError
 from clipflow_ray.model.checkpoint import load_checkpoint
 from clipflow_ray.model.encoder import _CUDA_CHUNK, Encoder, fingerprint, resolved
@@ -303,8 +303,8 @@ def test_the_fingerprint_changes_with_another_size_of_view_and_not_with_the_towe
     assert larger == encoder("projected@448").fingerprint
 
 
-def test_the_fingerprint_of_the_packaged_checkpoint_is_that_of_format_version_1() -> None:
-    packaged = load_checkpoint(DEFAULT_CHECKPOINT)
+def test_the_fingerprint_of_the_packaged_encoder_at_its_own_size_is_that_of_format_version_1() -> None:
+    packaged = load_checkpoint("fast").at("float32")
     record = TowerRecord(PACKAGED_SHA256, architecture_of(packaged.encoder.model), OPENAI_VIEW)
     assert (
         fingerprint(packaged.encoder, record, packaged.view.sizes) == packaged.encoder_fingerprint == "e66e6ed4105b2026"

@@ -17,6 +17,7 @@ from clipflow_ray.config import (
     OPENAI_VIEW,
     RECIPES,
     EncoderConfig,
+    InventoryOptions,
     TrainConfig,
     load_yaml,
     train_config_file,
@@ -27,7 +28,7 @@ from clipflow_ray.model.weights import TowerRecord, architecture_of
 from clipflow_ray.train import run
 
 ROOT = Path(__file__).parents[2]
-OTHERS = [name for name in RECIPES if name != "default"]
+OTHERS = [name for name in RECIPES if name not in ("default", "fast")]
 
 
 def recipe(name: str | None, **overrides: object) -> TrainConfig:
@@ -44,6 +45,7 @@ def record_of(encoder: EncoderConfig) -> TowerRecord:
 def test_the_recipes_are_these_and_lie_beside_the_jobs_too() -> None:
     assert list(RECIPES) == [
         "default",
+        "fast",
         "metaclip2-worldwide",
         "pe-core-l-14-336",
         "siglip2-b-16-256",
@@ -75,15 +77,28 @@ def test_two_lines_that_name_the_tower_train_what_its_recipe_trains(name: str, t
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_states_what_it_trains_and_does_not_rely_on_defaults(name: str) -> None:
     stated = yaml.safe_load(Path(RECIPES[name]).read_text(encoding="utf-8"))
-    assert set(stated) >= {"encoder", "segments", "fit"} and set(stated["fit"]) == {"epochs", "learning_rate"}
+    assert set(stated) >= {"encoder", "segments", "proxies", "fit", "split"} and set(stated["fit"]) == {
+        "epochs",
+        "learning_rate",
+    }
     assert all("size" in segment for segment in stated["segments"])
 
 
-def test_the_recipe_default_is_the_packaged_training_without_the_names_of_its_sources() -> None:
+def test_the_recipe_default_is_the_packaged_training_without_its_sources_and_its_precision() -> None:
     packaged = recipe(str(ROOT / "jobs/train_default.yaml"))
-    assert packaged.split.validation and packaged.split.calibration
-    unnamed = packaged.split.model_copy(update={"validation": (), "calibration": ()})
-    assert recipe("default") == packaged.model_copy(update={"split": unnamed})
+    assert packaged.split.validation and packaged.split.calibration and packaged.encoder.precision == "bfloat16"
+    changes = {
+        "encoder": packaged.encoder.model_copy(update={"precision": "float32"}),
+        "inventory": InventoryOptions(),
+        "split": packaged.split.model_copy(update={"validation": (), "calibration": ()}),
+    }
+    assert recipe("default") == packaged.model_copy(update=changes)
+
+
+def test_the_recipe_fast_is_the_default_without_its_largest_view() -> None:
+    default = recipe("default")
+    assert [segment.size for segment in default.segments] == [224, 224, 448]
+    assert recipe("fast") == default.model_copy(update={"segments": default.segments[:2]})
 
 
 def test_a_file_comes_before_a_recipe_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +113,7 @@ def test_a_file_comes_before_a_recipe_of_its_name(tmp_path: Path, monkeypatch: p
 
 def test_an_unknown_name_is_refused_in_a_sentence_that_names_the_recipes() -> None:
     with pytest.raises(
-        ConfigError, match=r"'vit-l' is neither a config file nor a recipe\. The recipes are default, m"
+        ConfigError, match=r"'vit-l' is neither a config file nor a recipe\. The recipes are default, fast, m"
     ):
         train_config_file("vit-l")
 
