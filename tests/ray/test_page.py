@@ -311,11 +311,11 @@ def test_the_page_shows_the_model_and_its_card(page: Page, served: str) -> None:
     assert float(page.locator("#alpha").inner_text()) == told["alpha"] == ALPHA
     page.get_by_text("Model card: how").click()
     card = page.locator("#card-text")
-    expect(card.get_by_role("heading", name="How it was made")).to_be_visible()
+    expect(card.get_by_role("heading", name="How they were made")).to_be_visible()
     lines = told["card"].splitlines()
     row = [line for line in lines if line.startswith("| ")][-1]
     expect(card.get_by_role("row", name=" ".join(row.strip("| ").split(" | ")), exact=True)).to_be_visible()
-    first = lines.index("## How it was made") + 1
+    first = lines.index("## How they were made") + 1
     assert len(lines[first + 1]) > 60, "a paragraph of one line shows nothing of how lines are joined"
     assert " ".join(lines[first : first + 2]).replace("`", "") in card.inner_text()
     assert "**" not in card.inner_text() and "|" not in card.inner_text()

@@ -260,7 +260,9 @@ def test_nothing_that_clients_send_is_logged_or_disclosed(endpoint: Endpoint) ->
     exif[0x010E] = CANARY
     Image.fromarray(photo(2)).save(picture, "JPEG", exif=exif)
     with endpoint.client() as client:
-        answer = client.post(f"/v1/detect?q={CANARY}", files=[("files", (f"{CANARY}.jpg", picture.getvalue()))])
+        uploads = [("files", (f"{CANARY}.jpg", picture.getvalue()))]
+        assert client.post(f"/v1/detect?q={CANARY}", files=uploads).status_code == 422
+        answer = client.post("/v1/detect", files=uploads)
         assert answer.json()["results"][0]["status"] == "ok"
         assert answer.text.count(CANARY) == 1  # the id of the item
         assert TOKEN not in answer.text and DIGEST not in answer.text
