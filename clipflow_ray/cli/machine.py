@@ -38,16 +38,20 @@ def demo(
     """Audit sample photographs from an embedded S3 server, or your own images, with an embedded Ray."""
     from clipflow_ray.audit.run import audit as run
     from clipflow_ray.demo import fill_bucket, s3_server
+    from clipflow_ray.model.encoder import device_for
+    from clipflow_ray.model.precision import bfloat16_on
 
+    found = bfloat16_on(device_for(None))
+    checkpoint = "default" if found.fast else "fast"
+    print(f"checkpoint: {checkpoint}, for {found.device}")
     folder = tempfile.mkdtemp(prefix="audit-", dir=_created(output))
+    settings = {"output": folder, "alpha": alpha, "checkpoint": checkpoint}
     if inputs:
-        record = run(load_yaml(AuditConfig, None, {"input": (inputs,), "output": folder, "alpha": alpha}))
-        print(summary(record))
+        print(summary(run(load_yaml(AuditConfig, None, settings | {"input": (inputs,)}))))
         return
     with s3_server() as bucket:
         source = fill_bucket(bucket)
-        settings = {"input": (source,), "output": folder, "alpha": alpha, "s3": bucket.options}
-        record = run(load_yaml(AuditConfig, None, settings))
+        record = run(load_yaml(AuditConfig, None, settings | {"input": (source,), "s3": bucket.options}))
     print(summary(record))
     print("Three files of the bucket are broken on purpose (truncated, empty, text named .jpg): each is an error row.")
 

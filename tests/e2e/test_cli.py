@@ -89,6 +89,8 @@ def test_doctor_finds_no_fault() -> None:
 def test_the_demo_audits_photographs_from_s3_and_shows_its_broken_files_as_error_rows(tmp_path: Path) -> None:
     done = run("demo", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
+    used = re.search(r"^checkpoint: (default|fast), for ", done.stdout)
+    assert used is not None
     keys = dict(objects())
     assert 70 <= len(keys) <= 90
     assert f"{len(keys)} objects: 3 error, {len(keys) - 3} ok" in done.stdout
@@ -108,5 +110,5 @@ def test_the_demo_audits_photographs_from_s3_and_shows_its_broken_files_as_error
     ]
     assert sum(twin > natural for twin, natural in pairs) >= 0.9 * len(pairs)
     some = [key for key in keys if not key.startswith("broken/")][::15]
-    for key, finding in zip(some, load_detector().detect([keys[key] for key in some]), strict=True):
+    for key, finding in zip(some, load_detector(used[1]).detect([keys[key] for key in some]), strict=True):
         assert abs(finding.score - by_name[key]["score"]) <= 1e-4
