@@ -35,7 +35,7 @@ _UNLIKE_DISTANCE: Final = 0.25
 _UNLIKE_P: Final = 0.001
 # Settings that only a config file can change. Every other setting of an audit has a flag: its name with dashes.
 CONFIG_FILE_ONLY: Final = frozenset(
-    {"max_jpeg_scans", "max_wall_seconds", "generator_column", "cap_prone_strata", "batch_size", "rows_per_task"}
+    {"max_jpeg_scans", "max_wall_seconds", "generator_column", "cap_prone_strata", "rows_per_task"}
 )
 _ALWAYS_SHOWN: Final = ("output", "checkpoint", "alpha")
 _RESCORE_FLAGS: Final = frozenset({*_ALWAYS_SHOWN, "endpoint_url", "region", "unsigned"})
@@ -170,6 +170,8 @@ def command_line(config: AuditConfig, rescored_from: str | None = None) -> str:
         if rescored_from is not None and name not in _RESCORE_FLAGS:
             continue
         if name in _ALWAYS_SHOWN or value != defaults[name]:
+            if name == "encoders":
+                value = "-".join(map(str, value))
             for each in value if isinstance(value, tuple) else (value,):
                 parts += [f"--{name.replace('_', '-')}", *([] if each is True else [str(each)])]
     return shlex.join(parts)

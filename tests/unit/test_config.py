@@ -172,6 +172,8 @@ def test_the_command_line_of_a_report_gives_the_settings_of_its_audit(monkeypatc
             "exclude": ["thumbs"],
         },
         "limits": {"max_bytes": 9, "max_pixels": 8, "max_side": 7, "min_side": 6, "max_seconds": 5.5},
+        "pool": {"encoders": "1-3", "gpus_per_encoder": 0.5, "accelerator_type": "A100", "decoders": 5},
+        "batch_size": 7,
         "sample": 0.25,
         "dedupe": "sha256",
         "gallery": 0,
