@@ -45,8 +45,8 @@ def finalize(
     report.
 
     The rows are in the order of group, URI, member and id, whatever the order of `scored/` is. A second call replaces
-    the files of the first, and the run does not count as finished until `Run.succeed`. Memory hardly grows with the
-    number of rows: see `rows_of_a_piece`. Meanwhile a row takes about 450 bytes in the temporary directory. Raises
+    the files of the first, and the run does not count as finished until `Run.succeed`. Memory is that of a few
+    pieces: see `rows_of_a_piece`. Meanwhile a row takes about 450 bytes in the temporary directory. Raises
     ClipflowError if that directory is full, or if there are not `rows` rows.
     """
     names = run.files(SCORED)

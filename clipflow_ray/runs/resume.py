@@ -1,6 +1,6 @@
 """Which rows of a manifest are not finished, found in bounded memory.
 
-Ray Data's own filter holds the ids of all finished rows in each of its actors: 9 GB for 100 million rows. Here ids are
+Ray Data's own filter holds the ids of all finished rows in each of its actors: 84 MiB for a million rows. Here ids are
 divided by their first digits into temporary files, and one share of them is compared at a time.
 """
 
