@@ -29,7 +29,7 @@ from clipflow_ray.runs.folder import Run
 ROWS = 3000
 CALIBRATION = Calibration.fit(np.arange(200, dtype=np.float32), ["png|0-256"] * 200)
 RULE = Rule(0.05, frozenset({"png|0-256"}), cap=True)
-CONSTANTS = {"model_id": "a" * 16, "calibration_id": "b" * 16, "tool_version": "1.0"}
+CONSTANTS = {"model_id": "a" * 16, "calibration_id": "b" * 16, "precision": "float32", "tool_version": "1.0"}
 Row = dict[str, Any]
 
 

@@ -40,7 +40,13 @@ def test_pairs_change_proxies_and_leave_natural_views_as_they_are() -> None:
     rgb = np.random.default_rng(0).integers(60, 200, (300, 260, 3), dtype=np.uint8)
     families = {name: ProxyConfig().families[name] for name in ("low_pass", "tone")}
     single, paired = (
-        distorted(rgb, "a.jpg", OPENAI_VIEW, PLAIN, ProxyConfig(families=families, pairs=share))
+        distorted(
+            rgb,
+            "a.jpg",
+            OPENAI_VIEW,
+            PLAIN,
+            ProxyConfig(natural_views=2, proxies_per_view=1, families=families, pairs=share),
+        )
         for share in (0.0, 0.9999)
     )
     assert [label for label, _ in single][::2] == [label for label, _ in paired][::2] == ["natural", "natural"]
