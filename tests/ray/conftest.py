@@ -1,6 +1,8 @@
 """One small embedded Ray cluster and one small trained checkpoint for the whole session."""
 
+import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +39,9 @@ def cluster(s3: Place) -> Iterator[None]:
     first = 30000 + 500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
     os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"] = str(first)
     os.environ["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] = str(first + 499)
-    resources.connect()
+    with open(Path(tempfile.gettempdir()) / "clipflow-ray-tests.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # Ray gives up if a cluster takes 30 seconds to start, so one starts at a time
+        resources.connect()
     yield
     ray.shutdown()
 

@@ -107,7 +107,7 @@ def asking(client: Callable[[], httpx.Client], ask: Callable[[httpx.Client], T])
             each.result()
 
 
-def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 180.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds:g} s"
