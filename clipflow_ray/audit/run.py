@@ -190,7 +190,9 @@ def plan(config: AuditConfig) -> AuditPlan:
     if cluster.can_add:  # nothing is asked for, so no node is added
         cluster = replace(cluster, can_add=lambda bundles: True)
     share = resources.plan_scoring(scored, config.batch_size, config.pool, resumed=False, cluster=cluster)
-    checkpoint, _ = at_precision(loaded, config.precision, lambda: bfloat16_on_nodes(share.encoder_gpus))
+    # Without a live GPU the CPUs are asked, because a task that takes a GPU would make the autoscaler add a node.
+    gpus = share.encoder_gpus if any(node.get("GPU") for node in cluster.nodes) else 0.0
+    checkpoint, _ = at_precision(loaded, config.precision, lambda: bfloat16_on_nodes(gpus))
     encoder = Encoder(checkpoint.encoder, checkpoint.segments, threads=share.threads)
     views = np.zeros((config.batch_size, encoder.view.bytes), np.uint8)
     threads = torch.get_num_threads()
