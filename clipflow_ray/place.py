@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from boto3.exceptions import Boto3Error
 from botocore import UNSIGNED
 from botocore.config import Config as BotoConfig
 from botocore.exceptions import BotoCoreError, ClientError, ConnectTimeoutError, ReadTimeoutError
@@ -200,6 +201,17 @@ class Place:
         else:
             with _failing_as_os_error(f"Cannot write {self.uri}"):
                 _client(self.options).put_object(**_address(self), Body=content)
+
+    def write_from(self, file: BinaryIO) -> None:
+        """Write what is left of `file` atomically, without holding it in memory."""
+        if self.is_local:
+            target = Path(self.uri)
+            with _replacing(target) as partial, partial.open("wb") as copy:
+                shutil.copyfileobj(file, copy)
+        else:
+            bucket, key = _split_s3(self.uri)
+            with _failing_as_os_error(f"Cannot write {self.uri}"):
+                _client(self.options).upload_fileobj(file, bucket, key, ExtraArgs=_paying(self.options))
 
     def delete(self) -> None:
         """Delete the object. Nothing happens if there is none."""
@@ -448,11 +460,18 @@ def _read_local(path: str, max_bytes: int, span: tuple[int, int] | None) -> byte
         raise ReadError("read_failed", f"Reading failed: {error.strerror}.") from error
 
 
-def _write_local(target: Path, content: bytes) -> None:
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A file to write, which then takes the place of `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    partial.write_bytes(content)
+    yield partial
     partial.replace(target)
+
+
+def _write_local(target: Path, content: bytes) -> None:
+    with _replacing(target) as partial:
+        partial.write_bytes(content)
 
 
 def _write_folder_local(target: Path, files: Mapping[str, bytes]) -> None:
@@ -688,7 +707,7 @@ def _cut(stream: Any) -> None:
 def _failing_as_os_error(what: str) -> Iterator[None]:
     try:
         yield
-    except (ClientError, BotoCoreError) as error:
+    except (ClientError, BotoCoreError, Boto3Error) as error:
         raise OSError(f"{what}: {error}") from error
 
 

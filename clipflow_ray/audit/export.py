@@ -1,6 +1,6 @@
 """The ledger as one csv file, for people and programs that read no parquet."""
 
-import io
+from tempfile import TemporaryFile
 from typing import Final, Literal
 
 import pyarrow as pa
@@ -9,6 +9,7 @@ import pyarrow.csv as pacsv
 
 from clipflow_ray.audit.ledger import LEDGER
 from clipflow_ray.columns import LEDGER_SCHEMA
+from clipflow_ray.runs.bounded import temporary_files
 from clipflow_ray.runs.folder import Run
 
 _NAMES: Final = {"csv": "flagged.csv", "csv-all": "ledger.csv"}
@@ -25,12 +26,15 @@ def export_csv(run: Run, rows: Literal["none", "csv", "csv-all"]) -> str | None:
         return None
     flagged = pc.field("verdict") == "likely_ai" if rows == "csv" else None
     schema = pa.schema([(f.name, pa.string() if f.name in _LISTS else f.type) for f in LEDGER_SCHEMA])
-    sink = io.BytesIO()
-    with pacsv.CSVWriter(sink, schema) as writer:
-        for part in run.parts(LEDGER):
-            for batch in part.to_batches(columns=LEDGER_SCHEMA.names, filter=flagged):
-                columns = [pc.binary_join(batch[name], ";") if name in _LISTS else batch[name] for name in schema.names]
-                writer.write_batch(pa.record_batch(columns, schema))
-    file = run.place / _NAMES[rows]
-    file.write(sink.getvalue())
-    return file.uri
+    target = run.place / _NAMES[rows]
+    with TemporaryFile() as file:  # the ledger may be larger than memory
+        with pacsv.CSVWriter(file, schema) as writer:
+            for part in run.parts(LEDGER):
+                for batch in part.to_batches(columns=LEDGER_SCHEMA.names, filter=flagged):
+                    columns = [pc.binary_join(batch[n], ";") if n in _LISTS else batch[n] for n in schema.names]
+                    with temporary_files():
+                        writer.write_batch(pa.record_batch(columns, schema))
+        with temporary_files():
+            file.seek(0)
+        target.write_from(file)
+    return target.uri

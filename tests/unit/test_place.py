@@ -1,5 +1,6 @@
 """Local disk, a real S3 server (moto in its own process) and a socket that lies: what is listed, read and refused."""
 
+import io
 import os
 import pickle
 import socket
@@ -231,6 +232,16 @@ def test_text_is_written_whole_and_replaced(folder: Place) -> None:
     assert not place.exists()
 
 
+def test_what_is_left_of_a_file_is_written_whole_and_replaced(folder: Place) -> None:
+    place = folder / "ledger.csv"
+    for content in (bytes(20_000_000), b"short"):  # the first takes several parts on S3
+        file = io.BytesIO(b"skipped" + content)
+        file.seek(7)
+        place.write_from(file)
+        assert place.read(len(content)) == content
+    assert folder.names() == ["ledger.csv"]
+
+
 def test_a_reader_of_a_local_file_sees_the_old_text_or_the_new_one(tmp_path: Path) -> None:
     place = Place.at(tmp_path / "run.json")
     place.write("old" * 1000)
@@ -242,7 +253,11 @@ def test_a_reader_of_a_local_file_sees_the_old_text_or_the_new_one(tmp_path: Pat
 
 
 def test_a_write_that_the_store_refuses_is_an_os_error(store: Place, bucket: Any) -> None:
-    writes: tuple[Callable[[Place], object], ...] = (lambda p: p.write(b"x"), lambda p: p.write_if(b"x", None))
+    writes: tuple[Callable[[Place], object], ...] = (
+        lambda p: p.write(b"x"),
+        lambda p: p.write_if(b"x", None),
+        lambda p: p.write_from(io.BytesIO(b"x")),
+    )
     for write in writes:
         with pytest.raises(OSError, match="NoSuchBucket"):
             write(store.with_uri("s3://nowhere/key"))
