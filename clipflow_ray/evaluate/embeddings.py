@@ -18,6 +18,7 @@ from clipflow_ray.data.scoring import Embed
 from clipflow_ray.evaluate.record import DistortionsIdentity, DistortionsRecord, VariantsIdentity, VariantsRecord
 from clipflow_ray.evaluate.views import CASES, DRAW, VARIANTS, read_distorted, read_variants
 from clipflow_ray.inputs import listing
+from clipflow_ray.inputs.format import MissingColumnError, Row
 from clipflow_ray.model.checkpoint import Checkpoint
 from clipflow_ray.model.detector import Detector
 from clipflow_ray.place import Place, places
@@ -66,15 +67,30 @@ def variants(config: EvaluateConfig, detector: Detector) -> Run:
 def labelled(natural: Sequence[Place], generated: Sequence[Place], options: InventoryOptions) -> pa.Table:
     """The manifest rows of both classes, with a column `generated`.
 
-    A natural input may hold a generated one, or list some of its images: what is listed under both is generated.
-    Raises InputError if an input cannot be listed.
+    A natural input may hold a generated one, or list some of its images: what is listed under both is generated. The
+    inputs of one class may lack the column of groups that the user has named. Raises InputError if both do, or if an
+    input cannot be listed.
     """
-    positive = [*listing.rows(generated, options)]
+    positive, lacking = _class_rows(generated, options)
+    listed, lacking_too = _class_rows(natural, options)
+    if lacking and lacking_too:
+        raise lacking
     # The generated inputs themselves are in this set because a natural folder lists the tables and tars that it holds.
     taken = {(row["uri"], row["member"]) for row in positive} | {(place.uri, "") for place in generated}
-    negative = [row for row in listing.rows(natural, options) if (row["uri"], row["member"]) not in taken]
+    negative = [row for row in listed if (row["uri"], row["member"]) not in taken]
     labels = np.repeat([False, True], [len(negative), len(positive)])
     return manifest_table([*negative, *positive]).append_column(GENERATED, pa.array(labels))
+
+
+def _class_rows(inputs: Sequence[Place], options: InventoryOptions) -> tuple[list[Row], MissingColumnError | None]:
+    """The manifest rows of one class; if its inputs lack the named column of groups, without it, and the error."""
+    try:
+        return [*listing.rows(inputs, options)], None
+    except MissingColumnError as error:
+        if error.column != options.group_column:
+            raise
+        unnamed = options.model_copy(update={"group_column": InventoryOptions().group_column})
+        return [*listing.rows(inputs, unnamed)], error
 
 
 def distortions(config: EvaluateConfig, source: Run, draws: dict[str, int], detector: Detector) -> Run:

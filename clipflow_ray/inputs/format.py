@@ -25,6 +25,14 @@ _NOTHING: Final[Mapping[str, str]] = {}
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
+class MissingColumnError(InputError):
+    """A list or a table lacks the column `column` that the user has named, or that must be there."""
+
+    def __init__(self, message: str, column: str) -> None:
+        super().__init__(message)
+        self.column = column
+
+
 class HoldsNoImagesError(InputError):
     """A file that may hold images holds none. In a folder, it is a file like any other."""
 
@@ -222,8 +230,8 @@ def columns_found(
 ) -> dict[str, str]:
     """The user's names of columns -> the names that `where` has for them. Case and outer spaces may differ.
 
-    `required` are columns that must be there, each with what to do if it is not. Raises InputError if such a column, or
-    one that the user has named, is not there.
+    `required` are columns that must be there, each with what to do if it is not. Raises MissingColumnError if such a
+    column, or one that the user has named, is not there.
     """
     defaults = value_columns(InventoryOptions()).values()
     advice = {column: f" Set --{name}-column." for name, column in value_columns(options).items()} | {**required}
@@ -235,7 +243,8 @@ def columns_found(
         elif len(alike) == 1:
             found[wanted] = alike[0]
         elif wanted in required or wanted not in defaults:
-            raise InputError(f"{where} has no column {wanted!r}; it has {', '.join(names) or 'none'}.{advice[wanted]}")
+            there = ", ".join(names) or "none"
+            raise MissingColumnError(f"{where} has no column {wanted!r}; it has {there}.{advice[wanted]}", wanted)
     return found
 
 

@@ -218,7 +218,7 @@ def test_lists_and_tables_give_the_scores_of_the_files_that_they_hold_at_the_ask
     result: EvaluationFigures, config: EvaluateConfig, labelled: tuple[Path, Path], tmp_path: Path
 ) -> None:
     natural, generated = (sorted(path for path in root.rglob("*.*") if path.name != "broken.png") for root in labelled)
-    (tmp_path / "natural.csv").write_text("path,model\n" + "\n".join(f"{path},{path.parent.name}" for path in natural))
+    (tmp_path / "natural.csv").write_text("path\n" + "\n".join(map(str, natural)))
     images = [{"png": path.read_bytes(), "model": path.parent.name} for path in generated]
     pq.write_table(pa.Table.from_pylist(images), tmp_path / "generated.parquet")
     listed = EvaluateConfig(

@@ -19,7 +19,7 @@ from clipflow_ray.config import (
     ImageLimits,
     InventoryOptions,
 )
-from clipflow_ray.errors import CalibrationError, ConfigError
+from clipflow_ray.errors import CalibrationError, ConfigError, InputError
 from clipflow_ray.evaluate.baselines import BASELINES
 from clipflow_ray.evaluate.embeddings import labelled
 from clipflow_ray.evaluate.figures import figures, sizes, supported
@@ -208,14 +208,16 @@ def test_a_label_comes_from_the_kind_of_input_that_lists_the_image(tmp_path: Pat
         (tmp_path / f"{at}.jpg").write_bytes(encoded(photo(at, (40, 40))))
     (tmp_path / "natural.csv").write_text("path,source\n0.jpg,lake\n1.jpg,lake\n")
     pq.write_table(
-        pa.table({"image": [encoded(photo(9, (40, 40)))] * 3, "source": ["a", "b", "b"]}), tmp_path / "fake.parquet"
+        pa.table({"image": [encoded(photo(9, (40, 40)))] * 3, "model": ["a", "b", "b"]}), tmp_path / "fake.parquet"
     )
     options = InventoryOptions(uri_column="path", group_column="source", bytes_column="image")
     natural, generated = [Place.at(tmp_path / "natural.csv")], [Place.at(tmp_path / "fake.parquet")]
     table = labelled(natural, generated, options)
     assert table["generated"].to_pylist() == [False, False, True, True, True]
     assert table["input_format"].to_pylist() == ["manifest"] * 2 + ["parquet"] * 3
-    assert table["group"].to_pylist() == ["lake", "lake", "a", "b", "b"]
+    assert table["group"].to_pylist()[:2] == ["lake", "lake"]
+    with pytest.raises(InputError, match=r"fake\.parquet has no column 'sauce'; it has image, model"):
+        labelled(natural, generated, options.model_copy(update={"group_column": "sauce"}))
 
 
 def test_what_a_natural_input_shares_with_a_generated_one_is_generated(tmp_path: Path) -> None:
