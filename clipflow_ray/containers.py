@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, NoReturn
 
 from clipflow_ray.errors import ImageError
+from clipflow_ray.recognise import BMP_HEADERS, HEAD, named_kind
 
 Format = Literal["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF"]
 
@@ -17,36 +18,6 @@ Format = Literal["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF"]
 _JPEG_MARKER: Final = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _AVIF_BRANDS: Final = {b"avif", b"avis"}
 _HEIF_BRANDS: Final = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
-# First bytes of formats that are recognised in order to name them.
-_OTHERS: Final = (
-    (b"\x00\x00\x00\x0cJXL \r\n\x87\n", "a JPEG XL image"),
-    (b"\xff\x0a", "a JPEG XL image"),
-    (b"\x00\x00\x00\x0cjP  \r\n\x87\n", "a JPEG 2000 image"),
-    (b"\xff\x4f\xff\x51", "a JPEG 2000 image"),
-    (b"8BPS", "a Photoshop document"),
-    (b"FUJIFILMCCD-RAW", "a camera's raw file"),
-    (b"IIU\x00", "a camera's raw file"),
-    (b"IIRO", "a camera's raw file"),
-    (b"\x00\x00\x01\x00", "a Windows icon"),
-    (b"v/1\x01", "an OpenEXR image"),
-    (b"#?RADIANCE", "a Radiance HDR image"),
-    (b"DDS ", "a DirectDraw texture"),
-    (b"gimp xcf", "a GIMP document"),
-    (b"%PDF", "a PDF document"),
-    (b"%!PS", "a PostScript document"),
-    (b"PK\x03\x04", "a zip archive"),
-    (b"\x1f\x8b", "a gzip file"),
-    (b"\x28\xb5\x2f\xfd", "a zstd file"),
-    (b"PAR1", "a parquet file"),
-    (b"\x1a\x45\xdf\xa3", "a video"),
-)
-
-CLAIM_BYTES: Final = 256
-_SUFFIXES: Final = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif", ".heic", ".heif"),
-    *(".mpo", ".jxl", ".jp2", ".j2k", ".img", ".image"),
-)
-_BMP_HEADERS: Final = {struct.pack("<I", size) for size in (12, 40, 52, 56, 64, 108, 124)}  # bytes of known headers
 _MOST_PAGES: Final = 65_535
 _SUBFILE_TYPE: Final = 254
 _DNG_VERSION: Final = 50706
@@ -79,7 +50,7 @@ def sniff(data: bytes) -> Format:
         return "GIF"
     if data[:4] in (b"II*\x00", b"MM\x00*") and data[8:10] != b"CR":
         return "TIFF"
-    if data[:2] == b"BM" and data[14:18] in _BMP_HEADERS:
+    if data[:2] == b"BM" and data[14:18] in BMP_HEADERS:
         return "BMP"
     if data[4:8] == b"ftyp":
         brands = _brands(data)
@@ -88,17 +59,6 @@ def sniff(data: bytes) -> Format:
         if brands & _HEIF_BRANDS:
             return "HEIF"
     _refuse(data)
-
-
-def claims_to_be_an_image(name: str, start: bytes) -> bool:
-    """Whether a file with this name and these first CLAIM_BYTES is an image, decoded here or not, or is called one."""
-    if name.lower().endswith(_SUFFIXES):
-        return True
-    try:
-        sniff(start)
-    except ImageError:
-        return start[:4] in (b"II*\x00", b"MM\x00*") or any(start.startswith(m) for m, n in _OTHERS if "image" in n)
-    return True
 
 
 def structure(data: bytes, image_format: Format) -> Structure:
@@ -113,20 +73,10 @@ def _brands(data: bytes) -> set[bytes]:
 
 
 def _refuse(data: bytes) -> NoReturn:
-    named = next((name for magic, name in _OTHERS if data.startswith(magic)), None)
-    start = data[:256].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if data[4:8] == b"ftyp":
-        named = "a camera's raw file" if data[8:12] == b"crx " else "a video"
-    elif data[:4] in (b"II*\x00", b"II+\x00", b"MM\x00+"):
-        named = "a camera's raw file" if data[8:10] == b"CR" else "a BigTIFF image"
-    elif start.startswith((b"<!doctype html", b"<html")):
-        named = "an HTML page"
-    elif start.startswith((b"<svg", b"<?xml")) and b"<svg" in data[:4096].lower():
-        named = "an SVG drawing"
     decoded = "JPEG, PNG, WebP, GIF, TIFF, BMP, AVIF and HEIC are decoded"
-    if named:
-        raise ImageError("unsupported_format", f"This is {named}; only {decoded}.")
-    raise ImageError("unsupported_format", f"This is no image that is known here; {decoded}.")
+    kind = named_kind(data[:HEAD])
+    named = f"{kind}; only" if kind else "no image that is known here;"
+    raise ImageError("unsupported_format", f"This is {named} {decoded}.")
 
 
 def _jpeg(data: bytes) -> Structure:

@@ -79,7 +79,7 @@ class ScoringPlan:
         """The encoders, as in `1 to 8 encoders on 1 GPU each`."""
         number = f"{self.fewest}" if self.fewest == self.most else f"{self.fewest} to {self.most}"
         each = f"{self.encoder_gpus:g} GPU" if self.encoder_gpus else f"{self.encoder_cpus} CPU"
-        return f"{number} encoders on {each} each"
+        return f"1 encoder on {each}" if number == "1" else f"{number} encoders on {each} each"
 
 
 def connect() -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from clipflow_ray.config import InventoryOptions
 from clipflow_ray.inputs.format import Row, Source, group_of, manifest_row, no_image, row_id
-from clipflow_ray.inputs.recognise import no_image_by_name
+from clipflow_ray.recognise import no_image_by_name
 
 
 @dataclass

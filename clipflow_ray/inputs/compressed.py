@@ -8,8 +8,8 @@ from typing import BinaryIO, Final, cast
 
 import pyarrow as pa
 
-from clipflow_ray.inputs.recognise import HEAD
 from clipflow_ray.place import Place
+from clipflow_ray.recognise import HEAD
 
 _MAGIC: Final = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\xfd7zXZ\0": "xz"}
 _BUFFER: Final = 2**16

@@ -15,9 +15,9 @@ from urllib.parse import unquote
 from clipflow_ray.config import InventoryOptions
 from clipflow_ray.errors import InputError, ItemCode
 from clipflow_ray.inputs.patterns import Selection
-from clipflow_ray.inputs.recognise import no_image_by_name
 from clipflow_ray.inputs.registry import FORMATS
 from clipflow_ray.place import Place, StoredObject
+from clipflow_ray.recognise import no_image_by_name
 
 Row = dict[str, Any]
 NOT_AN_IMAGE: Final = "not_an_image"

@@ -21,8 +21,8 @@ from clipflow_ray.inputs.format import (
     no_image,
 )
 from clipflow_ray.inputs.patterns import fits_any
-from clipflow_ray.inputs.recognise import picture_kind
 from clipflow_ray.place import StoredObject
+from clipflow_ray.recognise import picture_kind
 
 _METADATA: Final = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 

@@ -25,8 +25,8 @@ from clipflow_ray.inputs.format import (
 from clipflow_ray.inputs.images import absent, is_metadata, items
 from clipflow_ray.inputs.lists import LIST_SUFFIXES
 from clipflow_ray.inputs.patterns import Selection, fixed_folder, is_pattern, selection
-from clipflow_ray.inputs.recognise import claims_image, kind_in_words
 from clipflow_ray.place import Place, StoredObject
+from clipflow_ray.recognise import claims_image, kind_in_words
 
 log = logging.getLogger(__name__)
 

@@ -26,8 +26,8 @@ from clipflow_ray.inputs.format import (
     row_id,
     stated,
 )
-from clipflow_ray.inputs.recognise import is_base64_picture, is_text
 from clipflow_ray.place import Place
+from clipflow_ray.recognise import is_base64_picture, is_text
 
 _KINDS: Final = {
     ".csv": "csv",

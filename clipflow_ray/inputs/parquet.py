@@ -29,8 +29,8 @@ from clipflow_ray.inputs.format import (
     unlisted,
 )
 from clipflow_ray.inputs.lists import SET_URI_COLUMN, Record, listed_rows
-from clipflow_ray.inputs.recognise import HEAD, is_base64_picture, picture_kind
 from clipflow_ray.place import Place
+from clipflow_ray.recognise import HEAD, is_base64_picture, picture_kind
 
 _LOCK: Final = threading.Lock()
 _UNREADABLE: Final = (pa.ArrowException, OSError)

@@ -10,8 +10,8 @@ import pyarrow as pa
 from clipflow_ray.config import ImageLimits, InventoryOptions
 from clipflow_ray.errors import ItemCode, ItemError, NotAnImage, ReadError
 from clipflow_ray.inputs.format import NOT_AN_IMAGE, InputFormat, Row, format_named
-from clipflow_ray.inputs.recognise import HEAD, claims_image, kind_in_words, picture_kind
 from clipflow_ray.place import Place
+from clipflow_ray.recognise import HEAD, claims_image, kind_in_words, picture_kind
 
 _READ_THREADS: Final = 8
 _COLUMNS: Final = ("uri", "member", "input_format", "offset", "bytes", "etag", "problem")

@@ -12,7 +12,6 @@ import numpy as np
 
 from clipflow_ray import pictures, sandbox
 from clipflow_ray.config import CAP_PRONE_STRATA, ImageLimits, PrecisionChoice
-from clipflow_ray.containers import CLAIM_BYTES, claims_to_be_an_image
 from clipflow_ray.errors import EncoderMismatchError, ItemError
 from clipflow_ray.images import DecodedImage
 from clipflow_ray.model.calibration import Calibration, Rule
@@ -23,6 +22,7 @@ from clipflow_ray.model.finding import FileFacts, Finding, judged, refused
 from clipflow_ray.model.precision import at_precision, bfloat16_on
 from clipflow_ray.model.scorer import Scorer, Scores
 from clipflow_ray.pictures import Picture
+from clipflow_ray.recognise import HEAD, claims_image, picture_kind
 
 log = logging.getLogger(__name__)
 _BATCH: Final = 32
@@ -128,7 +128,7 @@ class Detector:
         if not Path(folder).is_dir():
             raise NotADirectoryError(f"{os.fspath(folder)} is not a folder.")
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        images = [path for path in files if _claims_to_be_an_image(path)]
+        images = [path for path in files if _is_or_claims_image(path)]
         if len(images) < len(files):
             log.warning("%d files below %s are no images and were left out.", len(files) - len(images), folder)
         return dict(zip(images, self.detect(images, alpha, cap_prone_strata), strict=True))
@@ -182,9 +182,11 @@ class Detector:
         return contents, [next(decoded) if isinstance(data, bytes) else data for data in contents]
 
 
-def _claims_to_be_an_image(path: Path) -> bool:
+def _is_or_claims_image(path: Path) -> bool:
+    if claims_image(path.name):
+        return True
     try:
         with path.open("rb") as file:
-            return claims_to_be_an_image(path.name, file.read(CLAIM_BYTES))
+            return picture_kind(file.read(HEAD)) is not None
     except OSError:
-        return claims_to_be_an_image(path.name, b"")
+        return False

@@ -17,6 +17,7 @@ FLOORS = (
     ("config",),
     ("statistics", "columns", "compat"),
     ("place",),
+    ("recognise",),
     ("containers", "images", "pictures"),
     ("sandbox",),
     ("proxies",),

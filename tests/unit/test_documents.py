@@ -206,3 +206,8 @@ ray job submit --working-dir . -- python jobs/audit.py --input s3://b/ --output 
 ```
 """
     assert wrong_names(text, ROOT / "docs") == []
+
+
+def test_both_packaged_checkpoints_have_the_same_card() -> None:
+    first, second = ((PACKAGE / "assets" / name / "MODEL_CARD.md").read_text() for name in ("default", "fast"))
+    assert first == second

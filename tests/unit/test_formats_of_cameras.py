@@ -12,9 +12,10 @@ from PIL import Image
 
 from clipflow_ray import images, sandbox
 from clipflow_ray.config import OPENAI_VIEW, ImageLimits
-from clipflow_ray.containers import claims_to_be_an_image, sniff
+from clipflow_ray.containers import sniff
 from clipflow_ray.errors import ImageError
 from clipflow_ray.images import decode
+from clipflow_ray.recognise import HEAD, claims_image, picture_kind
 from tests.conftest import encoded, photo
 
 LIMITS = ImageLimits()
@@ -197,12 +198,12 @@ def test_a_tiff_that_claims_to_be_huge_is_refused_and_one_without_its_data_is_tr
 
 def test_files_are_told_from_images_by_name_or_content() -> None:
     for name in ("a.JPG", "b.heic", "c.tiff", "d.bmp"):
-        assert claims_to_be_an_image(name, b"text")
+        assert claims_image(name)
     for kind in ("JPEG", "PNG", "BMP", "TIFF", "AVIF"):
-        assert claims_to_be_an_image("000017", encoded(PHOTO, kind)[:256])
-    assert claims_to_be_an_image("x", b"\0\0\0\x0cJXL \r\n\x87\n")
+        assert picture_kind(encoded(PHOTO, kind)[:HEAD]) == kind
+    assert picture_kind(b"\0\0\0\x0cJXL \r\n\x87\n") == "JPEG XL"
     for name, start in (("a.txt", b"a caption"), ("README.md", b"# card"), ("shard.tar", b"a.jpg" + bytes(250))):
-        assert not claims_to_be_an_image(name, start)
+        assert not claims_image(name) and picture_kind(start) is None
 
 
 def test_a_turned_panorama_of_64_megapixels_gets_its_view_within_the_memory_of_the_sandbox() -> None:

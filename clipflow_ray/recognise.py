@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import struct
 from typing import Final
 
 HEAD: Final = 4096  # bytes that are enough to recognise a file
@@ -26,12 +27,13 @@ _OTHER_SUFFIXES: Final = (
 _OTHER_NAMES: Final = frozenset(
     {"thumbs.db", "ehthumbs.db", "desktop.ini", "license", "readme", "notice", "makefile", "_success", "icon\r"}
 )
+BMP_HEADERS: Final = {struct.pack("<I", size) for size in (12, 40, 52, 56, 64, 108, 124)}  # bytes of known headers
 _CONTROL: Final = 0.05  # share of control characters that a text may have; of random bytes 9 % are
 _BOXES: Final = {
     **dict.fromkeys((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"), "HEIC"),
     **dict.fromkeys((b"avif", b"avis"), "AVIF"),
     **dict.fromkeys((b"jp2 ", b"jpx "), "JPEG 2000"),
-    b"crx ": "Canon CR3",
+    b"crx ": "Canon raw",
 }
 _PICTURES: Final = (
     (0, b"\xff\xd8\xff", "JPEG"),
@@ -52,9 +54,10 @@ _PICTURES: Final = (
     (0, b"\x76\x2f\x31\x01", "OpenEXR"),
     (0, b"DDS ", "DDS"),
     (0, b"qoif", "QOI"),
-    (0, b"FUJIFILMCCD-RAW", "Fujifilm RAF"),
-    (0, b"IIRO", "Olympus ORF"),
-    (0, b"IIU\0", "Panasonic RW2"),
+    (0, b"#?RADIANCE", "Radiance HDR"),
+    (0, b"FUJIFILMCCD-RAW", "Fujifilm raw"),
+    (0, b"IIRO", "Olympus raw"),
+    (0, b"IIU\0", "Panasonic raw"),
 )
 _OTHERS: Final = (
     (0, b"PAR1", "a parquet file"),
@@ -71,6 +74,11 @@ _OTHERS: Final = (
     (0, b"\x89HDF", "an HDF5 file"),
     (0, b"SQLite format 3\0", "an SQLite database"),
     (0, b"%PDF", "a PDF"),
+    (0, b"%!PS", "a PostScript document"),
+    (0, b"gimp xcf", "a GIMP document"),
+    (0, b"\0\0\1\0", "a Windows icon"),
+    (0, b"\x1a\x45\xdf\xa3", "a video"),
+    (4, b"ftyp", "a video"),
     (0, b"\x93NUMPY", "a NumPy file"),
     (0, b"\0\5\x16\7", "an AppleDouble file of macOS"),
     (0, b"\xd0\xcf\x11\xe0", "an OLE file, such as Thumbs.db"),
@@ -84,22 +92,29 @@ def picture_kind(head: bytes) -> str | None:
     found = next((name for at, magic, name in _PICTURES if head.startswith(magic, at)), None)
     if found == "WebP" and not head.startswith(b"RIFF"):
         return None
-    if found == "BMP" and head[6:10] != b"\0\0\0\0":  # two letters alone may begin a text
+    if found == "BMP" and head[14:18] not in BMP_HEADERS:  # two letters alone may begin a text
         return None
+    if found == "TIFF" and head[8:10] == b"CR":
+        return "Canon raw"
     if found is None and (text := head[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")).startswith((b"<svg", b"<?xml")):
         return "SVG" if b"<svg" in text else None
     return found
+
+
+def named_kind(head: bytes) -> str | None:
+    """What a file with these first bytes is, such as `a tar archive`; None if it is text or of an unknown kind."""
+    if kind := picture_kind(head):
+        return f"an image ({kind})"
+    if head[:256].lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype html", b"<html")):
+        return "an HTML page"
+    return next((name for at, magic, name in _OTHERS if head.startswith(magic, at)), None)
 
 
 def kind_in_words(head: bytes) -> str:
     """What a file with these first bytes is, such as `a tar archive` or `text`."""
     if not head:
         return "empty"
-    if kind := picture_kind(head):
-        return f"an image ({kind})"
-    if found := next((name for at, magic, name in _OTHERS if head.startswith(magic, at)), None):
-        return found
-    return "text" if is_text(head) else "of an unknown kind"
+    return named_kind(head) or ("text" if is_text(head) else "of an unknown kind")
 
 
 def is_text(head: bytes) -> bool:
