@@ -48,7 +48,7 @@ def variants(config: EvaluateConfig, detector: Detector) -> Run:
         generated=config.generated,
         inventory=config.inventory,
         listing=stable_hash(
-            *(listing.listing_hash(listing.rows(inputs, config.inventory)) for inputs in (natural, generated))
+            *(listing.listing_hash(_class_rows(inputs, config.inventory)[0]) for inputs in (natural, generated))
         ),
         variants=VARIANTS,
     )
